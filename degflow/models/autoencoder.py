@@ -1,0 +1,181 @@
+"""The residual autoencoder (DegFlow, section 2.1): one encoder for every level, a decoder that sees HR skips only.
+
+Convolutions and per-pixel LayerNorm only, so no output pixel depends on anything beyond a fixed receptive field.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from degflow.config import option
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Size of a `ResidualAutoencoder`; the defaults are the released network's."""
+
+    base_width: int = option(128, "channels at full resolution")
+    multipliers: tuple[int, ...] = option(
+        (1, 1, 2, 4), "channels of each level / base_width; the first is at full resolution, so r = 2^(levels - 1)"
+    )
+    blocks: int = option(2, "residual blocks in each level")
+    latent_channels: int = option(4, "C_z, channels of the latent")
+    gate_init: float = option(0.0, "initial gate of each residual block (beta, gamma); 0.5 makes short trainings learn")
+    hr_skips: bool = option(True, "hand the HR image's encoder features to the decoder; false is the paper's ablation")
+
+    def __post_init__(self):
+        for name in ("base_width", "blocks", "latent_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"autoencoder.{name}={getattr(self, name)}: must be at least 1")
+        if len(self.multipliers) < 2 or min(self.multipliers) < 1:
+            raise ValueError(f"autoencoder.multipliers={list(self.multipliers)}: at least two entries, each at least 1")
+
+    @property
+    def compression(self) -> int:
+        """r: pixels along a side of the image per pixel of the latent."""
+        return 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level, finest first."""
+        return tuple(self.base_width * multiplier for multiplier in self.multipliers)
+
+
+class ChannelNorm(nn.Module):
+    """LayerNorm over the channels of each pixel, "B C H W"."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise; free of copies when x is channels_last."""
+        normed = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, eps=1e-5)
+        return normed.permute(0, 3, 1, 2)
+
+
+class ResidualBlock(nn.Module):
+    """x + two times (ChannelNorm, GELU, 3x3 convolution without bias)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norms = nn.ModuleList(ChannelNorm(channels) for _ in range(2))
+        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            y = conv(F.gelu(norm(y)))
+        return x + y
+
+
+class Level(nn.Module):
+    """Optional stride-2 convolution, then x + gate * block(x) for each block."""
+
+    def __init__(self, channels: int, config: AutoencoderConfig, reduce_from: int | None = None):
+        super().__init__()
+        self.reduce = nn.Conv2d(reduce_from, channels, 3, stride=2, padding=1) if reduce_from else nn.Identity()
+        self.blocks = nn.ModuleList(ResidualBlock(channels) for _ in range(config.blocks))
+        self.gates = nn.ParameterList(
+            nn.Parameter(torch.full((1, channels, 1, 1), config.gate_init)) for _ in range(config.blocks)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.reduce(x)
+        for gate, block in zip(self.gates, self.blocks, strict=True):
+            x = x + gate * block(x)
+        return x
+
+
+class Expand(nn.Module):
+    """Double the resolution (1x1 convolution to 4 x width, pixel shuffle, 1x1 convolution) and merge the skip."""
+
+    def __init__(self, coarse: int, fine: int, hr_skips: bool):
+        super().__init__()
+        self.widen = nn.Conv2d(coarse, 4 * coarse, 1)
+        self.narrow = nn.Conv2d(coarse, fine, 1)
+        self.merge = nn.Conv2d(2 * fine if hr_skips else fine, fine, 1)
+        self.hr_skips = hr_skips
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        x = self.narrow(F.pixel_shuffle(self.widen(x), 2))
+        return self.merge(torch.cat((x, skip), 1) if self.hr_skips else x)
+
+
+class Encoder(nn.Module):
+    """Image -> latent and the features of every level but the coarsest."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        widths = config.widths
+        self.stem = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.levels = nn.ModuleList([Level(widths[0], config)])
+        self.levels.extend(Level(coarse, config, reduce_from=fine) for fine, coarse in pairwise(widths))
+        self.head = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        x, features = self.stem(image), []
+        for level in self.levels:
+            x = level(x)
+            features.append(x)
+        return self.head(x), tuple(features[:-1])
+
+
+class Decoder(nn.Module):
+    """Latent and HR skips -> image."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        widths = config.widths[::-1]
+        self.stem = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.levels = nn.ModuleList(Level(width, config) for width in widths)
+        self.expands = nn.ModuleList(Expand(coarse, fine, config.hr_skips) for coarse, fine in pairwise(widths))
+        self.head = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, latent: Tensor, skips: tuple[Tensor, ...]) -> Tensor:
+        x = self.stem(latent)
+        for level, expand, skip in zip(self.levels[:-1], self.expands, reversed(skips), strict=True):
+            x = expand(level(x), skip)
+        return self.head(F.gelu(self.levels[-1](x)))
+
+
+class ResidualAutoencoder(nn.Module):
+    """E and D of the paper.
+
+    Args:
+        config: widths and depths.
+    """
+
+    def __init__(self, config: AutoencoderConfig = AutoencoderConfig()):  # noqa: B008 (frozen)
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.to(memory_format=torch.channels_last)  # ChannelNorm works on it without copies
+
+    def encode(self, image: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Image -> (latent, skips).
+
+        Args:
+            image: "B 3 H W" in [-1, 1]; H and W multiples of r.
+
+        Returns:
+            latent "B C_z H/r W/r", and skips h^(l) "B C_l H/2^l W/2^l" for l = 0 .. log2(r) - 1.
+        """
+        return self.encoder(image)
+
+    def decode(self, latent: Tensor, skips: tuple[Tensor, ...]) -> Tensor:
+        """Latent of any level and the *HR* image's skips -> image "B 3 H W", not clamped."""
+        return self.decoder(latent, skips)
+
+    @torch.no_grad()
+    def rescale_latent(self, factor: Tensor) -> None:
+        """Multiply each latent channel by `factor` ("C_z") and undo it in the decoder: the same images, other units."""
+        self.encoder.head.weight.mul_(factor[:, None, None, None])
+        if self.encoder.head.bias is not None:
+            self.encoder.head.bias.mul_(factor)
+        self.decoder.stem.weight.div_(factor[None, :, None, None])

@@ -1,0 +1,166 @@
+"""The velocity network v(z, t) (DegFlow, section 2.2): a U-Net over the whole latent.
+
+GroupNorm and attention see every position, so this network is never tiled.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from degflow.config import option
+
+
+@dataclass(frozen=True)
+class VelocityConfig:
+    """Size of a `VelocityNetwork`; the defaults are the released network's."""
+
+    latent_channels: int = option(4, "C_z, channels of the latent")
+    width: int = option(128, "channels at the latent's resolution")
+    multipliers: tuple[int, ...] = option((1, 2, 2, 2), "channels of each level / width")
+    blocks: int = option(4, "residual blocks in each level")
+    dropout: float = option(0.1, "dropout inside the residual blocks, while training")
+    time_factor: float = option(
+        999.0, "the time embedding sees time_factor * t; 20 gives a field that needs fewer evaluations"
+    )
+
+    def __post_init__(self):
+        for name in ("latent_channels", "blocks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"velocity.{name}={getattr(self, name)}: must be at least 1")
+        if self.width < 8 or self.width % 8:
+            raise ValueError(f"velocity.width={self.width}: must be a multiple of 8")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise ValueError(f"velocity.multipliers={list(self.multipliers)}: at least one entry, each at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"velocity.dropout={self.dropout}: must lie in [0, 1)")
+
+    @property
+    def multiple(self) -> int:
+        """The latent's height and width must be multiples of this."""
+        return 2 ** (len(self.multipliers) - 1)
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    limit = min(channels // 4, 32)
+    groups = next(count for count in range(limit, 0, -1) if channels % count == 0)
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids of time_factor * t, then two linear layers."""
+
+    def __init__(self, config: VelocityConfig):
+        super().__init__()
+        self.width, self.factor = config.width, config.time_factor
+        self.first = nn.Linear(config.width, 4 * config.width)
+        self.second = nn.Linear(4 * config.width, 4 * config.width)
+
+    def forward(self, time: Tensor) -> Tensor:
+        half = self.width // 2
+        rates = torch.exp(torch.arange(half, device=time.device) * (-math.log(10000) / (half - 1)))
+        angles = (time.float() * self.factor)[:, None] * rates
+        waves = torch.cat((angles.sin(), angles.cos()), 1).to(self.first.weight.dtype)
+        return self.second(F.silu(self.first(waves)))
+
+
+class ResidualBlock(nn.Module):
+    """GroupNorm, SiLU, convolution, plus the embedding, GroupNorm, SiLU, dropout, convolution; sum over sqrt 2."""
+
+    def __init__(self, inputs: int, outputs: int, config: VelocityConfig, resample: str = ""):
+        super().__init__()
+        self.resample = resample
+        self.norm1 = _norm(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.embed = nn.Linear(4 * config.width, outputs)
+        self.norm2 = _norm(outputs)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs or resample else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        y = F.silu(self.norm1(x))
+        if self.resample == "up":
+            x, y = (F.interpolate(part, scale_factor=2.0, mode="nearest") for part in (x, y))
+        elif self.resample == "down":
+            x, y = (F.avg_pool2d(part, 2) for part in (x, y))
+        y = self.conv1(y) + self.embed(F.silu(embedding))[:, :, None, None]
+        y = self.conv2(self.dropout(F.silu(self.norm2(y))))
+        return (self.skip(x) + y) / math.sqrt(2)
+
+
+class Attention(nn.Module):
+    """Single-head attention over all positions; sum over sqrt 2."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = _norm(channels)
+        self.query = nn.Linear(channels, channels)
+        self.key = nn.Linear(channels, channels)
+        self.value = nn.Linear(channels, channels)
+        self.out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.norm(x).flatten(2).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(self.query(tokens), self.key(tokens), self.value(tokens))
+        return (x + self.out(mixed).transpose(1, 2).reshape(x.shape)) / math.sqrt(2)
+
+
+class VelocityNetwork(nn.Module):
+    """dz/dt as a function of the latent and the time.
+
+    Args:
+        config: widths and depths.
+    """
+
+    def __init__(self, config: VelocityConfig = VelocityConfig()):  # noqa: B008 (frozen)
+        super().__init__()
+        self.config = config
+        widths = [config.width * multiplier for multiplier in config.multipliers]
+        self.embedding = TimeEmbedding(config)
+        self.stem = nn.Conv2d(config.latent_channels, config.width, 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        channels, kept = config.width, [config.width]
+        for level, width in enumerate(widths):
+            for _ in range(config.blocks):
+                self.down.append(ResidualBlock(channels, width, config))
+                channels = width
+                kept.append(channels)
+            if level < len(widths) - 1:
+                self.down.append(ResidualBlock(channels, channels, config, "down"))
+                kept.append(channels)
+        self.middle = nn.ModuleList(
+            (ResidualBlock(channels, channels, config), Attention(channels), ResidualBlock(channels, channels, config))
+        )
+        for level, width in reversed(list(enumerate(widths))):
+            for _ in range(config.blocks + 1):
+                self.up.append(ResidualBlock(channels + kept.pop(), width, config))
+                channels = width
+            if level:
+                self.up.append(ResidualBlock(channels, channels, config, "up"))
+        self.head_norm = _norm(channels)
+        self.head = nn.Conv2d(channels, config.latent_channels, 3, padding=1)
+
+    def forward(self, latent: Tensor, time: Tensor) -> Tensor:
+        """Velocity.
+
+        Args:
+            latent: "B C_z H W"; H and W multiples of 2^(levels - 1).
+            time: "B" in [0, 1].
+
+        Returns:
+            dz/dt, "B C_z H W".
+        """
+        embedding = self.embedding(time)
+        x = self.stem(latent)
+        kept = [x]
+        for block in self.down:
+            x = block(x, embedding)
+            kept.append(x)
+        before, attention, after = self.middle
+        x = after(attention(before(x, embedding)), embedding)
+        for block in self.up:
+            x = block(x if block.resample else torch.cat((x, kept.pop()), 1), embedding)
+        return self.head(F.silu(self.head_norm(x)))

@@ -1,0 +1,79 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork
+from degflow.models.released import autoencoder_name, velocity_state
+
+REFERENCE = Path(__file__).parents[2] / "shared/reference/released_network"
+needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason="the reference tensors are not beside the checkout")
+
+
+def relative_error(actual, expected):
+    return float((actual - expected).norm() / expected.norm())
+
+
+@pytest.fixture(scope="module")
+def io():
+    return load_file(REFERENCE / "io.safetensors")
+
+
+@needs_reference
+@pytest.mark.parametrize("case", ["0", "1"])
+def test_autoencoder_reproduces_the_released_tensors(io, case):
+    network = ResidualAutoencoder(AutoencoderConfig(base_width=8)).eval()
+    released = load_file(REFERENCE / "autoencoder.safetensors")
+    network.load_state_dict({autoencoder_name(name): tensor for name, tensor in released.items()})
+    with torch.no_grad():
+        latent, skips = network.encode(io[f"{case}.image"])
+        decoded = network.decode(io[f"{case}.moved_latent"], tuple(io[f"{case}.skip{level}"] for level in range(3)))
+    assert relative_error(latent, io[f"{case}.latent"]) < 1e-4
+    for level in range(3):
+        assert relative_error(skips[level], io[f"{case}.skip{level}"]) < 1e-4
+    assert relative_error(decoded, io[f"{case}.decoded"]) < 1e-4
+
+
+@needs_reference
+@pytest.mark.parametrize("case", ["0", "1"])
+def test_velocity_network_reproduces_the_released_tensors(io, case):
+    network = VelocityNetwork(VelocityConfig(width=16, blocks=1)).eval()
+    network.load_state_dict(velocity_state(load_file(REFERENCE / "velocity.safetensors"), network))
+    with torch.no_grad():
+        velocity = network(io[f"{case}.latent"], io[f"{case}.t"])
+    assert relative_error(velocity, io[f"{case}.velocity"]) < 1e-4
+
+
+@pytest.mark.parametrize("multipliers", [(1, 2), (1, 1, 2), (1, 1, 2, 4)])
+@pytest.mark.parametrize("hr_skips", [True, False])
+def test_compression_width_and_depth_are_configuration(multipliers, hr_skips):
+    config = AutoencoderConfig(base_width=8, multipliers=multipliers, blocks=1, latent_channels=6, hr_skips=hr_skips)
+    network = ResidualAutoencoder(config)
+    latent, skips = network.encode(torch.zeros(1, 3, 32, 48))
+    assert latent.shape == (1, 6, 32 // config.compression, 48 // config.compression)
+    assert [skip.shape[-1] for skip in skips] == [48 // 2**level for level in range(len(multipliers) - 1)]
+    assert network.decode(latent, skips).shape == (1, 3, 32, 48)
+
+
+def test_without_hr_skips_the_decoder_ignores_them():
+    network = ResidualAutoencoder(AutoencoderConfig(base_width=8, hr_skips=False))
+    latent, skips = network.encode(torch.rand(1, 3, 32, 32))
+    other = tuple(skip + 1 for skip in skips)
+    assert torch.equal(network.decode(latent, skips), network.decode(latent, other))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: AutoencoderConfig(base_width=0), r"autoencoder.base_width=0: must be at least 1"),
+        (lambda: AutoencoderConfig(multipliers=(1,)), r"autoencoder.multipliers=\[1\]: at least two entries"),
+        (lambda: VelocityConfig(blocks=0), r"velocity.blocks=0: must be at least 1"),
+        (lambda: VelocityConfig(width=12), r"velocity.width=12: must be a multiple of 8"),
+        (lambda: VelocityConfig(multipliers=()), r"velocity.multipliers=\[\]: at least one entry"),
+        (lambda: VelocityConfig(dropout=1.0), r"velocity.dropout=1.0: must lie in \[0, 1\)"),
+    ],
+)
+def test_a_bad_size_names_the_field_the_value_and_the_rule(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
