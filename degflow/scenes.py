@@ -1,0 +1,206 @@
+"""RealSR-like scene folders -> random aligned crops at every level.
+
+1. `find_scenes` lists a tree `ROOT/2/ID_HR.png, ROOT/2/ID_LR2.png, ROOT/4/...` and keeps the ids present at every level.
+2. `SceneImages` decodes each image once, checks that a scene has one size, and keeps the pixels (in memory, or in
+   memory-mapped files that all processes of a machine share), where random crops are cheap.
+3. `AlignedCrops` cuts the same crop, with the same flips, from every level. Sample number n is a function of (seed, n)
+   alone, so neither workers nor processes nor an interruption change what a training sees.
+"""
+
+import hashlib
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from degflow import images
+from degflow.config import option, required
+from degflow.storage import Place
+
+HR_LABEL = "1"
+
+
+@dataclass(frozen=True)
+class SceneConfig:
+    """Where the scenes are and what is cut from them."""
+
+    data: str = required("folder or URI of one split of a RealSR-like tree, e.g. RealSR/Canon/Train")
+    levels: dict[str, float] = option(
+        {"1": 1.0, "2": 2.0, "4": 4.0}, "folder label -> scale (nominal or optical); label 1 is the HR image"
+    )
+    resize_lr: bool = option(False, "bring LR images smaller than HR (RealSR V3) to HR's grid by bicubic")
+    crop: int = option(256, "side of the random crops, in pixels")
+    cache: str = option("", "local folder for decoded images, shared by all processes; empty: memory of each process")
+
+    def __post_init__(self):
+        check_levels(self.levels)
+        if self.crop < 8:
+            raise ValueError(f"scenes.crop={self.crop}: must be at least 8")
+
+
+class Scene(NamedTuple):
+    """One scene: its id and the file of each level, HR first, as keys below the tree's root."""
+
+    name: str
+    files: tuple[str, ...]
+
+
+def check_levels(levels: dict[str, float]) -> None:
+    """Raise ValueError unless levels are HR (label 1) and at least one more, with increasing scales."""
+    scales = list(levels.values())
+    if next(iter(levels), None) != HR_LABEL or len(levels) < 2:
+        raise ValueError(f"levels={levels}: must begin with label {HR_LABEL} (HR) and name at least one more")
+    if any(b <= a for a, b in zip(scales, scales[1:], strict=False)):
+        raise ValueError(f"levels={levels}: scales must increase")
+
+
+def find_scenes(uri: str, labels: Sequence[str]) -> tuple[list[Scene], dict[str, list[str]]]:
+    """List the scenes of a tree.
+
+    Args:
+        uri: folder that holds one folder per level label.
+        labels: level labels, HR's ("1") first; HR files are taken from the first other label's folder.
+
+    Returns:
+        The scenes present at every level, sorted by id; and for each level the ids that lack it.
+
+    Raises:
+        ValueError: no scene is present at every level.
+    """
+    place, wanted = Place(uri), [label for label in labels if label != HR_LABEL]
+    listing: dict[str, dict[str, str]] = {label: {} for label in labels}
+    for source in place.files():
+        folder, _, name = source.key.rpartition("/")
+        if folder not in wanted or not name.lower().endswith(images.SUFFIXES):
+            continue
+        stem = name.rpartition(".")[0]
+        if folder == wanted[0] and stem.endswith("_HR"):
+            listing[HR_LABEL][stem.removesuffix("_HR")] = source.key
+        if match := re.fullmatch(rf"(.+)_LR{re.escape(folder)}", stem):
+            listing[folder][match[1]] = source.key
+    everything = set().union(*listing.values())
+    missing = {label: sorted(everything - set(files)) for label, files in listing.items()}
+    complete = sorted(everything.intersection(*listing.values()))
+    if not complete:
+        expected = f"{wanted[0]}/ID_HR.png and {wanted[0]}/ID_LR{wanted[0]}.png"
+        counts = ", ".join(f"{label}: {len(files)}" for label, files in listing.items())
+        raise ValueError(f"data={uri}: no scene has every level of {list(labels)} (found {counts}); expected {expected}")
+    scenes = [Scene(name, tuple(listing[label][name] for label in labels)) for name in complete]
+    return scenes, {label: names for label, names in missing.items() if names}
+
+
+class SceneImages:
+    """The decoded images of every scene, each "K H W 3" uint8, HR first.
+
+    Args:
+        config: tree, levels and cache.
+        quiet: no progress bar.
+
+    Raises:
+        ValueError: a scene's files differ in size, or one is smaller than the crop; the message names the file.
+    """
+
+    def __init__(self, config: SceneConfig, quiet: bool = False):
+        self.config = config
+        self.place = Place(config.data)
+        self.scenes, self.missing = find_scenes(config.data, list(config.levels))
+        self.pixels = [self._load(scene) for scene in tqdm(self.scenes, "decoding scenes", disable=quiet)]
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def describe(self) -> str:
+        """One line: how many scenes, how many were left out and the first of them by name."""
+        sizes = Counter(f"{array.shape[2]} x {array.shape[1]}" for array in self.pixels).most_common(3)
+        line = f"{len(self)} scenes at levels {', '.join(self.config.levels)} ({', '.join(size for size, _ in sizes)}, ...)"
+        for label, names in self.missing.items():
+            line += f"; {len(names)} without level {label}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        return line
+
+    def _load(self, scene: Scene) -> np.ndarray:
+        if not self.config.cache:
+            return self._decode(scene)
+        identity = "\n".join((self.config.data, str(self.config.resize_lr), *map(self._version, scene.files)))
+        path = Path(self.config.cache) / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npy"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(f".{os.getpid()}.npy")
+            np.save(temporary, self._decode(scene))
+            os.replace(temporary, path)
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+
+    def _version(self, key: str) -> str:
+        info = self.place.fs.info(self.place.path(key))
+        return f"{key} {info.get('size')} {info.get('ETag') or info.get('mtime') or ''}"
+
+    def _decode(self, scene: Scene) -> np.ndarray:
+        levels = []
+        for key in scene.files:
+            try:
+                pixels = images.decode(self.place.read(key))
+            except images.ImageError as error:
+                raise ValueError(f"{self.place.uri_of(key)}: {error}") from None
+            levels.append(self._fit(pixels, levels[0].shape if levels else pixels.shape, key))
+        return np.stack(levels)
+
+    def _fit(self, pixels: np.ndarray, hr_shape: tuple[int, ...], key: str) -> np.ndarray:
+        height, width = hr_shape[:2]
+        if min(height, width) < self.config.crop:
+            raise ValueError(f"{self.place.uri_of(key)}: {width} x {height} pixels, smaller than crop={self.config.crop}")
+        if pixels.shape == hr_shape:
+            return pixels
+        size = f"{pixels.shape[1]} x {pixels.shape[0]} pixels, its HR image {width} x {height}"
+        if not self.config.resize_lr:
+            raise ValueError(
+                f"{self.place.uri_of(key)}: {size}; a scene must have one size (RealSR V2), or set resize_lr=true (V3)"
+            )
+        if pixels.shape[0] > height or pixels.shape[1] > width:
+            raise ValueError(f"{self.place.uri_of(key)}: {size}; resize_lr=true takes smaller LR images only")
+        return images.resize(pixels, height, width)
+
+
+class AlignedCrops(Dataset[dict[str, Tensor]]):
+    """Sample n -> the same random crop and flips of every level of one scene.
+
+    Args:
+        scenes: decoded scenes.
+        crop: side in pixels.
+        seed: with n, decides scene, place, flips and the sample's `draw`.
+    """
+
+    def __init__(self, scenes: SceneImages, crop: int, seed: int):
+        self.scenes, self.crop, self.seed = scenes, crop, seed
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Sample `index` of an endless sequence.
+
+        Returns:
+            images: uint8 "K 3 crop crop", HR first. draw: float64 in [0, 1), from which an objective picks a level or
+            a time.
+        """
+        epoch, place = divmod(index, len(self.scenes))
+        pixels = self.scenes.pixels[_order(len(self.scenes), self.seed, epoch)[place]]
+        random = np.random.default_rng((self.seed, 1, index))
+        top, left = (int(random.integers(side - self.crop + 1)) for side in pixels.shape[1:3])
+        crop = pixels[:, top : top + self.crop, left : left + self.crop]
+        if random.random() < 0.5:
+            crop = crop[:, ::-1]
+        if random.random() < 0.5:
+            crop = crop[:, :, ::-1]
+        tensor = torch.from_numpy(np.ascontiguousarray(crop.transpose(0, 3, 1, 2)))
+        return {"images": tensor, "draw": torch.tensor(random.random(), dtype=torch.float64)}
+
+
+@lru_cache(maxsize=4)
+def _order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, 0, epoch)).permutation(count)

@@ -1,0 +1,146 @@
+"""Places (any fsspec URI), checkpoints that describe themselves, and the layout of a synthesized dataset.
+
+Every filesystem of degflow is opened here. Objects are written whole: a reader sees all of one or none of it.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fsspec
+import safetensors.torch
+from fsspec.implementations.local import LocalFileSystem
+from safetensors import SafetensorError
+from torch import Tensor
+
+
+class Source(NamedTuple):
+    """A file below a place: its key (the path below the root, "/"-separated, as stored), bytes and version tag."""
+
+    key: str
+    size: int
+    etag: str
+
+
+class Place:
+    """A folder or an object-store prefix, e.g. `photos`, `/data/photos`, `s3://bucket/photos`.
+
+    Endpoint and credentials of object stores come from the environment or the usual profile files.
+
+    Args:
+        uri: any fsspec URI; one without a scheme is a local path.
+    """
+
+    def __init__(self, uri: str):
+        if not uri:
+            raise ValueError("an empty URI names no place")
+        self.uri = uri.rstrip("/") or "/"
+        self.fs, root = fsspec.core.url_to_fs(self.uri)
+        self.root = root.rstrip("/")
+        self.local = isinstance(self.fs, LocalFileSystem)
+
+    def path(self, name: str) -> str:
+        """The filesystem's own path of a file below this place."""
+        return f"{self.root}/{name}" if name else self.root
+
+    def uri_of(self, name: str) -> str:
+        """The URI of a file below this place."""
+        return f"{self.uri}/{name}"
+
+    def read(self, name: str) -> bytes:
+        """All bytes of a file; FileNotFoundError or another OSError names it."""
+        return self.fs.cat_file(self.path(name))
+
+    def write(self, name: str, data: bytes) -> None:
+        """Put a file, whole: locally a hidden sibling is renamed into place, object stores put it in one request."""
+        path = self.path(name)
+        if not self.local:
+            self.fs.pipe_file(path, data)
+            return
+        folder, base = os.path.split(path)
+        os.makedirs(folder, exist_ok=True)
+        temporary = f"{folder}/.{base[:200]}.{uuid.uuid4().hex}"
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    def exists(self, name: str = "") -> bool:
+        """Whether a file (or, for "", the place itself) is there."""
+        self.fs.invalidate_cache()
+        return self.fs.exists(self.path(name))
+
+    def delete(self, name: str) -> None:
+        """Delete a file, or a folder with all below it, if it is there."""
+        if self.exists(name):
+            self.fs.rm(self.path(name), recursive=True)
+
+    def files(self, name: str = "") -> list[Source]:
+        """All files below a folder of this place, sorted by key; empty when there is no such folder."""
+        self.fs.invalidate_cache()
+        found = self.fs.find(self.path(name), withdirs=False, detail=True)
+        prefix = self.root + "/"
+        sources = [
+            Source(path.removeprefix(prefix), int(info.get("size") or 0), etag_of(info))
+            for path, info in found.items()
+            if path.startswith(prefix)
+        ]
+        return sorted(sources)
+
+
+def etag_of(info: dict[str, Any]) -> str:
+    """A tag that changes with a file's content: the object store's ETag, or the local modification time."""
+    for field in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "created"):
+        if info.get(field):
+            return str(info[field]).strip('"')
+    return ""
+
+
+def split_uri(uri: str) -> tuple[Place, str]:
+    """The place that holds a file, and the file's name in it."""
+    folder, _, name = uri.rpartition("/")
+    return Place(folder or ("/" if uri.startswith("/") else ".")), name
+
+
+def save_checkpoint(uri: str, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
+    """Write tensors and a JSON description of what they are as one safetensors file."""
+    place, name = split_uri(uri)
+    contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    place.write(name, safetensors.torch.save(contiguous, {"degflow": json.dumps(description)}))
+
+
+def load_checkpoint(uri: str, kind: str) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """Read a file of `save_checkpoint`.
+
+    Args:
+        uri: the file.
+        kind: what its description must call itself, e.g. "degrader".
+
+    Returns:
+        The tensors, the description, and the file's sha256.
+
+    Raises:
+        ValueError: no such file, not safetensors, or of another kind; the message names the file.
+    """
+    place, name = split_uri(uri)
+    try:
+        data = place.read(name)
+    except FileNotFoundError:
+        raise ValueError(f"{uri}: no such file") from None
+    try:
+        tensors = safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        description = json.loads(header["__metadata__"]["degflow"])
+    except (SafetensorError, KeyError, ValueError, OverflowError) as error:
+        raise ValueError(f"{uri}: not a degflow checkpoint ({type(error).__name__}: {error})") from None
+    if description.get("kind") != kind:
+        raise ValueError(f"{uri}: holds a {description.get('kind')}, where a {kind} is needed")
+    return tensors, description, hashlib.sha256(data).hexdigest()

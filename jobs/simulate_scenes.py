@@ -1,0 +1,96 @@
+"""Photographs -> RealSR-like scene folders, captured by simulated cameras at several scales.
+
+    python jobs/simulate_scenes.py input=photos output=runs/scenes cameras=[canon]
+
+writes output/Canon/Train/2/Canon_001_HR.png, Canon_001_LR2.png, output/Canon/Test/1.532/Canon_003_LR1.532.png, ...
+Cameras share no photograph, and Train and Test are split by photograph.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from degflow import images
+from degflow.camera import SimulatedCamera
+from degflow.config import dump, option, required, run
+from degflow.storage import Place
+
+
+@dataclass(frozen=True)
+class SimulateConfig:
+    """Keys of simulate_scenes."""
+
+    input: str = required("folder or URI with photographs (png, jpg, jpeg, webp, tif, tiff)")
+    output: str = required("folder or URI for the tree")
+    cameras: tuple[str, ...] = option(("canon", "nikon"), "simulated bodies; the photographs are dealt out to them")
+    scales: dict[str, float] = option(
+        {"1.532": 1.532, "2": 2.0, "3": 3.0, "3.361": 3.361, "4": 4.0}, "folder label -> optical scale"
+    )
+    test_fraction: float = option(0.2, "share of each camera's photographs that goes to Test")
+    test: tuple[str, ...] = option((), "file names that go to Test whatever test_fraction says")
+    longest_side: int = option(2048, "shrink photographs to this before the capture, so that HR is sharp; 0 does not")
+    seed: int = option(0, "decides who gets which photograph, and the noise")
+
+    def __post_init__(self):
+        for camera in self.cameras:
+            SimulatedCamera.named(camera)
+        if not self.scales or min(self.scales.values()) <= 1:
+            raise ValueError(f"scales={self.scales}: at least one, each above 1")
+        if not 0 <= self.test_fraction <= 1:
+            raise ValueError(f"test_fraction={self.test_fraction}: must lie in [0, 1]")
+
+
+def main(config: SimulateConfig) -> None:
+    """Deal the photographs out, and capture each at scale 1 and at every scale."""
+    source, target = Place(config.input), Place(config.output)
+    keys = [file.key for file in source.files() if file.key.lower().endswith(images.SUFFIXES)]
+    if not keys:
+        raise ValueError(f"input={config.input}: no photograph there (files ending in {', '.join(images.SUFFIXES)})")
+    if target.files():
+        raise ValueError(f"output={config.output}: is not empty; choose another or remove it")
+    target.write("config.yaml", dump(config).encode())
+    captured = ["scene,photograph"]
+    for camera, split, number, key in tqdm(deal(config, keys), "capturing", unit="photo"):
+        name = f"{camera.capitalize()}_{number:03d}"
+        capture(config, source.read(key), SimulatedCamera.named(camera), target, f"{camera.capitalize()}/{split}", name)
+        captured.append(f"{name},{key}")
+    target.write("scenes.csv", ("\n".join(captured) + "\n").encode())
+    print(f"{len(captured) - 1} scenes at {', '.join(config.scales)} in {config.output} (scenes.csv names the photographs)")
+
+
+def deal(config: SimulateConfig, keys: list[str]) -> list[tuple[str, str, int, str]]:
+    """(camera, split, scene number, photograph) for every photograph, each dealt to one camera and one split."""
+    named = [key for key in keys if key.rpartition("/")[2] in config.test]
+    if missing := set(config.test) - {key.rpartition("/")[2] for key in named}:
+        raise ValueError(f"test={sorted(missing)[0]}: no such photograph in {config.input}")
+    order = np.random.default_rng(config.seed).permutation(len(keys))
+    hands: dict[str, list[str]] = {camera: [] for camera in config.cameras}
+    for turn, index in enumerate(order):
+        hands[config.cameras[turn % len(config.cameras)]].append(keys[index])
+    dealt = []
+    for camera, hand in hands.items():
+        free = [key for key in hand if key not in named]
+        test = {key for key in hand if key in named} | set(free[: round(len(free) * config.test_fraction)])
+        dealt += [(camera, "Test" if key in test else "Train", n, key) for n, key in enumerate(hand, 1)]
+    return dealt
+
+
+def capture(
+    config: SimulateConfig, data: bytes, camera: SimulatedCamera, target: Place, folder: str, name: str
+) -> None:
+    """Write one scene: its HR capture beside its LR capture in every scale's folder."""
+    photo = images.decode(data)
+    longest = max(photo.shape[:2])
+    if config.longest_side and longest > config.longest_side:
+        photo = images.resize(photo, *images.shrunk_size(*photo.shape[:2], longest / config.longest_side))
+    seed = config.seed * 100_003 + int(name.rpartition("_")[2])
+    hr = images.encode_png(camera.capture(photo, 1.0, seed=seed))
+    for label, scale in config.scales.items():
+        target.write(f"{folder}/{label}/{name}_HR.png", hr)
+        lr = camera.capture(photo, scale, seed=seed)
+        target.write(f"{folder}/{label}/{name}_LR{label}.png", images.encode_png(lr))
+
+
+if __name__ == "__main__":
+    run(main, SimulateConfig, __doc__)
