@@ -1,0 +1,141 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from degflow import Degrader
+from degflow.degrader import pad
+from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork
+
+LEVELS = {"1": 1.0, "2": 2.1, "4": 3.75}
+
+
+@pytest.fixture(scope="module")
+def degrader():
+    torch.manual_seed(0)
+    autoencoder = ResidualAutoencoder(AutoencoderConfig(base_width=8, gate_init=0.5))
+    velocity = VelocityNetwork(VelocityConfig(width=16, blocks=1, multipliers=(1, 2)))
+    return Degrader(autoencoder, velocity, LEVELS)
+
+
+def pictures(count, height, width, seed=0):
+    return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (8, 100), (64, 64), (65, 63), (33, 17), (31, 128)])
+def test_every_size_from_8_up_comes_back_whole(degrader, height, width):
+    hr = pictures(2, height, width)
+    out = degrader(hr, torch.tensor([1.0, 3.0]))
+    assert out.shape == hr.shape
+    assert bool(out.isfinite().all())
+    assert float(out.abs().max()) <= 1
+
+
+def test_padding_reflects_and_repeats_where_the_image_is_small():
+    row = torch.arange(8.0).view(1, 1, 1, 8).expand(1, 3, 8, 8)
+    padded = pad(row, 32)
+    assert padded.shape == (1, 3, 32, 32)
+    wanted = np.pad(row[0, 0].numpy(), ((0, 24), (0, 24)), mode="reflect")
+    np.testing.assert_array_equal(padded[0, 0].numpy(), wanted)
+
+
+def test_scale_one_is_the_plain_reconstruction(degrader):
+    hr = pictures(1, 64, 64)
+    with torch.no_grad():
+        plain = degrader.autoencoder.decode(*degrader.autoencoder.encode(hr)).clamp(-1, 1)
+    torch.testing.assert_close(degrader(hr, torch.tensor([1.0])), plain)
+    torch.testing.assert_close(degrader(hr, torch.tensor([[1.0]]))[:, 0], plain)
+
+
+def test_an_image_does_not_depend_on_its_batch_mates(degrader):
+    hr = pictures(3, 40, 48)
+    scale = torch.tensor([1.3, 3.75, 2.2])
+    together = degrader(hr, scale)
+    for n in range(3):
+        torch.testing.assert_close(together[n : n + 1], degrader(hr[n : n + 1], scale[n : n + 1]), rtol=0, atol=1e-4)
+
+
+def test_several_scales_share_one_integration_and_do_not_change_each_other(degrader):
+    hr = pictures(2, 40, 48)
+    scales = torch.tensor([[1.0, 2.0, 3.5], [3.7, 1.2, 2.0]])
+    many = degrader(hr, scales)
+    assert many.shape == (2, 3, 3, 40, 48)
+    for n in range(3):
+        assert torch.equal(many[:, n], degrader(hr, scales[:, n : n + 1])[:, 0])
+    # The dense reading of a fine integration agrees with stopping there.
+    fine = degrader(hr, scales, steps=16)
+    for n in range(3):
+        torch.testing.assert_close(fine[:, n], degrader(hr, scales[:, n], steps=16), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_save_and_load_give_the_same_images(degrader, tmp_path, half):
+    uri = str(tmp_path / "d.safetensors")
+    degrader.save(uri, {"seed": 7}, half=half)
+    loaded = Degrader.load(uri)
+    hr = pictures(1, 48, 40)
+    tolerance = 0.02 if half else 0
+    torch.testing.assert_close(
+        loaded(hr, torch.tensor([2.5])), degrader(hr, torch.tensor([2.5])), rtol=0, atol=tolerance
+    )
+    assert loaded.levels == LEVELS
+    assert (loaded.low, loaded.high) == (1.0, 3.75)
+    assert loaded.provenance == {"seed": 7}
+    assert len(loaded.sha256) == 64
+    assert next(loaded.parameters()).dtype == torch.float32
+
+
+def test_the_file_describes_itself(degrader, tmp_path):
+    uri = str(tmp_path / "d.safetensors")
+    degrader.save(uri, {})
+    with safe_open(uri, "pt") as file:
+        description = json.loads(file.metadata()["degflow"])
+    assert description["kind"] == "degrader"
+    assert description["autoencoder"]["base_width"] == 8
+    assert description["velocity"]["width"] == 16
+    assert description["levels"] == LEVELS
+
+
+def test_pil_in_pil_out(degrader):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8))
+    out = degrader.degrade(picture, scale=2.7)
+    assert out.size == picture.size
+    assert out.mode == "RGB"
+
+
+@pytest.mark.parametrize("scale", [0.99, 3.76])
+def test_a_scale_outside_the_trained_range_is_refused(degrader, scale):
+    with pytest.raises(ValueError, match=rf"scale={scale}.*: must lie in the trained range \[1.0, 3.75\]"):
+        degrader(pictures(1, 16, 16), torch.tensor([scale], dtype=torch.float64))
+
+
+def test_a_picture_that_is_too_small_is_refused(degrader):
+    with pytest.raises(ValueError, match=r"20 x 7 pixels: each side must have at least 8"):
+        degrader.degrade(Image.new("RGB", (20, 7)), scale=2.0)
+
+
+def test_latent_channels_must_agree():
+    with pytest.raises(ValueError, match=r"velocity.latent_channels=6: must be the autoencoder's, 4"):
+        Degrader(
+            ResidualAutoencoder(AutoencoderConfig(base_width=8)),
+            VelocityNetwork(VelocityConfig(width=16, blocks=1, latent_channels=6)),
+            LEVELS,
+        )
+
+
+def test_rescaling_the_latent_changes_no_image(degrader):
+    hr = pictures(1, 32, 32)
+    autoencoder = ResidualAutoencoder(degrader.autoencoder.config)
+    autoencoder.load_state_dict(degrader.autoencoder.state_dict())
+    factor = torch.tensor([0.5, 2.0, 3.0, 0.1])
+    autoencoder.rescale_latent(factor)
+    with torch.no_grad():
+        before, skips = degrader.autoencoder.encode(hr)
+        after, _ = autoencoder.encode(hr)
+        torch.testing.assert_close(after, before * factor[:, None, None])
+        torch.testing.assert_close(
+            autoencoder.decode(after, skips), degrader.autoencoder.decode(before, skips), rtol=0, atol=1e-5
+        )

@@ -1,0 +1,103 @@
+import math
+
+import pytest
+import torch
+
+from degflow.flow import SOLVERS, integrate
+from degflow.trajectory import NaturalCubicSpline
+from tests import problems
+
+ORDERS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}
+END_TIMES = torch.tensor([1.0, 0.37, 0.8], dtype=torch.float64)
+
+
+def start():
+    return torch.tensor([[1.0, 0.5], [-2.0, 1.0], [0.3, 0.7]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(
+    ("velocity", "solution"), [(problems.decay, problems.decayed), (problems.rotation, problems.rotated)]
+)
+@pytest.mark.parametrize("dense", [False, True])
+def test_measured_order_of_convergence(solver, velocity, solution, dense):
+    exact = solution(start(), END_TIMES)
+    end_time = END_TIMES[:, None] if dense else END_TIMES
+    steps = (8, 16, 32)
+    errors = [
+        float((integrate(velocity, start(), end_time, steps=n, solver=solver).view(3, 2) - exact).norm()) for n in steps
+    ]
+    measured = math.log2(errors[-2] / errors[-1])
+    assert measured == pytest.approx(ORDERS[solver], abs=0.35)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_evaluation_is_at_a_time_of_its_own_sample(solver):
+    seen = []
+
+    def velocity(z, time):
+        seen.append(time)
+        return torch.zeros_like(z)
+
+    integrate(velocity, start(), END_TIMES, steps=2, solver=solver)
+    times = torch.stack(seen)
+    stages = {"euler": [0.0], "midpoint": [0.0, 0.5], "heun": [0.0, 1.0], "rk4": [0.0, 0.5, 0.5, 1.0]}[solver]
+    fractions = torch.tensor([(n + stage) / 2 for n in range(2) for stage in stages], dtype=torch.float64)
+    torch.testing.assert_close(times, fractions[:, None] * END_TIMES)
+
+
+def test_dense_output_reads_one_integration_at_many_times():
+    calls = 0
+
+    def velocity(z, time):
+        nonlocal calls
+        calls += 1
+        return problems.rotation(z, time)
+
+    times = torch.linspace(0, 1, 30, dtype=torch.float64).expand(3, -1)
+    out = integrate(velocity, start(), times, steps=8, solver="rk4")
+    assert calls == 8 * 4 + 1
+    for n in range(30):
+        torch.testing.assert_close(out[:, n], problems.rotated(start(), times[:, n]), rtol=0, atol=2e-3)
+
+
+def test_a_dense_result_does_not_depend_on_the_other_times():
+    many = torch.tensor([[0.2, 0.9, 0.5]] * 3, dtype=torch.float64)
+    together = integrate(problems.rotation, start(), many, steps=3, solver="heun")
+    alone = integrate(problems.rotation, start(), many[:, 1:2], steps=3, solver="heun")
+    assert torch.equal(together[:, 1], alone[:, 0])
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1)])
+def test_time_zero_returns_the_start_exactly(shape):
+    out = integrate(problems.rotation, start(), torch.zeros(shape, dtype=torch.float64), steps=2, solver="rk4")
+    assert torch.equal(out.view(3, 2), start())
+
+
+def test_integrating_the_splines_own_velocity_lands_on_every_knot():
+    knots = (0.0, 1 / 3, 1.0)
+    values = torch.randn(1, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    spline = NaturalCubicSpline(knots)
+
+    def velocity(z, time):
+        return spline.at(values.expand(len(z), -1, -1), time).velocity
+
+    for k, knot in enumerate(knots):
+        landed = integrate(velocity, values[:, 0], torch.tensor([knot], dtype=torch.float64), steps=30, solver="rk4")
+        torch.testing.assert_close(landed, values[:, k], rtol=0, atol=1e-8)
+    dense = integrate(velocity, values[:, 0], torch.tensor([knots], dtype=torch.float64), steps=30, solver="rk4")
+    torch.testing.assert_close(dense, values, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"solver": "rk45"}, r"solver=rk45: must be one of euler, midpoint, heun, rk4"),
+        ({"steps": 0}, r"steps=0: must be at least 1"),
+        ({"end_time": torch.tensor([0.5, 1.2, 0.1])}, r"end_time from 0.1.* to 1.2.*: must lie in \[0, 1\]"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    arguments = {"end_time": END_TIMES, **arguments}
+    with pytest.raises(ValueError, match=message):
+        integrate(problems.decay, start(), **arguments)

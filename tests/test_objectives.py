@@ -1,0 +1,112 @@
+import torch
+from torch import nn
+
+from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork
+from degflow.objectives import LFMObjective, RAEObjective, to_float
+from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear
+
+KNOTS = (0.0, 1 / 3, 1.0)
+
+
+def crops(count=4, side=16):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 3, 3, side, side), generator=generator, dtype=torch.uint8)
+
+
+def autoencoder(**settings):
+    torch.manual_seed(0)
+    return ResidualAutoencoder(AutoencoderConfig(base_width=8, multipliers=(1, 2, 2), gate_init=0.5, **settings))
+
+
+class Oracle(nn.Module):
+    """Knows each sample's path, and returns its velocity, moved by an offset."""
+
+    def __init__(self, path, values, offset=0.0):
+        super().__init__()
+        self.path, self.values, self.offset = path, values, offset
+
+    def forward(self, latent, time):
+        return self.path.at(self.values, time).velocity + self.offset
+
+
+class Recorder(nn.Module):
+    """A stand-in for LPIPS that keeps what it was asked to compare."""
+
+    def forward(self, image, reference):
+        self.image, self.reference = image, reference
+        return (image - reference).square().mean((1, 2, 3))
+
+
+def latents_of(network, images):
+    image = to_float(images)
+    return torch.stack([network.encode(image[:, level])[0] for level in range(images.shape[1])], 1).detach()
+
+
+def oracle_objective(path_type=NaturalCubicSpline, offset=0.0, **settings):
+    network, images = autoencoder(), crops()
+    path = path_type(KNOTS)
+    oracle = Oracle(path, latents_of(network, images), offset)
+    return LFMObjective(network, oracle, path, **settings), images
+
+
+def test_rae_loss_is_the_l1_of_the_drawn_level_decoded_with_hr_skips():
+    network, images = autoencoder(), crops(3)
+    draw = torch.tensor([0.0, 0.4, 0.99])  # levels 0, 1, 2
+    losses = RAEObjective(network)(images=images, draw=draw)
+    image = to_float(images)
+    errors = []
+    for sample, level in enumerate((0, 1, 2)):
+        _, skips = network.encode(image[sample : sample + 1, 0])
+        latent, _ = network.encode(image[sample : sample + 1, level])
+        errors.append((network.decode(latent, skips) - image[sample : sample + 1, level]).abs().mean())
+    torch.testing.assert_close(losses.total, torch.stack(errors).mean())
+    losses.total.backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+def test_an_oracle_velocity_has_zero_flow_loss_on_either_path():
+    for path_type in (NaturalCubicSpline, PiecewiseLinear):
+        objective, images = oracle_objective(path_type)
+        losses = objective(images=images, draw=torch.tensor([0.0, 0.2, 0.5, 0.999]))
+        assert float(losses.total) < 1e-10
+
+
+def test_flow_loss_is_the_mean_squared_velocity_error():
+    objective, images = oracle_objective(offset=0.5)
+    losses = objective(images=images, draw=torch.rand(4))
+    torch.testing.assert_close(losses.total, torch.tensor(0.25), rtol=1e-4, atol=0)
+
+
+def test_perceptual_term_compares_the_next_levels_image_with_its_own_decoding_under_the_true_velocity():
+    perceptual = Recorder()
+    objective, images = oracle_objective(perceptual=perceptual, weight=0.1)
+    draw = torch.tensor([0.0, 0.2, 0.4, 0.9])
+    losses = objective(images=images, draw=draw)
+    image, next_level = to_float(images), torch.tensor([1, 1, 2, 2])
+    target = image[torch.arange(4), next_level]
+    assert torch.equal(perceptual.reference, target)
+    _, skips = objective.autoencoder.encode(image[:, 0])
+    wanted = objective.autoencoder.decode(objective.autoencoder.encode(target)[0], skips)
+    torch.testing.assert_close(perceptual.image, wanted, rtol=0, atol=1e-4)
+    torch.testing.assert_close(losses.total, 0.1 * losses.parts["lpips"] + losses.parts["cfm"])
+
+
+def test_perceptual_samples_limits_the_term_and_weight_zero_leaves_it_out():
+    perceptual = Recorder()
+    objective, images = oracle_objective(perceptual=perceptual, perceptual_samples=2)
+    objective(images=images, draw=torch.rand(4))
+    assert len(perceptual.image) == 2
+    objective, images = oracle_objective(perceptual=perceptual, weight=0.0)
+    assert "lpips" not in objective(images=images, draw=torch.rand(4)).parts
+
+
+def test_only_the_velocity_network_is_trained_and_the_frozen_parts_stay_in_eval_mode():
+    network, images = autoencoder(), crops(side=16)
+    velocity = VelocityNetwork(VelocityConfig(width=16, multipliers=(1, 1), blocks=1))
+    objective = LFMObjective(network, velocity, NaturalCubicSpline(KNOTS), Recorder())
+    objective.train()
+    assert velocity.training
+    assert not network.training
+    objective(images=images, draw=torch.rand(4)).total.backward()
+    assert all(parameter.grad is not None for parameter in velocity.parameters())
+    assert all(parameter.grad is None for parameter in network.parameters())
