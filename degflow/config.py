@@ -1,10 +1,11 @@
 """Configuration: dataclass defaults <- YAML file <- `key=value` arguments; and the frame that every job runs in."""
 
+import copy
 import dataclasses
 import os
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from omegaconf import OmegaConf
@@ -16,7 +17,7 @@ T = TypeVar("T")
 def option(default: Any, meaning: str) -> Any:
     """A dataclass field with its default and the line that `--help` prints for it."""
     if isinstance(default, (dict, list)) or (dataclasses.is_dataclass(default) and not isinstance(default, type)):
-        return dataclasses.field(default_factory=lambda: default, metadata={"meaning": meaning})
+        return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata={"meaning": meaning})
     return dataclasses.field(default=default, metadata={"meaning": meaning})
 
 
@@ -28,6 +29,9 @@ def required(meaning: str) -> Any:
 def load(schema: type[T], arguments: Sequence[str]) -> T:
     """Build a configuration.
 
+    A value is read as YAML, except that a word for a text field is taken literally: `output=007` is the folder 007.
+    Lists and dicts are given whole, and replace the default; the labels of a dict may be written as numbers.
+
     Args:
         schema: a dataclass whose fields were made by `option` or `required`.
         arguments: `key=value` words; `config=FILE` names a YAML file that they override.
@@ -36,15 +40,11 @@ def load(schema: type[T], arguments: Sequence[str]) -> T:
         ValueError: unknown key, value of the wrong type, broken rule, missing required key or file.
     """
     words = list(arguments)
-    if wrong := [word for word in words if "=" not in word]:
+    if wrong := [word for word in words if not word.partition("=")[0] or "=" not in word]:
         raise ValueError(f"argument {wrong[0]!r}: must be key=value (see --help)")
     files = [word.partition("=")[2] for word in words if word.startswith("config=")]
     words = [word for word in words if not word.startswith("config=")]
-    try:
-        parts = [_yaml(file) for file in files] + [OmegaConf.from_dotlist(words)]
-        loaded = cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), *parts)))
-    except OmegaConfBaseException as error:
-        raise ValueError(_explain(error)) from None
+    loaded = _build(schema, [_file(file) for file in files] + [_word(schema, word) for word in words])
     for name, value, field in _leaves(loaded):
         if field.metadata.get("required") and not value:
             raise ValueError(f"{name}: must be given ({field.metadata['meaning']})")
@@ -53,10 +53,7 @@ def load(schema: type[T], arguments: Sequence[str]) -> T:
 
 def parse(schema: type[T], values: dict[str, Any]) -> T:
     """A configuration from plain values, e.g. those stored in a checkpoint; unknown keys are errors."""
-    try:
-        return cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values)))
-    except OmegaConfBaseException as error:
-        raise ValueError(_explain(error)) from None
+    return _build(schema, [values])
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -74,7 +71,7 @@ def read(text: str) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(text)))
 
 
-def run(main: Callable[[T], None], schema: type[T], about: str, arguments: Sequence[str] | None = None) -> None:
+def run(main: Callable[[T], None], schema: type[T], about: str | None, arguments: Sequence[str] | None = None) -> None:
     """Run a job: `--help`, configuration, `main(config)`, and an exit code that scripts can trust.
 
     Exits with 0 after success, 2 for a bad configuration, 1 when the job failed; the last line on stderr says why.
@@ -82,7 +79,7 @@ def run(main: Callable[[T], None], schema: type[T], about: str, arguments: Seque
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if {"--help", "-h", "help"} & set(words):
-        print(usage(schema, about))
+        print(usage(schema, about or ""))
         return
     try:
         config = load(schema, words)
@@ -112,11 +109,14 @@ def usage(schema: type, about: str) -> str:
 
 
 def _short(value: Any) -> str:
+    """A value as a user would write it."""
     if isinstance(value, (tuple, list)):
-        return "[" + ",".join(map(str, value)) + "]"
+        return "[" + ",".join(map(_short, value)) + "]"
     if isinstance(value, dict):
-        return "{" + ",".join(f"{key}: {item}" for key, item in value.items()) + "}"
-    return {True: "true", False: "false", None: "null"}.get(value, str(value)) if not isinstance(value, (int, float)) or isinstance(value, bool) else str(value)
+        return "{" + ", ".join(f"{key}: {_short(item)}" for key, item in value.items()) + "}"
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _leaves(config: Any, prefix: str = "") -> typing.Iterator[tuple[str, Any, dataclasses.Field]]:
@@ -128,13 +128,84 @@ def _leaves(config: Any, prefix: str = "") -> typing.Iterator[tuple[str, Any, da
             yield f"{prefix}{field.name}", value, field
 
 
-def _yaml(file: str) -> Any:
+def _build(schema: type[T], parts: Sequence[dict[str, Any]]) -> T:
+    """The schema's defaults <- each part in turn."""
+    try:
+        config = OmegaConf.structured(schema)
+        for part in parts:
+            values = _prepare(schema, part)
+            _empty_dicts(config, values)
+            config = OmegaConf.merge(config, values)
+        return cast(T, OmegaConf.to_object(config))
+    except OmegaConfBaseException as error:
+        raise ValueError(_explain(error)) from None
+
+
+def _prepare(schema: type, values: Mapping[Any, Any], prefix: str = "") -> dict[Any, Any]:
+    """Check that lists, dicts and groups of keys are given as such, and turn the labels of dicts into text."""
+    types, prepared = typing.get_type_hints(schema), dict(values)
+    for name, value in values.items():
+        kind, key = types.get(name), f"{prefix}{name}"
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{key}={_short(value)}: must be a group of keys, as {key}.NAME=VALUE")
+            prepared[name] = _prepare(cast(type, kind), value, f"{key}.")
+        elif typing.get_origin(kind) is dict:
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{key}={_short(value)}: must be a dict, as {key}='{{LABEL: VALUE}}'")
+            prepared[name] = {str(label): item for label, item in value.items()}
+        elif typing.get_origin(kind) in (tuple, list) and not isinstance(value, (tuple, list)):
+            raise ValueError(f"{key}={_short(value)}: must be a list, as {key}=[VALUE,VALUE]")
+    return prepared
+
+
+def _empty_dicts(config: Any, values: dict[Any, Any]) -> None:
+    """Empty the dict fields that `values` gives: merging would keep the default's entries beside the new ones."""
+    OmegaConf.set_readonly(config, False)  # nodes of frozen dataclasses are
+    for name, value in values.items():
+        kind = OmegaConf.get_type(config, name) if name in config else None
+        if kind is dict:
+            config[name] = {}
+        elif isinstance(value, dict) and dataclasses.is_dataclass(kind):
+            _empty_dicts(config[name], value)
+
+
+def _word(schema: type, word: str) -> dict[str, Any]:
+    """`a.b=value` -> {"a": {"b": value}}."""
+    key, _, text = word.partition("=")
+    names, kind = key.split("."), cast(Any, schema)
+    for depth, name in enumerate(names):
+        if typing.get_origin(kind) is dict:
+            whole = ".".join(names[:depth])
+            raise ValueError(f"{key}={text}: {whole} is given whole, as {whole}='{{LABEL: VALUE}}'")
+        kind = typing.get_type_hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
+    values: Any = text if kind is str else _yaml(text, word)
+    for name in reversed(names):
+        values = {name: values}
+    return values
+
+
+def _file(file: str) -> dict[str, Any]:
     if not os.path.isfile(file):
         raise ValueError(f"config={file}: no such file")
     try:
-        return OmegaConf.load(file)
+        values = OmegaConf.to_container(OmegaConf.load(file))
+    except Exception as error:  # the YAML parser's own, a broken encoding, an unreadable file
+        raise ValueError(f"config={file}: {_line(error)}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"config={file}: must hold keys and values, as in KEY: VALUE")
+    return cast(dict[str, Any], values)
+
+
+def _yaml(text: str, word: str) -> Any:
+    try:
+        return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"])))["value"]
     except Exception as error:
-        raise ValueError(f"config={file}: {error}") from None
+        raise ValueError(f"{word}: not YAML: {_line(error)}") from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _explain(error: OmegaConfBaseException) -> str:

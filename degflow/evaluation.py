@@ -30,13 +30,13 @@ def luma(image: Tensor) -> Tensor:
 
 def psnr(image: Tensor, reference: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB, "B 3 H W" twice -> "B" float64; inf for equal images."""
-    a, b = _shaved(image, reference)
+    a, b = _shaved(image, reference, 1)
     return 10 * torch.log10(255**2 / (a - b).square().mean((1, 2)))
 
 
 def ssim(image: Tensor, reference: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004, uniform 7 x 7 window), "B 3 H W" twice -> "B" float64."""
-    a, b = (part[:, None] for part in _shaved(image, reference))
+    a, b = (part[:, None] for part in _shaved(image, reference, 7))
     mean_a, mean_b = F.avg_pool2d(a, 7, 1), F.avg_pool2d(b, 7, 1)
     unbiased = 49 / 48
     var_a = unbiased * (F.avg_pool2d(a * a, 7, 1) - mean_a**2)
@@ -47,9 +47,14 @@ def ssim(image: Tensor, reference: Tensor) -> Tensor:
     return index.mean((1, 2, 3))
 
 
-def _shaved(image: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+def _shaved(image: Tensor, reference: Tensor, smallest: int) -> tuple[Tensor, Tensor]:
     if image.shape != reference.shape:
         raise ValueError(f"image {tuple(image.shape)} and reference {tuple(reference.shape)}: must have one shape")
+    if min(image.shape[-2:]) < 2 * SHAVE + smallest:
+        raise ValueError(
+            f"image {tuple(image.shape)}: sides must be at least {2 * SHAVE + smallest} "
+            f"({SHAVE} pixels are shaved from each border)"
+        )
     inner = slice(SHAVE, -SHAVE)
     return luma(image)[:, inner, inner], luma(reference)[:, inner, inner]
 
@@ -104,7 +109,7 @@ def measure(
         scenes: captured scenes with the levels' images.
         levels: label -> scale, in the scenes' order; label 1 (HR) is what the methods start from.
         perceptual: LPIPS, or None to leave it out (NaN).
-        crop: side of the central crop; 0 takes whole images.
+        crop: side of the central crop (smaller where a scene is); 0 takes whole images.
         solver: `steps`, `solver` of the degrader.
     """
     labels = [label for label in levels if label != "1"]
@@ -112,7 +117,7 @@ def measure(
     for scene, pixels in zip(scenes.scenes, scenes.pixels, strict=True):
         real = images.to_tensor(_center(pixels, crop)).to(device)
         hr = real[:1]
-        scales = torch.tensor([[levels[label] for label in labels]])
+        scales = torch.tensor([[levels[label] for label in labels]], dtype=torch.float64)
         generated = degrader(hr, scales, **solver)[0]  # type: ignore[arg-type]
         for n, label in enumerate(labels):
             lr = real[n + 1 : n + 2]
@@ -129,13 +134,18 @@ def measure(
 def _center(pixels: np.ndarray, crop: int) -> np.ndarray:
     if not crop:
         return pixels
-    top, left = ((side - crop) // 2 for side in pixels.shape[1:3])
+    top, left = (max(0, side - crop) // 2 for side in pixels.shape[1:3])
     return pixels[:, top : top + crop, left : left + crop]
 
 
 def fidelity_table(measurements: Sequence[Measurement]) -> str:
     """Markdown: a row per level, mean PSNR / SSIM / LPIPS of each method over the scenes."""
-    titles = {"generated": "generated", "hr": "HR unchanged", "bicubic": "bicubic", "autoencoder": "autoencoder's limit"}
+    titles = {
+        "generated": "generated",
+        "hr": "HR unchanged",
+        "bicubic": "bicubic",
+        "autoencoder": "autoencoder's limit",
+    }
     lines = ["| scale | " + " | ".join(titles.values()) + " | captured LR to HR | generated to HR |"]
     lines.append("|---" * (len(titles) + 3) + "|")
     for label in dict.fromkeys(row.label for row in measurements):
@@ -157,14 +167,18 @@ def _mean(rows: Sequence[Measurement], name: str, form: str) -> str:
     return form.format(float(np.mean([getattr(row, name) for row in rows])))
 
 
-def sweep(degrader: Degrader, scenes: SceneImages, count: int, crop: int = 0, **solver: int | str) -> dict[float, float]:
+def sweep(
+    degrader: Degrader, scenes: SceneImages, count: int, crop: int = 0, **solver: int | str
+) -> dict[float, float]:
     """Mean PSNR in dB of generated LR against HR, on an even grid of `count` scales over the trained range."""
     scales = torch.linspace(degrader.low, degrader.high, count, dtype=torch.float64)
     totals = torch.zeros(count, dtype=torch.float64)
+    device = next(degrader.parameters()).device
     for pixels in scenes.pixels:
-        hr = images.to_tensor(_center(pixels, crop)[:1])
+        hr = images.to_tensor(_center(pixels, crop)[:1]).to(device)
         for part in torch.arange(count).split(8):
-            totals[part] += psnr(degrader(hr, scales[None, part], **solver)[0], hr.expand(len(part), -1, -1, -1))  # type: ignore[arg-type]
+            made = degrader(hr, scales[None, part], **solver)[0]  # type: ignore[arg-type]
+            totals[part] += psnr(made, hr.expand(len(part), -1, -1, -1)).cpu()
     return dict(zip(scales.tolist(), (totals / len(scenes)).tolist(), strict=True))
 
 
@@ -190,15 +204,13 @@ def reconstruction(
     return scalars, contact_sheet(columns)
 
 
-def generation(
-    degrader: Degrader, crops: Tensor, labels: Sequence[str]
-) -> tuple[dict[str, float], np.ndarray]:
-    """PSNR of generated against real LR at every trained level, and a picture: HR | real and generated LR ... | between."""
+def generation(degrader: Degrader, crops: Tensor, labels: Sequence[str]) -> tuple[dict[str, float], np.ndarray]:
+    """PSNR of generated against real LR at every trained level, and a picture: HR | real and generated LR | between."""
     device = next(degrader.parameters()).device
     image = to_float(crops.to(device))
     scales = [degrader.levels[label] for label in labels[1:]]
     between = [(a + b) / 2 for a, b in zip(list(degrader.levels.values()), scales, strict=False)]
-    made = degrader(image[:, 0], torch.tensor([scales + between]).expand(len(image), -1))
+    made = degrader(image[:, 0], torch.tensor([scales + between], dtype=torch.float64).expand(len(image), -1))
     scalars, columns = {}, [("HR", image[:, 0])]
     for n, label in enumerate(labels[1:]):
         scalars[f"x{label}"] = float(psnr(made[:, n], image[:, n + 1]).mean())

@@ -4,6 +4,7 @@ import importlib.util
 import io
 import pickle
 import urllib.error
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -31,11 +32,13 @@ class Perceptual(nn.Module):
         super().__init__()
         lpips = _import_lpips()
         file = Path(weights) if weights else _packaged(network)
-        if file is None:
-            self.metric = _downloaded(lpips, network)
-        else:
-            self.metric = lpips.LPIPS(net=network, pnet_rand=True, verbose=False)
-            _fill_backbone(self.metric.net, _read_backbone(file), file)
+        backbone = _read_backbone(file) if file else []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # lpips calls torchvision by names that it has renamed
+            metric = lpips.LPIPS(net=network, pnet_rand=True, verbose=False) if file else _downloaded(lpips, network)
+        if file:
+            _fill_backbone(metric.net, backbone, file)
+        self.metric = metric
         self.metric.requires_grad_(False).eval()
 
     def forward(self, image: Tensor, reference: Tensor) -> Tensor:
@@ -84,7 +87,7 @@ def _packaged(network: Network) -> Path | None:
     return next((path for folder in folders for path in sorted(Path(folder).rglob(name))), None)
 
 
-def _downloaded(lpips: Any, network: Network) -> nn.Module:
+def _downloaded(lpips: Any, network: Network) -> Any:
     try:
         return lpips.LPIPS(net=network, verbose=False)
     except (urllib.error.URLError, OSError, RuntimeError) as error:
@@ -101,12 +104,24 @@ def _read_backbone(file: Path) -> list[Tensor]:
     except OSError as error:
         raise ValueError(f"lpips_weights={file}: {error.strerror or error}") from None
     try:
-        if data[:2] == b"PK":
-            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-            return [tensor for name, tensor in state.items() if name.startswith("features.")]
+        if data.startswith(_TORCH_FORMATS):
+            return list(_features(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)))
         return list(_convolutions(_NumpyUnpickler(io.BytesIO(data)).load()))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, TypeError, LookupError, StopIteration) as error:
-        raise ValueError(f"lpips_weights={file}: no readable weights ({type(error).__name__}: {error})") from None
+    except Exception as error:  # damaged and foreign pickles raise whatever their bytes happen to call for
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise ValueError(f"lpips_weights={file}: no readable weights ({reason})") from None
+
+
+# A zip archive, and torch's older format, in which torchvision's VGG-16 is distributed: a pickle of its magic number.
+_TORCH_FORMATS = (b"PK", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.")
+
+
+def _features(state: dict[str, Tensor]) -> Iterator[Tensor]:
+    """Weights and biases of torchvision's {"features.0.weight": OIHW, "features.0.bias": O, ...}, layer by layer."""
+    layers = sorted({int(name.split(".")[1]) for name in state if name.startswith("features.")})
+    for layer in layers:
+        yield state[f"features.{layer}.weight"].float()
+        yield state[f"features.{layer}.bias"].float()
 
 
 def _convolutions(tree: dict[str, Any]) -> Iterator[Tensor]:
@@ -122,8 +137,8 @@ class _NumpyUnpickler(pickle.Unpickler):
     """Admits numpy arrays and nothing that could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in ("_reconstruct", "scalar"):
-            return getattr(np._core.multiarray, name)  # type: ignore[attr-defined]
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
+            return np.empty(0).__reduce__()[0]
         if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
             return getattr(np, name)
         raise pickle.UnpicklingError(f"refused {module}.{name}: only numpy arrays are read")
@@ -134,7 +149,9 @@ def _fill_backbone(backbone: nn.Module, weights: list[Tensor], file: Path) -> No
     targets = [parameter for module in convolutions for parameter in (module.weight, module.bias)]
     shapes = [tuple(parameter.shape) for parameter in targets if parameter is not None]
     if [tuple(weight.shape) for weight in weights] != shapes:
-        raise ValueError(f"lpips_weights={file}: holds {len(weights)} tensors, not the {len(shapes)} of this backbone")
+        raise ValueError(
+            f"lpips_weights={file}: holds {len(weights)} tensors, not the {len(shapes)} of this backbone in its shapes"
+        )
     with torch.no_grad():
         for target, weight in zip(targets, weights, strict=True):
             if target is not None:

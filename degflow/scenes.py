@@ -1,6 +1,6 @@
 """RealSR-like scene folders -> random aligned crops at every level.
 
-1. `find_scenes` lists a tree `ROOT/2/ID_HR.png, ROOT/2/ID_LR2.png, ROOT/4/...` and keeps the ids present at every level.
+1. `find_scenes` lists a tree `ROOT/2/ID_HR.png, ROOT/2/ID_LR2.png, ROOT/4/...` and keeps the ids that every level has.
 2. `SceneImages` decodes each image once, checks that a scene has one size, and keeps the pixels (in memory, or in
    memory-mapped files that all processes of a machine share), where random crops are cheap.
 3. `AlignedCrops` cuts the same crop, with the same flips, from every level. Sample number n is a function of (seed, n)
@@ -10,10 +10,12 @@
 import hashlib
 import os
 import re
+import uuid
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +27,7 @@ from tqdm import tqdm
 
 from degflow import images
 from degflow.config import option, required
-from degflow.storage import Place
+from degflow.storage import Place, etag_of
 
 HR_LABEL = "1"
 
@@ -60,7 +62,7 @@ def check_levels(levels: dict[str, float]) -> None:
     scales = list(levels.values())
     if next(iter(levels), None) != HR_LABEL or len(levels) < 2:
         raise ValueError(f"levels={levels}: must begin with label {HR_LABEL} (HR) and name at least one more")
-    if any(b <= a for a, b in zip(scales, scales[1:], strict=False)):
+    if any(b <= a for a, b in pairwise(scales)):
         raise ValueError(f"levels={levels}: scales must increase")
 
 
@@ -94,7 +96,9 @@ def find_scenes(uri: str, labels: Sequence[str]) -> tuple[list[Scene], dict[str,
     if not complete:
         expected = f"{wanted[0]}/ID_HR.png and {wanted[0]}/ID_LR{wanted[0]}.png"
         counts = ", ".join(f"{label}: {len(files)}" for label, files in listing.items())
-        raise ValueError(f"data={uri}: no scene has every level of {list(labels)} (found {counts}); expected {expected}")
+        raise ValueError(
+            f"data={uri}: no scene has every level of {list(labels)} (found {counts}); expected {expected}"
+        )
     scenes = [Scene(name, tuple(listing[label][name] for label in labels)) for name in complete]
     return scenes, {label: names for label, names in missing.items() if names}
 
@@ -121,27 +125,38 @@ class SceneImages:
 
     def describe(self) -> str:
         """One line: how many scenes, how many were left out and the first of them by name."""
-        sizes = Counter(f"{array.shape[2]} x {array.shape[1]}" for array in self.pixels).most_common(3)
-        line = f"{len(self)} scenes at levels {', '.join(self.config.levels)} ({', '.join(size for size, _ in sizes)}, ...)"
+        sizes = Counter(f"{array.shape[2]} x {array.shape[1]}" for array in self.pixels).most_common()
+        shown = ", ".join([size for size, _ in sizes[:3]] + ["..."] * (len(sizes) > 3))
+        line = f"{len(self)} scenes at levels {', '.join(self.config.levels)} ({shown})"
         for label, names in self.missing.items():
             line += f"; {len(names)} without level {label}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
         return line
 
     def _load(self, scene: Scene) -> np.ndarray:
-        if not self.config.cache:
-            return self._decode(scene)
-        identity = "\n".join((self.config.data, str(self.config.resize_lr), *map(self._version, scene.files)))
+        pixels = self._cached(scene) if self.config.cache else self._decode(scene)
+        height, width = pixels.shape[1:3]
+        if min(height, width) < self.config.crop:
+            file = self.place.uri_of(scene.files[0])
+            raise ValueError(f"{file}: {width} x {height} pixels, smaller than crop={self.config.crop}")
+        return pixels
+
+    def _cached(self, scene: Scene) -> np.ndarray:
+        root = self.place.fs.unstrip_protocol(self.place.root)
+        identity = "\n".join((root, str(self.config.resize_lr), *map(self._version, scene.files)))
         path = Path(self.config.cache) / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npy"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(f".{os.getpid()}.npy")
-            np.save(temporary, self._decode(scene))
-            os.replace(temporary, path)
+            temporary = path.with_suffix(f".{uuid.uuid4().hex}.npy")
+            try:
+                np.save(temporary, self._decode(scene))
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
         return np.load(path, mmap_mode="r", allow_pickle=False)
 
     def _version(self, key: str) -> str:
         info = self.place.fs.info(self.place.path(key))
-        return f"{key} {info.get('size')} {info.get('ETag') or info.get('mtime') or ''}"
+        return f"{key} {info.get('size')} {etag_of(info)}"
 
     def _decode(self, scene: Scene) -> np.ndarray:
         levels = []
@@ -155,8 +170,6 @@ class SceneImages:
 
     def _fit(self, pixels: np.ndarray, hr_shape: tuple[int, ...], key: str) -> np.ndarray:
         height, width = hr_shape[:2]
-        if min(height, width) < self.config.crop:
-            raise ValueError(f"{self.place.uri_of(key)}: {width} x {height} pixels, smaller than crop={self.config.crop}")
         if pixels.shape == hr_shape:
             return pixels
         size = f"{pixels.shape[1]} x {pixels.shape[0]} pixels, its HR image {width} x {height}"

@@ -6,6 +6,7 @@ Every filesystem of degflow is opened here. Objects are written whole: a reader 
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +38,8 @@ class Place:
     def __init__(self, uri: str):
         if not uri:
             raise ValueError("an empty URI names no place")
-        self.uri = uri.rstrip("/") or "/"
+        bare = uri.rstrip("/")
+        self.uri = uri if bare.endswith(":") and "://" in uri else bare or "/"
         self.fs, root = fsspec.core.url_to_fs(self.uri)
         self.root = root.rstrip("/")
         self.local = isinstance(self.fs, LocalFileSystem)
@@ -48,7 +50,7 @@ class Place:
 
     def uri_of(self, name: str) -> str:
         """The URI of a file below this place."""
-        return f"{self.uri}/{name}"
+        return f"{self.uri}{name}" if self.uri.endswith("/") else f"{self.uri}/{name}"
 
     def read(self, name: str) -> bytes:
         """All bytes of a file; FileNotFoundError or another OSError names it."""
@@ -60,9 +62,9 @@ class Place:
         if not self.local:
             self.fs.pipe_file(path, data)
             return
-        folder, base = os.path.split(path)
+        folder = os.path.dirname(path)
         os.makedirs(folder, exist_ok=True)
-        temporary = f"{folder}/.{base[:200]}.{uuid.uuid4().hex}"
+        temporary = f"{folder}/.{uuid.uuid4().hex}"
         try:
             with open(temporary, "wb") as file:
                 file.write(data)
@@ -80,8 +82,14 @@ class Place:
 
     def delete(self, name: str) -> None:
         """Delete a file, or a folder with all below it, if it is there."""
-        if self.exists(name):
-            self.fs.rm(self.path(name), recursive=True)
+        path = self.path(name)
+        if not self.exists(name):
+            return
+        if self.local:
+            self.fs.rm(path, recursive=True)
+            return
+        for found in [path] if self.fs.isfile(path) else self.fs.find(path):  # rm would take [ ] * ? for a pattern
+            self.fs.rm_file(found)
 
     def files(self, name: str = "") -> list[Source]:
         """All files below a folder of this place, sorted by key; empty when there is no such folder."""
@@ -107,6 +115,8 @@ def etag_of(info: dict[str, Any]) -> str:
 def split_uri(uri: str) -> tuple[Place, str]:
     """The place that holds a file, and the file's name in it."""
     folder, _, name = uri.rpartition("/")
+    if folder.endswith(":/"):  # directly below a filesystem's root, e.g. memory://name
+        folder += "/"
     return Place(folder or ("/" if uri.startswith("/") else ".")), name
 
 
@@ -133,14 +143,35 @@ def load_checkpoint(uri: str, kind: str) -> tuple[dict[str, Tensor], dict[str, A
     place, name = split_uri(uri)
     try:
         data = place.read(name)
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise ValueError(f"{uri}: no such file") from None
     try:
         tensors = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         description = json.loads(header["__metadata__"]["degflow"])
-    except (SafetensorError, KeyError, ValueError, OverflowError) as error:
+        found = description["kind"]
+    except (SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{uri}: not a degflow checkpoint ({type(error).__name__}: {error})") from None
-    if description.get("kind") != kind:
-        raise ValueError(f"{uri}: holds a {description.get('kind')}, where a {kind} is needed")
+    if found != kind:
+        raise ValueError(f"{uri}: of kind {found!r}, where {kind!r} is needed")
     return tensors, description, hashlib.sha256(data).hexdigest()
+
+
+def upload(place: Place, file: str, name: str) -> None:
+    """Put a local file at a place, whole as with `Place.write`, without holding it in memory."""
+    path = place.path(name)
+    if not place.local:
+        place.fs.put_file(file, path)
+        return
+    folder, base = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    temporary = f"{folder}/.{base[:200]}.{uuid.uuid4().hex}"
+    try:
+        with open(file, "rb") as source, open(temporary, "wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+            target.flush()
+            os.fsync(target.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

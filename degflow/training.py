@@ -1,13 +1,16 @@
 """fit(): one training loop on Accelerate for any objective. It knows nothing of degradation.
 
 What a step sees is a function of (seed, step, place in the global batch): sample number `step * batch + place` of an
-endless sequence. The learning rate is a function of the step. A checkpoint is therefore weights, optimiser state, EMA and
-the step, and a resumed training goes on as if it had never stopped.
+endless sequence. The learning rate is a function of the step. A checkpoint is therefore weights, optimiser state, EMA
+and the step, and a resumed training goes on as if it had never stopped.
 """
 
+import hashlib
 import io
 import math
 import re
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -15,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
@@ -23,7 +26,7 @@ from tqdm import tqdm
 from degflow import config as configuration
 from degflow import images
 from degflow.config import option
-from degflow.storage import Place
+from degflow.storage import Place, split_uri
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,12 @@ class FitConfig:
     validate_every: int = option(2000, "steps between validations (scalars and a picture); also at the end")
     save_every: int = option(2000, "steps between checkpoints; also at the end")
     keep: int = option(2, "checkpoints to keep")
-    resume: Literal["auto", "never"] = option("auto", "auto: go on from the newest checkpoint in output")
-    start_from: str = option("", "checkpoint whose weights replace the initial ones (same network)")
+    resume: Literal["auto", "never"] = option(
+        "auto", "auto: go on from the newest checkpoint in output; never: drop its checkpoints and start over"
+    )
+    start_from: str = option(
+        "", "checkpoint (checkpoints/step-N.pt) whose averaged weights replace the initial ones; same network"
+    )
 
     def __post_init__(self):
         for name in ("steps", "batch", "accumulate", "log_every", "validate_every", "save_every", "keep"):
@@ -57,10 +64,14 @@ class FitConfig:
         for name in ("learning_rate", "final_learning_rate"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"fit.{name}={getattr(self, name)}: must be above 0")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"fit.ema={self.ema}: must lie in [0, 1)")
-        if self.clip < 0 or self.warmup < 0 or self.workers < 0:
-            raise ValueError(f"fit.clip={self.clip}, warmup={self.warmup}, workers={self.workers}: must not be negative")
+        for name in ("ema", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"fit.{name}={getattr(self, name)}: must lie in [0, 1)")
+        for name in ("clip", "warmup", "workers", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"fit.{name}={getattr(self, name)}: must not be negative")
+        if self.batch % self.accumulate:
+            raise ValueError(f"fit.batch={self.batch}: must be a multiple of fit.accumulate={self.accumulate}")
 
 
 class Validation(NamedTuple):
@@ -99,31 +110,61 @@ def fit(
         On the main process the averaged network, in eval mode on the CPU; None on the others.
     """
     accelerator = Accelerator(mixed_precision=config.precision)
+    _check_launch(accelerator, config)
+    run = _Run(accelerator, objective, config, Place(output), settings)
+    run.open()
+    try:
+        _train(run, samples, validate)
+    finally:
+        run.close()
+    accelerator.wait_for_everyone()
+    result = Progress(run.step, run.averaged().cpu()) if accelerator.is_main_process else None
+    accelerator.end_training()
+    return result
+
+
+def _check_launch(accelerator: Accelerator, config: FitConfig) -> None:
     if config.batch % (accelerator.num_processes * config.accumulate):
         raise ValueError(
             f"fit.batch={config.batch}: must be a multiple of processes x fit.accumulate = "
             f"{accelerator.num_processes} x {config.accumulate}"
         )
-    run = _Run(accelerator, objective, config, Place(output), settings)
-    run.open()
-    loader = run.loader(samples)
-    bar = tqdm(total=config.steps, initial=run.step, disable=not accelerator.is_main_process, unit="step", smoothing=0.05)
-    while run.step < config.steps:
-        parts = run.train_step(loader)
-        bar.update()
-        if run.step % config.log_every == 0 or run.step == config.steps:
-            rate = (bar.format_dict["rate"] or 0) * config.batch
-            bar.set_postfix_str(", ".join(f"{k} {v:.4f}" for k, v in parts.items()) + f", {rate:.1f} images/s")
-            run.log({**parts, "learning_rate": learning_rate(run.step - 1, config), "images_per_s": rate})
-        if validate and accelerator.is_main_process and run.due(config.validate_every):
-            run.report(validate(run.averaged()))
-        if run.due(config.save_every):
-            run.save()
-    bar.close()
-    accelerator.wait_for_everyone()
-    result = Progress(run.step, run.averaged().cpu()) if accelerator.is_main_process else None
-    accelerator.end_training()
-    return result
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"accelerate launch --gradient_accumulation_steps={accelerator.gradient_accumulation_steps}: "
+            "leave it at 1 and set fit.accumulate"
+        )
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"accelerate launch with {accelerator.distributed_type.value}: only data parallelism (DDP) works"
+        )
+
+
+def _train(
+    run: "_Run", samples: Dataset[dict[str, Tensor]], validate: Callable[[nn.Module], Validation] | None
+) -> None:
+    """The loop over steps; a terminal gets a progress bar, a log file a line every `log_every` steps."""
+    config, main = run.config, run.accelerator.is_main_process
+    terminal = sys.stderr.isatty()
+    batches, counted, seconds = run.loader(samples), run.step, 0.0
+    with tqdm(total=config.steps, initial=run.step, disable=not (main and terminal), unit="step") as bar:
+        while run.step < config.steps:
+            begun = time.perf_counter()
+            parts = run.train_step(batches)
+            seconds += time.perf_counter() - begun
+            bar.update()
+            if parts:
+                rate = (run.step - counted) * config.batch / seconds
+                counted, seconds = run.step, 0.0
+                line = ", ".join(f"{name} {value:.4g}" for name, value in parts.items()) + f", {rate:.1f} images/s"
+                bar.set_postfix_str(line)
+                if main and not terminal:
+                    print(f"step {run.step} of {config.steps}: {line}", flush=True)
+                run.log({**parts, "learning_rate": learning_rate(run.step - 1, config), "images_per_s": rate})
+            if validate and main and run.due(config.validate_every):
+                run.report(validate(run.averaged()))
+            if run.due(config.save_every):
+                run.save()
 
 
 def learning_rate(step: int, config: FitConfig) -> float:
@@ -158,6 +199,7 @@ class _Run:
         self.network: nn.Module = objective.network  # type: ignore[assignment]
         trainable = [p for p in self.network.parameters() if p.requires_grad]
         adam = torch.optim.Adam(trainable, lr=config.learning_rate, betas=(0.9, config.beta2))
+        self.frozen = _digest(objective)
         if config.compile:
             objective.compile()
         self.objective, self.optimizer = accelerator.prepare(objective, adam)
@@ -165,15 +207,35 @@ class _Run:
         self.writer: Any = None
 
     def open(self) -> None:
-        """Write config.yaml, or continue from the newest checkpoint of the same configuration."""
-        resolved = configuration.plain(self.settings)
-        if self.config.resume == "auto" and (found := self._checkpoints()):
-            self._restore(found[-1], resolved)
+        """Continue from the newest checkpoint of the same configuration, or begin; write config.yaml.
+
+        Raises:
+            ValueError: the checkpoint is of another configuration or unreadable, or processes see different ones.
+        """
+        found = self._checkpoints()
+        if found and self.config.resume == "auto":
+            self._restore(found[-1])
         elif self.config.start_from:
             self._start_from(self.config.start_from)
+        steps = self.accelerator.gather(torch.tensor([self.step], device=self.accelerator.device))
+        if len(set(steps.tolist())) > 1:  # type: ignore[union-attr]
+            raise ValueError(
+                f"output={self.place.uri}: the processes find checkpoints of different steps {steps.tolist()}; "  # type: ignore[union-attr]
+                "it must be a folder that all machines share, or an object store"
+            )
         if self.accelerator.is_main_process:
+            if found and self.config.resume == "never":
+                # A later run with resume=auto must not take a stale checkpoint of a higher step for this run's.
+                for name in found:
+                    self.place.delete(name)
+                print(f"fit.resume=never: removed {len(found)} checkpoint(s) of an earlier run in {self.place.uri}")
             self.place.write("config.yaml", configuration.dump(self.settings).encode())
-            self.writer = _tensorboard(self.place)
+            self.writer = _tensorboard(self.place, self.step)
+
+    def close(self) -> None:
+        """Write out what TensorBoard still holds back."""
+        if self.writer:
+            self.writer.close()
 
     def loader(self, samples: Dataset[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
         """Micro-batches of this process, from the current step on."""
@@ -190,8 +252,8 @@ class _Run:
         )
 
     def train_step(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, float]:
-        """One optimiser step; returns the losses' parts (this process's means) when they are to be logged."""
-        set_seed(self.config.seed * 1_000_003 + self.step * self.accelerator.num_processes + self.accelerator.process_index)
+        """One optimiser step; returns the losses' parts (means over the global batch) when they are to be logged."""
+        self._seed()
         rate = learning_rate(self.step, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -217,6 +279,11 @@ class _Run:
         if not all(math.isfinite(value) for value in parts.values()):
             raise ValueError(f"step {self.step}: the loss is {parts}; lower fit.learning_rate or use precision=no")
         return parts
+
+    def _seed(self) -> None:
+        # Dropout is a function of (seed, step, process), so that a resumed step is the step that would have been.
+        sequence = np.random.SeedSequence((self.config.seed, self.step, self.accelerator.process_index))
+        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
     def due(self, every: int) -> bool:
         """Whether something done every so many steps, and at the end, is due."""
@@ -258,9 +325,19 @@ class _Run:
             self.writer.flush()
 
     def save(self) -> None:
-        """Write a checkpoint as one object, then drop the oldest beyond `keep`."""
+        """Write a checkpoint as one object, then drop the oldest beyond `keep`.
+
+        Raises:
+            ValueError: the weights are not finite; the checkpoints written before stay.
+        """
+        if not all(bool(tensor.isfinite().all()) for tensor in self.network.state_dict().values()):
+            raise ValueError(
+                f"step {self.step}: the weights are not finite; lower fit.learning_rate or use precision=no"
+            )
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
+            if self.writer:
+                self.writer.flush()  # a continuation logs nothing up to this step again
             scaler = self.accelerator.scaler
             state = {
                 "step": self.step,
@@ -269,6 +346,7 @@ class _Run:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": scaler.state_dict() if scaler else {},
                 "settings": configuration.plain(self.settings),
+                "frozen": self.frozen,
             }
             buffer = io.BytesIO()
             torch.save(state, buffer)
@@ -281,30 +359,63 @@ class _Run:
         keys = [source.key for source in self.place.files("checkpoints")]
         return [key for key in keys if re.fullmatch(r"checkpoints/step-\d+\.pt", key)]
 
-    def _restore(self, name: str, resolved: dict[str, Any]) -> None:
-        state = torch.load(io.BytesIO(self.place.read(name)), map_location="cpu", weights_only=True)
-        if differing := sorted(_differences(state["settings"], resolved)):
-            raise ValueError(
-                f"{self.place.uri_of(name)}: was made with another {', '.join(differing)}; "
-                "use the same configuration, another output, or fit.resume=never"
-            )
+    def _restore(self, name: str) -> None:
+        uri = self.place.uri_of(name)
+        state = _read_checkpoint(self.place, name)
+        advice = "use the same configuration, another output, or fit.resume=never"
+        if differing := sorted(_differences(state["settings"], configuration.plain(self.settings))):
+            raise ValueError(f"{uri}: was made with another {', '.join(differing)}; {advice}")
+        if state.get("frozen", self.frozen) != self.frozen:
+            raise ValueError(f"{uri}: was made with other frozen weights under the same file names; {advice}")
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.ema = {key: tensor.to(self.accelerator.device) for key, tensor in state["ema"].items()}
         self.step = state["step"]
-        self.accelerator.print(f"resuming after step {self.step} ({self.place.uri_of(name)})")
+        self.accelerator.print(f"resuming after step {self.step} ({uri})")
 
     def _start_from(self, uri: str) -> None:
-        place = Place(uri)
-        state = torch.load(io.BytesIO(place.fs.cat_file(place.root)), map_location="cpu", weights_only=True)
-        self.network.load_state_dict(state["ema"])
+        state = _read_checkpoint(*split_uri(uri))
+        try:
+            self.network.load_state_dict(state["ema"])
+        except RuntimeError as error:
+            reasons = [line.strip() for line in str(error).splitlines()[1:3]]
+            raise ValueError(f"fit.start_from={uri}: holds another network ({' '.join(reasons)} ...)") from None
         self.ema = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
 
 
+def _read_checkpoint(place: Place, name: str) -> dict[str, Any]:
+    """Read what `_Run.save` wrote; nothing in the file can run code."""
+    try:
+        state = torch.load(io.BytesIO(place.read(name)), map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{place.uri_of(name)}: no such file") from None
+    except OSError:
+        raise
+    except Exception as error:  # torch.load raises UnpicklingError, RuntimeError, EOFError, KeyError, ... on damage
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise ValueError(f"{place.uri_of(name)}: not a readable training checkpoint ({reason})") from None
+    wanted = {"step", "network", "ema", "optimizer", "scaler", "settings"}
+    if not isinstance(state, dict) or not wanted <= state.keys():
+        raise ValueError(f"{place.uri_of(name)}: not a training checkpoint (those are called checkpoints/step-N.pt)")
+    return state
+
+
+def _digest(objective: nn.Module) -> str:
+    """Fingerprint of the parameters that the objective holds beside its network, e.g. those of a frozen network."""
+    digest = hashlib.sha256()
+    for name, parameter in objective.named_parameters():
+        if not name.startswith("network."):
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 # What may change between a run and its continuation.
-_FREE = re.compile(r"fit\.(workers|log_every|validate_every|save_every|keep|resume|compile|accumulate)|scenes\.cache")
+_FREE = re.compile(
+    r"fit\.(workers|log_every|validate_every|save_every|keep|resume|compile|accumulate)|scenes\.cache|output|validation|half"
+)
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -320,7 +431,7 @@ def _synchronised(accelerator: Accelerator, objective: nn.Module, last: bool) ->
     return torch.enable_grad() if last else accelerator.no_sync(objective)
 
 
-def _tensorboard(place: Place) -> Any:
+def _tensorboard(place: Place, step: int) -> Any:
     if not place.local:
         print("TensorBoard logs are written for local outputs only")
         return None
@@ -329,4 +440,5 @@ def _tensorboard(place: Place) -> Any:
     except ImportError:
         print('no TensorBoard logs: pip install "degflow[train]" adds them')
         return None
-    return SummaryWriter(place.path("logs"))
+    # What an interrupted run logged beyond its last checkpoint is superseded.
+    return SummaryWriter(place.path("logs"), purge_step=step + 1)

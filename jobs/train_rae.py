@@ -1,6 +1,7 @@
 """Stage 1: train the residual autoencoder on a RealSR-like tree.
 
-    accelerate launch jobs/train_rae.py config=configs/small_rae.yaml scenes.data=runs/scenes/Canon/Train output=runs/rae
+    accelerate launch jobs/train_rae.py config=configs/small_rae.yaml \\
+        scenes.data=runs/scenes/Canon/Train output=runs/rae
 
 ends in output/rae.safetensors. Stopped at any time, the same command goes on from the last checkpoint. Watch
 `decode(encode(LR))` against LR in the validation lines: a decoder that ignores the latent stays at the PSNR of HR.
@@ -25,10 +26,17 @@ class TrainRAEConfig:
     """Keys of train_rae."""
 
     scenes: SceneConfig = option(SceneConfig(), "")
-    validation: str = option("", "another split of the tree, for validation; empty: central crops of the training scenes")
+    validation: str = option(
+        "", "another split of the tree, for validation; empty: central crops of the training scenes"
+    )
     output: str = required("folder or URI for checkpoints, previews and rae.safetensors")
     autoencoder: AutoencoderConfig = option(AutoencoderConfig(), "")
     fit: FitConfig = option(FitConfig(), "")
+
+    def __post_init__(self):
+        multiple = self.autoencoder.compression
+        if self.scenes.crop % multiple:
+            raise ValueError(f"scenes.crop={self.scenes.crop}: must be a multiple of the autoencoder's r = {multiple}")
 
 
 def main(config: TrainRAEConfig) -> None:
@@ -56,9 +64,9 @@ def main(config: TrainRAEConfig) -> None:
 
 @torch.no_grad()
 def latent_spread(network: ResidualAutoencoder, crops: torch.Tensor) -> torch.Tensor:
-    """Standard deviation of each latent channel over all levels, "C_z": the unit that stage 2 finds easy to learn in."""
+    """Standard deviation of each latent channel over all levels, "C_z": the unit that stage 2 learns easily in."""
     latent, _ = network.encode(to_float(crops.flatten(0, 1)))
-    return latent.std((0, 2, 3))
+    return latent.std((0, 2, 3)).clamp(min=1e-6)
 
 
 if __name__ == "__main__":

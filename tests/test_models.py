@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork
-from degflow.models.released import autoencoder_name, velocity_state
+from degflow.models.released import autoencoder_config, fit_autoencoder, fit_velocity, velocity_config
 
 REFERENCE = Path(__file__).parents[2] / "shared/reference/released_network"
 needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason="the reference tensors are not beside the checkout")
@@ -23,9 +23,9 @@ def io():
 @needs_reference
 @pytest.mark.parametrize("case", ["0", "1"])
 def test_autoencoder_reproduces_the_released_tensors(io, case):
-    network = ResidualAutoencoder(AutoencoderConfig(base_width=8)).eval()
     released = load_file(REFERENCE / "autoencoder.safetensors")
-    network.load_state_dict({autoencoder_name(name): tensor for name, tensor in released.items()})
+    network = ResidualAutoencoder(autoencoder_config(released)).eval()
+    network.load_state_dict(fit_autoencoder(released, network).state)
     with torch.no_grad():
         latent, skips = network.encode(io[f"{case}.image"])
         decoded = network.decode(io[f"{case}.moved_latent"], tuple(io[f"{case}.skip{level}"] for level in range(3)))
@@ -38,8 +38,9 @@ def test_autoencoder_reproduces_the_released_tensors(io, case):
 @needs_reference
 @pytest.mark.parametrize("case", ["0", "1"])
 def test_velocity_network_reproduces_the_released_tensors(io, case):
-    network = VelocityNetwork(VelocityConfig(width=16, blocks=1)).eval()
-    network.load_state_dict(velocity_state(load_file(REFERENCE / "velocity.safetensors"), network))
+    released = load_file(REFERENCE / "velocity.safetensors")
+    network = VelocityNetwork(velocity_config(released)).eval()
+    network.load_state_dict(fit_velocity(released, network).state)
     with torch.no_grad():
         velocity = network(io[f"{case}.latent"], io[f"{case}.t"])
     assert relative_error(velocity, io[f"{case}.velocity"]) < 1e-4

@@ -1,0 +1,158 @@
+"""DESIGN's picture as a test: who may import whom, and what stays out of `import degflow`."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LAYERS = (  # a room may import its own layer and those after it
+    {"jobs"},
+    {"training", "synthesis", "evaluation", "pairs", "benchmarking"},
+    {"objectives", "degrader", "scenes", "camera", "restoration", "planning", "shards", "card", "perceptual"},
+    {"models", "trajectory", "flow", "storage", "dataset"},
+    {"images", "config"},
+)
+FENCES = {  # a package, and the rooms that may import it
+    "ray": {"synthesis"},
+    "accelerate": {"training"},
+    "omegaconf": {"config"},
+    "fsspec": {"storage", "pairs"},
+    "s3fs": set(),
+    "pyarrow": {"storage", "dataset", "pairs"},
+    "lpips": {"perceptual"},
+}
+TORCH_ONLY = {"trajectory", "flow", "models"}
+APART = {("training", "synthesis"), ("synthesis", "training")}
+SLOW = ("ray", "accelerate", "lpips", "torchvision", "pyarrow", "tensorboard", "datasets", "s3fs", "skimage", "scipy")
+
+
+def room_of(path):
+    relative = path.relative_to(ROOT)
+    if relative.parts[0] == "jobs":
+        return "jobs"
+    return (
+        "__init__"
+        if relative.name == "__init__.py" and len(relative.parts) == 2
+        else relative.parts[1].removesuffix(".py")
+    )
+
+
+def imports_of(source):
+    """Full names that a module's text imports, wherever in it."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            yield ast.literal_eval(node.args[0])
+
+
+def layer_of(room):
+    found = [number for number, rooms in enumerate(LAYERS) if room in rooms]
+    assert found, f"{room}: a room that LAYERS does not know"
+    return found[0]
+
+
+def offences(room, source):
+    """What a module of this room imports against DESIGN."""
+    for name in imports_of(source):
+        package, *rest = name.split(".")
+        if room not in FENCES.get(package, {room}):
+            yield f"{room} imports {name}: only {sorted(FENCES[package])} may"
+        if room in TORCH_ONLY and package not in {"torch", "degflow"} | sys.stdlib_module_names:
+            yield f"{room} imports {name}: it is for torch alone"
+        if package != "degflow" or room == "__init__":
+            continue
+        other = rest[0] if rest else "__init__"
+        if other == room:
+            continue
+        if room in TORCH_ONLY and name != "degflow.config.option":
+            yield f"{room} imports {name}: it is for torch and degflow.config.option alone"
+        if (room, other) in APART:
+            yield f"{room} imports {name}: they meet in a checkpoint"
+        if other == "__init__" or other not in set().union(*LAYERS) or layer_of(other) < layer_of(room):
+            yield f"{room} imports {name}: against the direction"
+
+
+MODULES = sorted([*ROOT.glob("degflow/**/*.py"), *ROOT.glob("jobs/*.py")])
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_imports_only_what_design_allows(path):
+    room = room_of(path)
+    assert room == "__init__" or layer_of(room) >= 0
+    assert list(offences(room, path.read_text())) == []
+
+
+@pytest.mark.parametrize(
+    ("room", "line"),
+    [
+        ("shards", "import ray"),
+        ("degrader", "def f():\n    from ray.data import Dataset"),
+        ("jobs", "from accelerate import Accelerator"),
+        ("images", "from omegaconf import OmegaConf"),
+        ("scenes", "import fsspec"),
+        ("evaluation", "import pyarrow.parquet as pq"),
+        ("objectives", "import lpips"),
+        ("jobs", "import importlib\nimportlib.import_module('ray')"),
+        ("training", "from degflow.synthesis import synthesize"),
+        ("synthesis", "from degflow import training"),
+        ("degrader", "from degflow.evaluation import psnr"),
+        ("storage", "from degflow.scenes import Scene"),
+        ("images", "from degflow.storage import Place"),
+        ("config", "from degflow import degrader"),
+        ("degrader", "from degflow import Degrader"),
+        ("scenes", "import jobs.simulate_scenes\nimport degflow"),
+        ("flow", "import numpy as np"),
+        ("trajectory", "from degflow import images"),
+        ("models", "from degflow.config import load"),
+        ("models", "from degflow.flow import integrate"),
+    ],
+)
+def test_the_walk_sees_each_kind_of_offence(room, line):
+    assert list(offences(room, line))
+
+
+@pytest.mark.parametrize(
+    ("room", "line"),
+    [
+        ("synthesis", "import ray.data"),
+        ("training", "from degflow import config, images\nfrom degflow.storage import Place"),
+        (
+            "models",
+            "from degflow.config import option\nfrom degflow.models.velocity import VelocityConfig\nimport math",
+        ),
+        ("jobs", "from degflow.training import fit\nfrom degflow import evaluation"),
+        ("evaluation", "from degflow.degrader import Degrader"),
+        ("dataset", "import pyarrow\nfrom degflow.storage import Place"),
+    ],
+)
+def test_the_walk_allows_what_design_draws(room, line):
+    assert list(offences(room, line)) == []
+
+
+def test_no_room_is_a_drawer():
+    names = {part.removesuffix(".py") for path in MODULES for part in path.relative_to(ROOT).parts}
+    assert not names & {"utils", "util", "misc", "helpers", "helper", "common", "tools"}
+
+
+def test_jobs_are_scripts_that_no_room_imports():
+    assert not (ROOT / "jobs/__init__.py").exists()
+    for path in ROOT.glob("jobs/*.py"):
+        assert '__name__ == "__main__"' in path.read_text(), path
+
+
+def test_import_degflow_is_light():
+    script = (
+        "import sys, time\nstart = time.perf_counter()\nimport degflow\nseconds = time.perf_counter() - start\n"
+        f"print([name for name in {SLOW} if name in sys.modules], seconds)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    heavy, seconds = done.stdout.rsplit(maxsplit=1)
+    assert heavy == "[]"
+    assert float(seconds) < 30  # torch alone takes 1 to 8, more on a busy machine

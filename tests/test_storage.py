@@ -1,0 +1,219 @@
+import json
+import os
+import threading
+import uuid
+
+import pytest
+import safetensors.torch
+import torch
+
+from degflow import storage
+from degflow.storage import Place, load_checkpoint, save_checkpoint, split_uri
+
+NAMES = [
+    "a#1.png",
+    "b?c.png",
+    "50%20.png",
+    "x[1-3].png",
+    "with space.png",
+    "ünï/日本語.png",
+    "star*.png",
+    "{a,b}.png",
+    "~u.png",
+]
+
+
+@pytest.fixture(params=["local", "file", "memory"])
+def place(request, tmp_path):
+    if request.param == "memory":
+        found = Place(f"memory://{uuid.uuid4().hex}/data [1]#%20")
+        yield found
+        found.delete("")
+    else:
+        yield Place(f"{'file://' if request.param == 'file' else ''}{tmp_path}/data [1]#%20")
+
+
+def test_a_file_comes_back_and_is_overwritten(place):
+    assert not place.exists("a/b.bin")
+    place.write("a/b.bin", b"first")
+    place.write("a/b.bin", b"second, longer")
+    assert place.read("a/b.bin") == b"second, longer"
+    assert place.exists("a/b.bin")
+    assert place.exists("a")
+    assert place.exists()
+
+
+def test_keys_are_literal(place):
+    for number, name in enumerate(NAMES):
+        place.write(name, bytes(number + 1))
+    found = place.files()
+    assert [(file.key, file.size) for file in found] == sorted((name, n + 1) for n, name in enumerate(NAMES))
+    for number, name in enumerate(NAMES):
+        assert len(place.read(name)) == number + 1
+        assert place.exists(name)
+
+
+def test_files_are_those_below_a_folder_with_keys_from_the_root(place):
+    for name in ("z.txt", "data/part-1", "data/deep/er/part-2", "database/part-3"):
+        place.write(name, b"x")
+    assert [file.key for file in place.files()] == ["data/deep/er/part-2", "data/part-1", "database/part-3", "z.txt"]
+    assert [file.key for file in place.files("data")] == ["data/deep/er/part-2", "data/part-1"]
+    assert place.files("absent") == []
+    assert Place(place.uri_of("absent")).files() == []
+
+
+def test_a_files_tag_changes_with_its_content(place):
+    place.write("a", b"1")
+    first = place.files()[0].etag
+    if place.local:
+        os.utime(place.path("a"), (1, 1))
+    else:
+        place.write("a", b"2")
+    assert first
+    assert place.files()[0].etag not in ("", first)
+
+
+def test_delete_takes_its_name_literally(place):
+    for name in ("part[1].bin", "part1.bin", "star*.bin", "starfish.bin", "old/a", "old/b/c", "older/d"):
+        place.write(name, b"x")
+    place.delete("part[1].bin")
+    place.delete("star*.bin")
+    place.delete("old")
+    place.delete("never there")
+    assert [file.key for file in place.files()] == ["older/d", "part1.bin", "starfish.bin"]
+
+
+def test_a_missing_file_is_named(place):
+    with pytest.raises(FileNotFoundError, match="absent"):
+        place.read("absent")
+
+
+def test_uris_name_places_and_their_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Place("photos/").path("a.png") == f"{tmp_path}/photos/a.png"
+    assert Place("photos/").uri_of("a.png") == "photos/a.png"
+    assert Place("/").path("a") == Place("/").uri_of("a") == "/a"
+    assert Place("memory://").uri_of("a") == "memory://a"
+    assert not Place("memory://").local
+    assert Place("file:///").path("a") == "/a"
+    with pytest.raises(ValueError, match="empty"):
+        Place("")
+    for uri, folder, name in [
+        ("a.bin", str(tmp_path), "a.bin"),
+        ("runs/a.bin", f"{tmp_path}/runs", "a.bin"),
+        ("/a.bin", "", "a.bin"),
+        ("memory://a.bin", "", "a.bin"),
+        ("memory://x/y/a.bin", "/x/y", "a.bin"),
+    ]:
+        place, found = split_uri(uri)
+        assert (place.root, found) == (folder, name)
+        assert place.local == (not uri.startswith("memory"))
+
+
+def test_a_reader_sees_all_of_a_file_or_none(tmp_path):
+    place, contents = Place(str(tmp_path)), [bytes([n]) * 3_000_000 for n in (1, 2)]
+    place.write("a", contents[0])
+
+    def write():
+        for n in range(12):
+            place.write("a", contents[n % 2])
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    reads = 0
+    while writer.is_alive():
+        assert place.read("a") in contents
+        reads += 1
+    writer.join()
+    assert reads > 3
+
+
+@pytest.mark.parametrize("broken", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, broken):
+    place = Place(str(tmp_path))
+    place.write("a", b"old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.os, broken, full)
+        with pytest.raises(OSError, match="No space left"):
+            place.write("a", b"new")
+    assert os.listdir(tmp_path) == ["a"]
+    assert place.read("a") == b"old"
+
+
+def test_a_write_onto_a_folder_or_below_a_file_fails_without_remains(tmp_path):
+    place = Place(str(tmp_path))
+    place.write("folder/file", b"x")
+    with pytest.raises(OSError, match="folder"):
+        place.write("folder", b"y")
+    with pytest.raises(OSError, match="file"):
+        place.write("folder/file/below", b"y")
+    assert [file.key for file in place.files()] == ["folder/file"]
+
+
+def test_a_name_as_long_as_the_filesystem_allows(tmp_path):
+    name = "日" * 83 + ".png"  # 253 bytes
+    Place(str(tmp_path)).write(name, b"x")
+    assert os.listdir(tmp_path) == [name]
+
+
+TENSORS = {"weight": torch.arange(6.0).reshape(2, 3), "half": torch.ones(3).half(), "steps": torch.tensor(7)}
+
+
+@pytest.mark.parametrize(
+    "uri", ["{tmp}/runs/a.safetensors", "file://{tmp}/a.safetensors", "memory://{id}/a.safetensors"]
+)
+def test_a_checkpoint_comes_back_with_its_description(tmp_path, uri):
+    uri = uri.format(tmp=tmp_path, id=uuid.uuid4().hex)
+    description = {"kind": "degrader", "levels": {"1": 1.0, "2": 2.1}, "text": 'ü "quoted"\n'}
+    save_checkpoint(uri, TENSORS | {"view": torch.arange(6).reshape(2, 3).T}, description)
+    tensors, found, sha256 = load_checkpoint(uri, "degrader")
+    assert found == description
+    assert len(sha256) == 64
+    assert tensors["view"].tolist() == [[0, 3], [1, 4], [2, 5]]
+    for name, tensor in TENSORS.items():
+        assert tensors[name].dtype == tensor.dtype
+        assert torch.equal(tensors[name], tensor)
+
+
+def test_a_checkpoint_is_a_plain_safetensors_file(tmp_path):
+    save_checkpoint(f"{tmp_path}/a.safetensors", TENSORS, {"kind": "degrader"})
+    assert set(safetensors.torch.load_file(tmp_path / "a.safetensors")) == set(TENSORS)
+
+
+def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
+    save_checkpoint(f"{tmp_path}/a.safetensors", TENSORS, {"kind": "autoencoder"})
+    with pytest.raises(ValueError, match=r"a\.safetensors: of kind 'autoencoder', where 'degrader' is needed"):
+        load_checkpoint(f"{tmp_path}/a.safetensors", "degrader")
+
+
+@pytest.mark.parametrize("name", ["absent.safetensors", "", "folder", "folder/file/below"])
+def test_a_missing_checkpoint_is_named(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/file").write_text("x")
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/{name}: no such file$"):
+        load_checkpoint(f"{tmp_path}/{name}", "degrader")
+
+
+def damaged_files():
+    whole = safetensors.torch.save(TENSORS, {"degflow": json.dumps({"kind": "degrader"})})
+    yield "text", b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\n"
+    yield "empty", b""
+    yield "cut in its header", whole[:20]
+    yield "cut in its tensors", whole[:-4]
+    yield "longer than it says", whole + b"more"
+    yield "another project's", safetensors.torch.save(TENSORS)
+    yield "without a kind", safetensors.torch.save(TENSORS, {"degflow": "{}"})
+    yield "no object", safetensors.torch.save(TENSORS, {"degflow": "[1]"})
+    yield "no JSON", safetensors.torch.save(TENSORS, {"degflow": "kind: degrader"})
+
+
+@pytest.mark.parametrize("data", [pytest.param(data, id=name) for name, data in damaged_files()])
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path, data):
+    (tmp_path / "a.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/a\.safetensors: not a degflow checkpoint \(") as caught:
+        load_checkpoint(f"{tmp_path}/a.safetensors", "degrader")
+    assert "\n" not in str(caught.value)
