@@ -1,6 +1,5 @@
 """Degrader: HR image + scale -> LR image. The whole method in a few lines (DegFlow, section 2)."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,7 +76,9 @@ class Degrader(nn.Module):
     def check_scales(self, low: float, high: float) -> None:
         """Raise ValueError unless [low, high] lies in the trained range."""
         if not self.low <= low <= high <= self.high:
-            raise ValueError(f"scale={low if low < self.low else high}: must lie in the trained range [{self.low}, {self.high}]")
+            raise ValueError(
+                f"scale={low if low < self.low else high}: must lie in the trained range [{self.low}, {self.high}]"
+            )
 
     def degrade(self, picture: Image.Image, scale: float, **solver: Any) -> Image.Image:
         """PIL image in, PIL image of the same size out."""

@@ -127,12 +127,12 @@ def save_checkpoint(uri: str, tensors: dict[str, Tensor], description: dict[str,
     place.write(name, safetensors.torch.save(contiguous, {"degflow": json.dumps(description)}))
 
 
-def load_checkpoint(uri: str, kind: str) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+def load_checkpoint(uri: str, *kinds: str) -> tuple[dict[str, Tensor], dict[str, Any], str]:
     """Read a file of `save_checkpoint`.
 
     Args:
         uri: the file.
-        kind: what its description must call itself, e.g. "degrader".
+        kinds: what its description may call itself, e.g. "degrader"; none: anything.
 
     Returns:
         The tensors, the description, and the file's sha256.
@@ -152,8 +152,8 @@ def load_checkpoint(uri: str, kind: str) -> tuple[dict[str, Tensor], dict[str, A
         found = description["kind"]
     except (SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{uri}: not a degflow checkpoint ({type(error).__name__}: {error})") from None
-    if found != kind:
-        raise ValueError(f"{uri}: of kind {found!r}, where {kind!r} is needed")
+    if kinds and found not in kinds:
+        raise ValueError(f"{uri}: of kind {found!r}, where {' or '.join(map(repr, kinds))} is needed")
     return tensors, description, hashlib.sha256(data).hexdigest()
 
 

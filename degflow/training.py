@@ -26,7 +26,7 @@ from tqdm import tqdm
 from degflow import config as configuration
 from degflow import images
 from degflow.config import option
-from degflow.storage import Place, split_uri
+from degflow.storage import Place, load_checkpoint, split_uri
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class FitConfig:
     learning_rate: float = option(1e-4, "at the first step; cosine to final_learning_rate at the last")
     final_learning_rate: float = option(1e-7, "at the last step")
     warmup: int = option(0, "steps of linear warm-up before the cosine")
+    beta1: float = option(0.9, "Adam's first-moment decay")
     beta2: float = option(0.999, "Adam's second-moment decay")
     clip: float = option(1.0, "largest gradient norm; 0 does not clip")
     ema: float = option(0.999, "decay of the averaged weights, which are the result; 0 does not average")
@@ -64,7 +65,7 @@ class FitConfig:
         for name in ("learning_rate", "final_learning_rate"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"fit.{name}={getattr(self, name)}: must be above 0")
-        for name in ("ema", "beta2"):
+        for name in ("ema", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"fit.{name}={getattr(self, name)}: must lie in [0, 1)")
         for name in ("clip", "warmup", "workers", "seed"):
@@ -198,7 +199,7 @@ class _Run:
         self.step = 0
         self.network: nn.Module = objective.network  # type: ignore[assignment]
         trainable = [p for p in self.network.parameters() if p.requires_grad]
-        adam = torch.optim.Adam(trainable, lr=config.learning_rate, betas=(0.9, config.beta2))
+        adam = torch.optim.Adam(trainable, lr=config.learning_rate, betas=(config.beta1, config.beta2))
         self.frozen = _digest(objective)
         if config.compile:
             objective.compile()
@@ -376,13 +377,25 @@ class _Run:
         self.accelerator.print(f"resuming after step {self.step} ({uri})")
 
     def _start_from(self, uri: str) -> None:
-        state = _read_checkpoint(*split_uri(uri))
+        if uri.endswith(".safetensors"):
+            tensors, _, _ = load_checkpoint(uri)
+            weights = _part_for(self.network, tensors)
+        else:
+            weights = _read_checkpoint(*split_uri(uri))["ema"]
         try:
-            self.network.load_state_dict(state["ema"])
+            self.network.load_state_dict(weights)
         except RuntimeError as error:
             reasons = [line.strip() for line in str(error).splitlines()[1:3]]
             raise ValueError(f"fit.start_from={uri}: holds another network ({' '.join(reasons)} ...)") from None
         self.ema = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
+
+
+def _part_for(network: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of this network in a file that may hold several, each under a prefix of its own."""
+    names = network.state_dict().keys()
+    prefixes = ["", *sorted({name.partition(".")[0] + "." for name in tensors})]
+    best = max(prefixes, key=lambda prefix: sum(prefix + name in tensors for name in names))
+    return {name.removeprefix(best): tensor.float() for name, tensor in tensors.items() if name.startswith(best)}
 
 
 def _read_checkpoint(place: Place, name: str) -> dict[str, Any]:

@@ -56,7 +56,8 @@ class NaturalCubicSpline(nn.Module):
     @staticmethod
     def _curvature(knots: Tensor) -> Tensor:
         # Continuity of mu' at each inner knot k, with h_k = t_{k+1} - t_k and m_k = mu''(t_k):
-        #   h_{k-1} m_{k-1} + 2 (h_{k-1} + h_k) m_k + h_k m_{k+1} = 6 ((z_{k+1} - z_k) / h_k - (z_k - z_{k-1}) / h_{k-1})
+        #   h_{k-1} m_{k-1} + 2 (h_{k-1} + h_k) m_k + h_k m_{k+1}
+        #     = 6 ((z_{k+1} - z_k) / h_k - (z_k - z_{k-1}) / h_{k-1})
         # and m_0 = m_{K-1} = 0: A m = R z, so the matrix is A^-1 R.
         count, h = len(knots), knots.diff()
         left = torch.eye(count, dtype=torch.float64)

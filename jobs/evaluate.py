@@ -2,11 +2,12 @@
 
     python jobs/evaluate.py data=runs/scenes/Canon/Test output=runs/fidelity
 
-writes output/table.md (means over the scenes), measurements.csv (every image) and sweep.csv (PSNR against HR over a fine
-grid of scales).
+writes output/table.md (means over the scenes), measurements.csv (every image) and sweep.csv (PSNR against HR over a
+fine grid of scales).
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from tqdm import tqdm
@@ -58,14 +59,15 @@ def main(config: EvaluateConfig) -> None:
     place.write("config.yaml", dump(config).encode())
     place.write("table.md", f"{table}\n".encode())
     place.write("measurements.csv", csv(evaluation.Measurement._fields, measurements))
-    print(f"PSNR in dB / SSIM / LPIPS ({config.lpips}) against the captured LR, means of {len(scenes)} scenes\n\n{table}\n")
+    print(f"PSNR in dB / SSIM / LPIPS ({config.lpips}) against the captured LR, means of {len(scenes)} scenes")
+    print(f"\n{table}\n")
     if config.sweep:
         curve = evaluation.sweep(degrader, scenes, config.sweep, config.crop, **solver)
         place.write("sweep.csv", csv(("scale", "psnr_to_hr"), curve.items()))
-        values = list(curve.values())
-        falls = all(b < a for a, b in zip(values, values[1:], strict=False))
+        falls = all(after < before for before, after in pairwise(curve.values()))
         print(f"PSNR against HR over {config.sweep} scales: {'falls' if falls else 'DOES NOT fall'} monotonically,")
-        print("  " + ", ".join(f"x{scale:.2f} {value:.2f}" for scale, value in list(curve.items())[:: max(1, config.sweep // 10)]))
+        shown = list(curve.items())[:: max(1, config.sweep // 10)]
+        print("  " + ", ".join(f"x{scale:.2f} {value:.2f}" for scale, value in shown))
     print(f"tables: {config.output}")
 
 

@@ -2,8 +2,8 @@
 
     python jobs/import_released.py autoencoder=AE.pth flow=FLOW.pth output=runs/released/degrader.safetensors
 
-Any width and depth of the released architecture is taken. Files are read as tensors only: a pickle that would run code is
-refused. Safetensors files with the same names are taken too.
+Any width and depth of the released architecture is taken. Files are read as tensors only: a pickle that would run code
+is refused. Safetensors files with the same names are taken too.
 """
 
 import hashlib
@@ -124,7 +124,9 @@ def fill(network: nn.Module, fit: released.Fit, key: str, files: dict[str, str])
     """Load the renamed tensors, all or none; returns the names that were dropped."""
     if fit.problems:
         lines = "\n  ".join(fit.problems)
-        raise ValueError(f"{key}={files[key]}: {len(fit.problems)} tensors do not fit, nothing was imported:\n  {lines}")
+        raise ValueError(
+            f"{key}={files[key]}: {len(fit.problems)} tensors do not fit, nothing was imported:\n  {lines}"
+        )
     network.load_state_dict(fit.state)
     return fit.dropped
 

@@ -32,7 +32,7 @@ class TrainLFMConfig:
     validation: str = option(
         "", "another split of the tree, for validation; empty: central crops of the training scenes"
     )
-    rae: str = required("autoencoder file of stage 1")
+    rae: str = required("autoencoder file of stage 1, or a degrader file, whose autoencoder is taken")
     output: str = required("folder or URI for checkpoints, previews and degrader.safetensors")
     velocity: VelocityConfig = option(VelocityConfig(), "")
     path: Literal["spline", "linear"] = option(
@@ -88,11 +88,12 @@ def main(config: TrainLFMConfig) -> None:
 
 def load_autoencoder(config: TrainLFMConfig) -> ResidualAutoencoder:
     """The autoencoder of stage 1; its levels must be this stage's, and the crop must suit both networks."""
-    tensors, description, _ = storage.load_checkpoint(config.rae, "autoencoder")
+    tensors, description, _ = storage.load_checkpoint(config.rae, "autoencoder", "degrader")
     if description["levels"] != config.scenes.levels:
         raise ValueError(f"scenes.levels={config.scenes.levels}: {config.rae} was trained on {description['levels']}")
     autoencoder = ResidualAutoencoder(parse(AutoencoderConfig, description["autoencoder"]))
-    autoencoder.load_state_dict(tensors)
+    prefix = "autoencoder." if description["kind"] == "degrader" else ""
+    autoencoder.load_state_dict({name: tensors[prefix + name].float() for name in autoencoder.state_dict()})
     multiple = autoencoder.config.compression * config.velocity.multiple
     if config.scenes.crop % multiple:
         raise ValueError(f"scenes.crop={config.scenes.crop}: must be a multiple of {multiple} for these two networks")

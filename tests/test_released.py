@@ -217,7 +217,9 @@ def full_size_keys():
 @needs_reference
 def test_the_full_size_keys_map_one_to_one():
     shapes = full_size_keys()
-    states = {part: {name: torch.empty(shape, device="meta") for name, shape in keys.items()} for part, keys in shapes.items()}
+    states = {
+        part: {name: torch.empty(shape, device="meta") for name, shape in keys.items()} for part, keys in shapes.items()
+    }
     with torch.device("meta"):
         autoencoder = ResidualAutoencoder(released.autoencoder_config(states["autoencoder"]))
         velocity = VelocityNetwork(released.velocity_config(states["velocity"]))

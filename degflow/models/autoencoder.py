@@ -67,6 +67,7 @@ class ResidualBlock(nn.Module):
         self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
+        """ "B C H W" -> the same shape."""
         y = x
         for norm, conv in zip(self.norms, self.convs, strict=True):
             y = conv(F.gelu(norm(y)))
@@ -85,6 +86,7 @@ class Level(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """ "B C H W" -> "B C' H W", or half of H and W where the level reduces."""
         x = self.reduce(x)
         for gate, block in zip(self.gates, self.blocks, strict=True):
             x = x + gate * block(x)
@@ -102,6 +104,7 @@ class Expand(nn.Module):
         self.hr_skips = hr_skips
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """ "B coarse H W" and the skip "B fine 2H 2W" -> "B fine 2H 2W"."""
         x = self.narrow(F.pixel_shuffle(self.widen(x), 2))
         return self.merge(torch.cat((x, skip), 1) if self.hr_skips else x)
 
@@ -118,6 +121,7 @@ class Encoder(nn.Module):
         self.head = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
 
     def forward(self, image: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Image "B 3 H W" -> latent, skips; see `ResidualAutoencoder.encode`."""
         x, features = self.stem(image), []
         for level in self.levels:
             x = level(x)
@@ -137,6 +141,7 @@ class Decoder(nn.Module):
         self.head = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, latent: Tensor, skips: tuple[Tensor, ...]) -> Tensor:
+        """Latent, skips -> image; see `ResidualAutoencoder.decode`."""
         x = self.stem(latent)
         for level, expand, skip in zip(self.levels[:-1], self.expands, reversed(skips), strict=True):
             x = expand(level(x), skip)
@@ -150,12 +155,12 @@ class ResidualAutoencoder(nn.Module):
         config: widths and depths.
     """
 
-    def __init__(self, config: AutoencoderConfig = AutoencoderConfig()):  # noqa: B008 (frozen)
+    def __init__(self, config: AutoencoderConfig = AutoencoderConfig()):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.to(memory_format=torch.channels_last)  # ChannelNorm works on it without copies
+        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] # ChannelNorm works on it without copies
 
     def encode(self, image: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Image -> (latent, skips).

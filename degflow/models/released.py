@@ -1,7 +1,7 @@
 """The authors' released weights: their names and shapes in terms of ours (the networks are the same function).
 
-Two `torch.save` dicts are published: {"encoder": ..., "decoder": ..., "t_params": ...} and {"model": ...}. Everything about
-a network's size is read off its tensors, so any width and depth of the architecture is taken.
+Two `torch.save` dicts are published: {"encoder": ..., "decoder": ..., "t_params": ...} and {"model": ...}. A network's
+size is read off its tensors, so any width and depth of the architecture is taken.
 """
 
 import re

@@ -59,6 +59,7 @@ class TimeEmbedding(nn.Module):
         self.second = nn.Linear(4 * config.width, 4 * config.width)
 
     def forward(self, time: Tensor) -> Tensor:
+        """Times "B" in [0, 1] -> "B 4*width"."""
         half = self.width // 2
         rates = torch.exp(torch.arange(half, device=time.device) * (-math.log(10000) / (half - 1)))
         angles = (time.float() * self.factor)[:, None] * rates
@@ -81,6 +82,7 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs or resample else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """ "B C H W" and the embedding -> "B C' H W", H and W doubled or halved by `resample`."""
         y = F.silu(self.norm1(x))
         if self.resample == "up":
             x, y = (F.interpolate(part, scale_factor=2.0, mode="nearest") for part in (x, y))
@@ -103,6 +105,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """ "B C H W" -> the same shape."""
         tokens = self.norm(x).flatten(2).transpose(1, 2)
         mixed = F.scaled_dot_product_attention(self.query(tokens), self.key(tokens), self.value(tokens))
         return (x + self.out(mixed).transpose(1, 2).reshape(x.shape)) / math.sqrt(2)
@@ -115,7 +118,7 @@ class VelocityNetwork(nn.Module):
         config: widths and depths.
     """
 
-    def __init__(self, config: VelocityConfig = VelocityConfig()):  # noqa: B008 (frozen)
+    def __init__(self, config: VelocityConfig = VelocityConfig()):
         super().__init__()
         self.config = config
         widths = [config.width * multiplier for multiplier in config.multipliers]
