@@ -143,6 +143,7 @@ class SimulatedCamera:
         return np.asarray(Image.open(buffer))
 
 
+# Noise as at base ISO: registered pairs are shot from a tripod, with time to expose.
 CAMERAS = {
     "canon": SimulatedCamera(
         name="canon",
@@ -154,7 +155,7 @@ CAMERAS = {
         blue_shift=-0.12,
         red_gain=2.0,
         blue_gain=1.55,
-        white_electrons=8000,
+        white_electrons=50000,
         read_noise=3.0,
         contrast=0.15,
         sharpen_sigma=0.8,
@@ -172,7 +173,7 @@ CAMERAS = {
         blue_shift=0.22,
         red_gain=1.8,
         blue_gain=1.35,
-        white_electrons=11000,
+        white_electrons=65000,
         read_noise=2.0,
         contrast=0.08,
         sharpen_sigma=1.1,

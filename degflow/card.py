@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from degflow import images
 from degflow.dataset import Record, read_rows, sample_keys
-from degflow.storage import Place
+from degflow.storage import Place, split_uri
 
 CROP, IMAGES, DRAWS = 192, 6, 6
 _GAP, _CAPTION = 6, 20
@@ -151,13 +151,13 @@ def preview(output: Place, records: Mapping[int, Record], max_pixels: int) -> by
 
 
 def _line(rows: Sequence[dict[str, Any]], max_pixels: int) -> list[tuple[str, np.ndarray]]:
-    """HR and LR tiles with their captions; empty when a referenced HR image is no longer there."""
+    """HR and LR tiles with their captions; empty when a referenced HR image is no longer there as it was."""
     hr_cell = rows[0]["hr"]
     try:
-        data = hr_cell["bytes"] or _read_uri(hr_cell["path"])
-    except OSError:
+        place, name = split_uri(hr_cell["path"])
+        hr = images.decode(hr_cell["bytes"] or place.read(name), max_pixels=max_pixels)
+    except Exception:  # a picture is not worth failing a finished dataset for, whatever its storage raises
         return []
-    hr = images.decode(data, max_pixels=max_pixels)
     size = min(CROP, *hr.shape[:2])
     top, left = most_detail(hr, size)
     tiles = [("HR", hr[top : top + size, left : left + size])]
@@ -167,11 +167,6 @@ def _line(rows: Sequence[dict[str, Any]], max_pixels: int) -> list[tuple[str, np
             lr = np.asarray(Image.fromarray(lr).resize((hr.shape[1], hr.shape[0]), Image.Resampling.NEAREST))
         tiles.append((f"x{row['scale']:.2f}", lr[top : top + size, left : left + size]))
     return tiles
-
-
-def _read_uri(uri: str) -> bytes:
-    folder, _, name = uri.rpartition("/")
-    return Place(folder or "/").read(name)
 
 
 def most_detail(pixels: np.ndarray, size: int) -> tuple[int, int]:

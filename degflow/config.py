@@ -92,7 +92,7 @@ def run(main: Callable[[T], None], schema: type[T], about: str | None, arguments
             raise
         sys.exit(_complain(error, 1))
     except KeyboardInterrupt:
-        sys.exit(_complain("interrupted; the same command continues where it stopped", 130))
+        sys.exit(_complain("interrupted", 130))
 
 
 def usage(schema: type, about: str) -> str:

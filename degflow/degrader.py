@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -64,7 +63,7 @@ class Degrader(nn.Module):
         """
         self.check_scales(float(scale.min()), float(scale.max()))
         height, width = hr.shape[-2:]
-        time = time_of_scale(scale.double(), self.low, self.high).float().to(hr.device)
+        time = time_of_scale(scale.double(), self.low, self.high).clamp(0, 1).float().to(hr.device)
         latent, skips = self.autoencoder.encode(pad(hr, self.multiple))
         latents = integrate(self.velocity, latent, time, steps=steps, solver=solver)
         if time.ndim == 1:
@@ -75,17 +74,18 @@ class Degrader(nn.Module):
 
     def check_scales(self, low: float, high: float) -> None:
         """Raise ValueError unless [low, high] lies in the trained range."""
-        if not self.low <= low <= high <= self.high:
+        rounding = 1e-6  # of float32 scales
+        if not self.low - rounding <= low <= high <= self.high + rounding:
             raise ValueError(
                 f"scale={low if low < self.low else high}: must lie in the trained range [{self.low}, {self.high}]"
             )
 
     def degrade(self, picture: Image.Image, scale: float, **solver: Any) -> Image.Image:
-        """PIL image in, PIL image of the same size out."""
-        pixels = np.asarray(picture.convert("RGB"))
-        images.check_size(*pixels.shape[:2])
+        """PIL image in, RGB PIL image of the same size out; gray, alpha, 16-bit, ... by the rule of `images`."""
+        pixels = images.from_picture(picture)
         device = next(self.parameters()).device
-        lr = self(images.to_tensor(pixels)[None].to(device), torch.tensor([scale]), **solver)
+        scales = torch.tensor([scale], dtype=torch.float64)
+        lr = self(images.to_tensor(pixels)[None].to(device), scales, **solver)
         return Image.fromarray(images.to_pixels(lr)[0])
 
     def save(self, uri: str, provenance: Mapping[str, Any], *, half: bool = False) -> None:
@@ -114,14 +114,18 @@ class Degrader(nn.Module):
             ValueError: the file is missing, or not a degrader.
         """
         tensors, description, digest = load_checkpoint(uri or SHIPPED, "degrader")
-        degrader = cls(
-            ResidualAutoencoder(parse(AutoencoderConfig, description["autoencoder"])),
-            VelocityNetwork(parse(VelocityConfig, description["velocity"])),
-            description["levels"],
-        )
-        degrader.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+        try:
+            degrader = cls(
+                ResidualAutoencoder(parse(AutoencoderConfig, description["autoencoder"])),
+                VelocityNetwork(parse(VelocityConfig, description["velocity"])),
+                description["levels"],
+            )
+            degrader.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+            degrader.provenance = description["provenance"]
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise ValueError(f"{uri or SHIPPED}: a damaged degrader ({type(error).__name__}: {reason})") from None
         degrader.sha256 = digest
-        degrader.provenance = description["provenance"]
         return degrader.to(device).eval()
 
 

@@ -9,7 +9,6 @@ from torch import Tensor
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Solver = Literal["euler", "midpoint", "heun", "rk4"]
 SOLVERS: tuple[str, ...] = get_args(Solver)
-EVALUATIONS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}
 
 
 def integrate(velocity: Velocity, z0: Tensor, end_time: Tensor, *, steps: int = 2, solver: str = "rk4") -> Tensor:

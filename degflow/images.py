@@ -74,12 +74,17 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     try:
         # The format's own class: Image.open would hold its global limit against an image that max_pixels allows.
         with reader(io.BytesIO(data)) as image:
-            check_size(image.height, image.width, max_pixels)
-            return np.array(_to_srgb(image))
+            return from_picture(image, max_pixels=max_pixels)
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, EOFError, ... on damage
         raise ImageError(f"damaged image: {type(error).__name__}: {error}") from error
+
+
+def from_picture(picture: Image.Image, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Bring an opened PIL image under the module's rule; as `decode`, from step 2 on."""
+    check_size(picture.height, picture.width, max_pixels)
+    return np.array(_to_srgb(picture))
 
 
 def _reader(start: bytes) -> type[ImageFile]:
@@ -103,7 +108,7 @@ def check_size(height: int, width: int, max_pixels: int = MAX_PIXELS) -> None:
         raise ImageError(f"{width} x {height} pixels: each side must have at least {SMALLEST_SIDE}")
 
 
-def _to_srgb(image: ImageFile) -> Image.Image:
+def _to_srgb(image: Image.Image) -> Image.Image:
     profile = image.info.get("icc_profile")
     upright = _upright(image)
     if upright.mode.startswith(("I", "F")):
@@ -115,7 +120,7 @@ def _to_srgb(image: ImageFile) -> Image.Image:
     return Image.composite(colour, Image.new("RGB", colour.size, "white"), alpha) if alpha else colour
 
 
-def _upright(image: ImageFile) -> Image.Image:
+def _upright(image: Image.Image) -> Image.Image:
     image.load()
     try:
         method = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
@@ -124,7 +129,7 @@ def _upright(image: ImageFile) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
-def _to_8_bits(image: Image.Image, file: ImageFile) -> Image.Image:
+def _to_8_bits(image: Image.Image, file: Image.Image) -> Image.Image:
     tags = file.tag_v2 if isinstance(file, TiffImageFile) else {}
     bits = tags.get(_TIFF_BITS, (16,))[0]
     if not image.mode.startswith("I;16") or bits != 16:

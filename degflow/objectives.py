@@ -95,7 +95,8 @@ class LFMObjective(nn.Module):
             latent, skips = self.autoencoder.encode(image[:, 0])
             lower = self.autoencoder.encode(image[:, 1:].flatten(0, 1))[0]
             values = torch.cat((latent[:, None], lower.unflatten(0, (len(image), -1))), 1).float()
-            point = self.path.at(values, time)
+            with torch.autocast(values.device.type, enabled=False):  # it would round the path to half precision
+                point = self.path.at(values, time)
         velocity = self.network(point.position, time).float()
         flow = F.mse_loss(velocity, point.velocity)
         if self.perceptual is None or self.weight == 0:

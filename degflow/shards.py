@@ -25,6 +25,7 @@ from degflow.storage import Place, Source, etag_of
 from degflow.trajectory import time_of_scale
 
 FORWARD_PIXELS = 1 << 20
+READ_ATTEMPTS, READ_PAUSE = 4, 0.5  # seconds before the second attempt, doubled before each further one
 
 
 def uniform_of(seed: int, key: str, draw: int) -> float:
@@ -111,14 +112,28 @@ class ShardMaker:
             window, ahead = ahead, submit(start + self.config.batch)
             yield [future.result() for future in window]
 
-    def _load(self, source: Source) -> _Loaded | Reject:
+    def _read(self, source: Source) -> tuple[bytes, str] | Reject:
+        """Bytes and version tag of a file; storage that fails is asked again, with pauses."""
+        for attempt in range(1, READ_ATTEMPTS):
+            try:
+                return self.input.read(source.key), self._etag(source)
+            except FileNotFoundError:
+                return Reject(source.key, "read", "no longer there", attempt)
+            except Exception:  # object stores raise more than OSError
+                time.sleep(READ_PAUSE * 2 ** (attempt - 1))
         try:
-            data = self.input.read(source.key)
-            etag = etag_of(self.input.fs.info(self.input.path(source.key)))
-        except FileNotFoundError:
-            return Reject(source.key, "read", "no longer there")
-        except Exception as error:  # object stores raise more than OSError
-            return Reject(source.key, "read", _reason(error))
+            return self.input.read(source.key), self._etag(source)
+        except Exception as error:
+            return Reject(source.key, "read", _reason(error), READ_ATTEMPTS)
+
+    def _etag(self, source: Source) -> str:
+        return etag_of(self.input.fs.info(self.input.path(source.key)))
+
+    def _load(self, source: Source) -> _Loaded | Reject:
+        found = self._read(source)
+        if isinstance(found, Reject):
+            return found
+        data, etag = found
         if (len(data), etag) != (source.size, source.etag):
             planned = f"size {source.size}, tag {source.etag}"
             return Reject(source.key, "read", f"changed since the plan: {planned}, now size {len(data)}, tag {etag}")
@@ -213,7 +228,9 @@ def _compare(hr: np.ndarray, lr: np.ndarray) -> np.ndarray:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return any(words in str(error) for words in ("DefaultCPUAllocator", "not enough memory"))
 
 
 def _reason(error: Exception) -> str:

@@ -1,15 +1,18 @@
-"""Places (any fsspec URI), checkpoints that describe themselves, and the layout of a synthesized dataset.
+"""Places (any fsspec URI), and checkpoints that describe themselves.
 
 Every filesystem of degflow is opened here. Objects are written whole: a reader sees all of one or none of it.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
 import safetensors.torch
@@ -38,6 +41,10 @@ class Place:
     def __init__(self, uri: str):
         if not uri:
             raise ValueError("an empty URI names no place")
+        if re.match(r"[a-z0-9+.]+://[^/@]*:[^/@]*@", uri, re.IGNORECASE):
+            raise ValueError(
+                "a URI must not hold a password (configurations and datasets keep URIs); use the environment"
+            )
         bare = uri.rstrip("/")
         self.uri = uri if bare.endswith(":") and "://" in uri else bare or "/"
         self.fs, root = fsspec.core.url_to_fs(self.uri)
@@ -62,18 +69,8 @@ class Place:
         if not self.local:
             self.fs.pipe_file(path, data)
             return
-        folder = os.path.dirname(path)
-        os.makedirs(folder, exist_ok=True)
-        temporary = f"{folder}/.{uuid.uuid4().hex}"
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with _replacing(path) as file:
+            file.write(data)
 
     def exists(self, name: str = "") -> bool:
         """Whether a file (or, for "", the place itself) is there."""
@@ -163,14 +160,22 @@ def upload(place: Place, file: str, name: str) -> None:
     if not place.local:
         place.fs.put_file(file, path)
         return
+    with open(file, "rb") as source, _replacing(path) as target:
+        shutil.copyfileobj(source, target, 1 << 20)
+
+
+@contextlib.contextmanager
+def _replacing(path: str) -> Iterator[BinaryIO]:
+    """A local file to write, which gets its name when all is written; until then it is a hidden sibling."""
     folder, base = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
-    temporary = f"{folder}/.{base[:200]}.{uuid.uuid4().hex}"
+    short = base.encode()[:200].decode(errors="ignore")
+    temporary = f"{folder}/.{short}.{uuid.uuid4().hex}"
     try:
-        with open(file, "rb") as source, open(temporary, "wb") as target:
-            shutil.copyfileobj(source, target, 1 << 20)
-            target.flush()
-            os.fsync(target.fileno())
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

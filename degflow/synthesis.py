@@ -48,6 +48,7 @@ def synthesize(config: SynthesizeConfig) -> None:
     config = continued(resolve(config, degrader), output)
     if output.exists(dataset.SUCCESS) and not config.overwrite:
         print(f"{config.output}: finished already, nothing to do (overwrite=true makes it anew)")
+        _name_preview(output)
         return
     plan = {} if config.overwrite else dataset.read_plan(output)
     records = dataset.finished(output, plan)
@@ -144,6 +145,10 @@ def _pool(config: SynthesizeConfig, own: bool) -> _Pool:
     return _Pool(gpus, threads, sum(fits))
 
 
+# A node may be taken away many times; an actor that dies each time, of one huge image say, must end the job.
+ACTOR_RESTARTS = 20
+
+
 class _ShardActor:
     """A Ray Data callable: one planned shard in; finished images out, with the last of them the shard's record.
 
@@ -190,6 +195,8 @@ def _make_shards(
             batch_format="pyarrow",
             num_cpus=pool.threads,
             num_gpus=pool.gpus,
+            max_restarts=ACTOR_RESTARTS,
+            max_task_retries=ACTOR_RESTARTS,
         )
         rejects = 0
         for report in reports.iter_rows():
@@ -276,5 +283,9 @@ def _summarise(
     if made:
         print(f"{made} images in {seconds:.1f} s with Ray's start: {made / seconds:.2f} images/s")
     print(f"dataset: {config.output}")
+    _name_preview(output)
+
+
+def _name_preview(output: Place) -> None:
     if output.exists(dataset.PREVIEW):
         print(f"preview: {output.uri_of(dataset.PREVIEW)}")

@@ -8,7 +8,7 @@ is refused. Safetensors files with the same names are taken too.
 
 import hashlib
 import io
-import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -76,15 +76,15 @@ def read(uri: str, key: str) -> bytes:
 def tensors(data: bytes, key: str, uri: str) -> dict[str, Tensor]:
     """Released state dict of a file: flat names, as the published code has them, without anything else."""
     try:
-        if data[:2] == b"PK" or data[:1] == b"\x80":
-            content: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        if data[8:9] == b"{":  # after the eight bytes of its header's length
+            content: Any = safetensors.torch.load(data)
         else:
-            content = safetensors.torch.load(data)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{key}={uri}: refused, it holds more than tensors ({reason})") from None
-    except Exception as error:
-        raise ValueError(f"{key}={uri}: neither a torch.save nor a safetensors file ({error})") from None
+            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises UnpicklingError, RuntimeError, EOFError, ... on damage
+        if code := re.search(r"unsupported (?:global|class):?(?: GLOBAL)? ([\w.]+)", str(error), re.IGNORECASE):
+            raise ValueError(f"{key}={uri}: refused, it holds more than tensors (it calls {code[1]})") from None
+        reason = (str(error).splitlines() or [""])[0].partition(". ")[0]
+        raise ValueError(f"{key}={uri}: neither a torch.save nor a safetensors file ({reason})") from None
     flat: dict[str, Tensor] = {}
     if isinstance(content, Mapping):
         if key == "flow":

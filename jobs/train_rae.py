@@ -56,7 +56,7 @@ def main(config: TrainRAEConfig) -> None:
     result = fit(objective, samples, config.fit, config.output, config, validate)
     if result:
         network = cast(ResidualAutoencoder, result.network)
-        network.rescale_latent(1 / latent_spread(network, crops))
+        network.rescale_latent(1 / latent_spread(network, evaluation.validation_crops(scenes, count=32)))
         description = {"kind": "autoencoder", "autoencoder": plain(config.autoencoder), "levels": config.scenes.levels}
         storage.save_checkpoint(f"{config.output}/rae.safetensors", network.state_dict(), description)
         print(f"autoencoder: {config.output}/rae.safetensors")

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from degflow import Degrader
 from degflow.degrader import pad
 from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork
+from degflow.storage import load_checkpoint, save_checkpoint
 
 LEVELS = {"1": 1.0, "2": 2.1, "4": 3.75}
 
@@ -139,3 +140,31 @@ def test_rescaling_the_latent_changes_no_image(degrader):
         torch.testing.assert_close(
             autoencoder.decode(after, skips), degrader.autoencoder.decode(before, skips), rtol=0, atol=1e-5
         )
+
+
+def test_a_picture_comes_under_the_image_rule(degrader):
+    transparent = Image.new("RGBA", (24, 16), (255, 0, 0, 0))
+    white = Image.new("RGB", (24, 16), "white")
+    assert degrader.degrade(transparent, scale=2.0).tobytes() == degrader.degrade(white, scale=2.0).tobytes()
+
+
+def test_the_bounds_themselves_are_accepted_in_either_precision():
+    autoencoder = ResidualAutoencoder(AutoencoderConfig(base_width=8))
+    degrader = Degrader(autoencoder, VelocityNetwork(VelocityConfig(width=16, blocks=1)), {"1": 1.0, "x": 3.9})
+    assert float(torch.tensor(3.9)) > 3.9
+    hr = pictures(1, 16, 16)
+    assert torch.equal(degrader(hr, torch.tensor([3.9])), degrader(hr, torch.tensor([3.9], dtype=torch.float64)))
+    assert degrader.degrade(Image.new("RGB", (16, 16)), scale=3.9).size == (16, 16)
+
+
+@pytest.mark.parametrize("change", [{"levels": {}}, {"autoencoder": {"base_width": 0}}, {"velocity": {"widht": 8}}])
+def test_a_damaged_degrader_file_is_named(degrader, tmp_path, change):
+    uri = str(tmp_path / "d.safetensors")
+    degrader.save(uri, {})
+    tensors, description, _ = load_checkpoint(uri)
+    save_checkpoint(uri, tensors, {**description, **change})
+    with pytest.raises(ValueError, match=r"d\.safetensors: a damaged degrader"):
+        Degrader.load(uri)
+    save_checkpoint(uri, dict(list(tensors.items())[1:]), description)
+    with pytest.raises(ValueError, match=r"d\.safetensors: a damaged degrader"):
+        Degrader.load(uri)

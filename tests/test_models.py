@@ -64,12 +64,30 @@ def test_without_hr_skips_the_decoder_ignores_them():
     assert torch.equal(network.decode(latent, skips), network.decode(latent, other))
 
 
+def test_linear_terms_add_a_part_that_is_linear_in_the_latent():
+    torch.manual_seed(0)
+    sizes = {"width": 16, "multipliers": (1, 1), "blocks": 1}
+    network = VelocityNetwork(VelocityConfig(**sizes, linear_terms=3)).eval()
+    plain = VelocityNetwork(VelocityConfig(**sizes)).eval()
+    plain.load_state_dict({k: v for k, v in network.state_dict().items() if not k.startswith("linear.")})
+    z, t = torch.randn(2, 4, 6, 8), torch.tensor([0.2, 0.9])
+    with torch.no_grad():
+        assert torch.equal(network(z, t), plain(z, t))  # zero at the start
+        torch.nn.init.normal_(network.linear.conv.weight)
+        added = network(z, t) - plain(z, t)
+        doubled = network(2 * z, t) - plain(2 * z, t)
+        other_time = network(z, t.flip(0)) - plain(z, t.flip(0))
+    torch.testing.assert_close(doubled, 2 * added, rtol=1e-4, atol=1e-4)
+    assert float((other_time - added).abs().max()) > 0.1
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
         (lambda: AutoencoderConfig(base_width=0), r"autoencoder.base_width=0: must be at least 1"),
         (lambda: AutoencoderConfig(multipliers=(1,)), r"autoencoder.multipliers=\[1\]: at least two entries"),
         (lambda: VelocityConfig(blocks=0), r"velocity.blocks=0: must be at least 1"),
+        (lambda: VelocityConfig(linear_terms=-1), r"velocity.linear_terms=-1: must not be negative"),
         (lambda: VelocityConfig(width=12), r"velocity.width=12: must be a multiple of 8"),
         (lambda: VelocityConfig(multipliers=()), r"velocity.multipliers=\[\]: at least one entry"),
         (lambda: VelocityConfig(dropout=1.0), r"velocity.dropout=1.0: must lie in \[0, 1\)"),

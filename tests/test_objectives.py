@@ -110,3 +110,15 @@ def test_only_the_velocity_network_is_trained_and_the_frozen_parts_stay_in_eval_
     objective(images=images, draw=torch.rand(4)).total.backward()
     assert all(parameter.grad is not None for parameter in velocity.parameters())
     assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_mixed_precision_does_not_round_the_path():
+    objective, images = oracle_objective()
+    with torch.autocast("cpu", torch.bfloat16):
+        values = latents_of(objective.autoencoder, images).float()
+        objective.network.values = values
+        seen = []
+        objective.network.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+        objective(images=images, draw=torch.tensor([0.1, 0.2, 0.5, 0.7]))
+    exact = objective.path.at(values, torch.tensor([0.1, 0.2, 0.5, 0.7])).position
+    torch.testing.assert_close(seen[0], exact, rtol=1e-6, atol=1e-6)

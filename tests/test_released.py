@@ -122,7 +122,9 @@ def test_the_reference_files_reproduce_every_reference_tensor(tmp_path, case):
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod."])
 def test_another_width_and_depth_round_trips_through_the_released_naming(tmp_path, small, prefix):
     names, flow = released_names(*small)
-    torch.save(split(names), tmp_path / "AE.pth")
+    parts = split(names)
+    parts |= {part: {prefix + name: tensor for name, tensor in parts[part].items()} for part in ("encoder", "decoder")}
+    torch.save(parts, tmp_path / "AE.pth")
     torch.save({"model": {prefix + name: tensor for name, tensor in flow.items()}}, tmp_path / "FLOW.pth")
     degrader = imported(tmp_path / "AE.pth", tmp_path / "FLOW.pth", tmp_path / "degrader.safetensors")
     assert degrader.autoencoder.config.base_width == 16
@@ -134,7 +136,8 @@ def test_another_width_and_depth_round_trips_through_the_released_naming(tmp_pat
 
 def test_flat_names_and_safetensors_are_taken(tmp_path, small):
     names, flow = released_names(*small)
-    save_file(names, tmp_path / "AE.safetensors")
+    wrapped = {name.replace(".", "._orig_mod.", 1): tensor for name, tensor in names.items()}
+    save_file(wrapped, tmp_path / "AE.safetensors")
     save_file({f"module.{name}": tensor for name, tensor in flow.items()}, tmp_path / "FLOW.safetensors")
     output = tmp_path / "degrader.safetensors"
     degrader = imported(tmp_path / "AE.safetensors", tmp_path / "FLOW.safetensors", output)

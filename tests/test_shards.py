@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from degflow import dataset, images
+from degflow import dataset, images, shards
 from degflow.config import load
+from degflow.dataset import Reject
 from degflow.degrader import Degrader
 from degflow.planning import ScaleConfig, SynthesizeConfig, make_plan, resolve
 from degflow.shards import ShardMaker, scales_of, uniform_of
@@ -147,7 +148,7 @@ class Starved(Degrader):
 
     def forward(self, hr, scale, **solver):
         if len(hr) > 1 or hr.shape[-1] * hr.shape[-2] > 7000:
-            raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes")
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
         return super().forward(hr, scale, **solver)
 
 
@@ -276,3 +277,32 @@ def test_the_plan_comes_back_as_it_was_written(photos, tmp_path):
 def test_broken_rules_name_key_value_and_rule(word, message):
     with pytest.raises(ValueError, match=message):
         load(SynthesizeConfig, ["input=a", "output=b", *word.split()])
+
+
+class Failing(Place):
+    """A real place whose first reads of every file fail, as a throttling store's do."""
+
+    def __init__(self, uri, failures):
+        super().__init__(uri)
+        self.failures, self.asked = failures, 0
+
+    def read(self, name):
+        self.asked += 1
+        if self.asked <= self.failures:
+            raise OSError("503 SlowDown")
+        return super().read(name)
+
+
+@pytest.mark.parametrize(("failures", "used"), [(3, True), (4, False)])
+def test_storage_that_fails_is_asked_again_a_bounded_number_of_times(tmp_path, monkeypatch, failures, used):
+    monkeypatch.setattr(shards, "READ_PAUSE", 0.001)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").write_bytes(images.encode_png(np.full((16, 16, 3), 128, np.uint8)))
+    maker = object.__new__(ShardMaker)
+    maker.input = Failing(str(tmp_path / "in"), failures)
+    found = maker._read(maker.input.files()[0])
+    assert maker.input.asked == 4
+    if used:
+        assert found[0] == (tmp_path / "in/a.png").read_bytes()
+    else:
+        assert found == Reject("a.png", "read", "OSError: 503 SlowDown", 4)

@@ -44,6 +44,7 @@ def test_a_file_comes_back_and_is_overwritten(place):
 
 
 def test_keys_are_literal(place):
+    assert place.root.endswith("/data [1]#%20")
     for number, name in enumerate(NAMES):
         place.write(name, bytes(number + 1))
     found = place.files()
@@ -217,3 +218,10 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path, data):
     with pytest.raises(ValueError, match=rf"^{tmp_path}/a\.safetensors: not a degflow checkpoint \(") as caught:
         load_checkpoint(f"{tmp_path}/a.safetensors", "degrader")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("uri", ["ftp://me:hunter2@host/photos", "s3://AK:hunter2@bucket/photos"])
+def test_a_uri_with_a_password_is_refused_without_repeating_it(uri):
+    with pytest.raises(ValueError, match="must not hold a password") as caught:
+        Place(uri)
+    assert "hunter2" not in str(caught.value)

@@ -49,7 +49,7 @@ class Fit(NamedTuple):
 
 def plain_names(state: State) -> dict[str, Tensor]:
     """Strip the prefixes that `torch.compile` and data parallelism put before names."""
-    return {re.sub(r"^((_orig_mod|module)\.)+", "", name): tensor for name, tensor in state.items()}
+    return {re.sub(r"(?<![^.])(_orig_mod|module)\.", "", name): tensor for name, tensor in state.items()}
 
 
 def autoencoder_config(state: State) -> AutoencoderConfig:
