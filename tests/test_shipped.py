@@ -1,0 +1,60 @@
+"""The degrader that ships, on photographs that it was not trained on."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from degflow import Degrader, images
+from degflow.camera import SimulatedCamera
+from degflow.degrader import SHIPPED
+from degflow.evaluation import bicubic, psnr
+
+PHOTOGRAPHS = Path(__file__).parents[1] / "examples/photographs"
+
+
+@pytest.fixture(scope="module")
+def degrader():
+    return Degrader.load()
+
+
+def photo(name):
+    """The 192 x 192 pixels in the middle, captured whole and cut out."""
+    return images.decode((PHOTOGRAPHS / name).read_bytes())
+
+
+def middle(pixels):
+    top, left = ((side - 192) // 2 for side in pixels.shape[:2])
+    return images.to_tensor(pixels[top : top + 192, left : left + 192])[None]
+
+
+def test_the_file_is_small_and_says_where_it_comes_from(degrader):
+    assert Path(SHIPPED).stat().st_size < 10e6
+    assert degrader.levels == {"1": 1.0, "2": 2.0, "4": 4.0}
+    assert degrader.provenance["config"]["fit"]["steps"] > 0
+    assert len(degrader.provenance["scenes"]) == 18
+    assert "/tmp" not in str(degrader.provenance)
+    assert "/root" not in str(degrader.provenance)
+
+
+@pytest.mark.parametrize("name", ["astronaut.jpg", "coffee.jpg", "china.jpg"])
+def test_images_get_more_degraded_as_the_scale_grows(degrader, name):
+    hr = middle(photo(name))
+    scales = torch.linspace(1, 4, 13, dtype=torch.float64)
+    made = degrader(hr, scales[None])[0]
+    curve = psnr(made, hr.expand(13, -1, -1, -1)).tolist()
+    assert all(after < before for before, after in pairwise(curve)), np.round(curve, 2)
+    assert curve[0] > 35
+
+
+@pytest.mark.parametrize("scale", [2.0, 3.0, 4.0])
+def test_generated_lr_is_closer_to_the_captured_one_than_hr_is(degrader, scale):
+    canon = SimulatedCamera.named("canon")
+    for name in ("astronaut.jpg", "china.jpg"):
+        pixels = photo(name)
+        hr, lr = middle(canon.capture(pixels, 1.0)), middle(canon.capture(pixels, scale))
+        made = degrader(hr, torch.tensor([[scale]]))[:, 0]
+        assert psnr(made, lr) > psnr(hr, lr) + 2
+        assert psnr(made, lr) > psnr(bicubic(hr, scale), lr)
