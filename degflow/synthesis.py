@@ -145,8 +145,9 @@ def _pool(config: SynthesizeConfig, own: bool) -> _Pool:
     return _Pool(gpus, threads, sum(fits))
 
 
-# A node may be taken away many times; an actor that dies each time, of one huge image say, must end the job.
-ACTOR_RESTARTS = 20
+def _actor_limits() -> dict[str, int]:
+    # A node may be taken away many times; an actor that dies each time, of one huge image say, must end the job.
+    return {"max_restarts": 20, "max_task_retries": 20}
 
 
 class _ShardActor:
@@ -195,8 +196,7 @@ def _make_shards(
             batch_format="pyarrow",
             num_cpus=pool.threads,
             num_gpus=pool.gpus,
-            max_restarts=ACTOR_RESTARTS,
-            max_task_retries=ACTOR_RESTARTS,
+            ray_remote_args_fn=_actor_limits,
         )
         rejects = 0
         for report in reports.iter_rows():
@@ -241,7 +241,8 @@ def _quiet_ray_data() -> Iterator[None]:
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setLevel(logging.CRITICAL)
-    with DataContext.current(context):
+    with DataContext.current(context), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`ray_remote_args_fn` is deprecated")  # there is no other way in yet
         yield
 
 
