@@ -9,6 +9,7 @@ import hashlib
 import io
 import math
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -249,6 +250,7 @@ class _Run:
                 num_workers=self.config.workers,
                 pin_memory=self.accelerator.device.type == "cuda",
                 persistent_workers=False,
+                worker_init_fn=_ignore_interrupts,
             )
         )
 
@@ -388,6 +390,11 @@ class _Run:
             reasons = [line.strip() for line in str(error).splitlines()[1:3]]
             raise ValueError(f"fit.start_from={uri}: holds another network ({' '.join(reasons)} ...)") from None
         self.ema = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
+
+
+def _ignore_interrupts(worker: int) -> None:
+    # Ctrl-C reaches every process of a terminal; the training process alone says what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _part_for(network: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
