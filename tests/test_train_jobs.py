@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from degflow import Degrader, config, images, storage
 from degflow.camera import SimulatedCamera
+from degflow.models import AutoencoderConfig, VelocityConfig
 
 ROOT = Path(__file__).parents[1]
 RAE = {
@@ -235,6 +236,18 @@ def test_stage_2_goes_on_from_a_degrader_file(tree, lfm, tmp_path):
         torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-6)
 
 
+def test_stage_1_goes_on_from_a_degrader_file(tree, rae, lfm, tmp_path):
+    file = lfm[0] / "degrader.safetensors"
+    keys = {**RAE, "scenes.data": tree, "fit.start_from": file, "output": tmp_path}
+    still = {"fit.steps": 1, "fit.learning_rate": 1e-12, "fit.final_learning_rate": 1e-12}
+    succeed("train_rae", **{**keys, **still})
+    before, after = load_file(rae[0] / "rae.safetensors"), load_file(tmp_path / "rae.safetensors")
+    assert before.keys() == after.keys()
+    rescaled = ("encoder.head.weight", "encoder.head.bias", "decoder.stem.weight")  # the latent's unit is measured anew
+    for name in before.keys() - rescaled:
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-6)
+
+
 def job(name):
     spec = importlib.util.spec_from_file_location(name, ROOT / f"jobs/{name}.py")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
@@ -243,11 +256,30 @@ def job(name):
     return module.main, getattr(module, schema), module.__doc__
 
 
+RAE_KEY = {"train_rae": [], "train_lfm": ["rae=z"]}
+
+
+def schema_of(name):
+    return job(name)[1]
+
+
 def fails(name, capsys, **keys):
     """The job's exit code and last words, in this process: most of a short process's time is imports."""
     with pytest.raises(SystemExit) as end:
         config.run(*job(name), [f"{key}={value}" for key, value in keys.items()])
     return end.value.code, capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
+def test_every_configuration_that_ships_is_one_of_its_job(file):
+    name = "train_rae" if file.endswith("_rae.yaml") else "train_lfm"
+    loaded = config.load(
+        schema_of(name), [f"config={ROOT}/configs/{file}", "scenes.data=x", "output=y", *RAE_KEY[name]]
+    )
+    assert loaded.scenes.levels == {"1": 1.0, "2": 2.0, "4": 4.0}
+    if file.startswith(("paper", "released")):  # the released networks' sizes
+        sizes = loaded.autoencoder if name == "train_rae" else loaded.velocity
+        assert sizes == (AutoencoderConfig() if name == "train_rae" else VelocityConfig())
 
 
 @pytest.mark.parametrize(
