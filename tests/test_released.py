@@ -263,4 +263,4 @@ def test_a_full_size_import_degrades_an_image_of_any_size_in_bounded_memory(tmp_
     assert done.returncode == 0, done.stderr
     width, height, megabytes = map(int, done.stdout.split())
     assert (width, height) == (500, 333)
-    assert megabytes < 6000
+    assert megabytes < 3000
