@@ -1,5 +1,6 @@
 """What people see first of a synthesized dataset: README.md (the dataset card) and preview.png (a contact sheet)."""
 
+import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -128,8 +129,8 @@ def preview(output: Place, records: Mapping[int, Record], max_pixels: int) -> by
         None when there is no row to show.
     """
     lines = []
-    for part, key, _ in sample_keys(output, records, IMAGES):
-        rows = read_rows(output, part, ("draw", "scale", "lr", "hr"), [key])
+    for part, key in sample_keys(output, records, IMAGES):
+        rows = read_rows(output, part, ("draw", "scale", "lr", "hr", "hr_sha256"), [key])
         rows.sort(key=lambda row: (row["scale"], row["draw"]))
         if len(rows) > DRAWS:
             rows = [rows[round(n * (len(rows) - 1) / (DRAWS - 1))] for n in range(DRAWS)]
@@ -154,8 +155,7 @@ def _line(rows: Sequence[dict[str, Any]], max_pixels: int) -> list[tuple[str, np
     """HR and LR tiles with their captions; empty when a referenced HR image is no longer there as it was."""
     hr_cell = rows[0]["hr"]
     try:
-        place, name = split_uri(hr_cell["path"])
-        hr = images.decode(hr_cell["bytes"] or place.read(name), max_pixels=max_pixels)
+        hr = images.decode(hr_cell["bytes"] or _source(rows[0]), max_pixels=max_pixels)
     except Exception:  # a picture is not worth failing a finished dataset for, whatever its storage raises
         return []
     size = min(CROP, *hr.shape[:2])
@@ -167,6 +167,14 @@ def _line(rows: Sequence[dict[str, Any]], max_pixels: int) -> list[tuple[str, np
             lr = np.asarray(Image.fromarray(lr).resize((hr.shape[1], hr.shape[0]), Image.Resampling.NEAREST))
         tiles.append((f"x{row['scale']:.2f}", lr[top : top + size, left : left + size]))
     return tiles
+
+
+def _source(row: dict[str, Any]) -> bytes:
+    place, name = split_uri(row["hr"]["path"])
+    data = place.read(name)
+    if hashlib.sha256(data).hexdigest() != row["hr_sha256"]:
+        raise ValueError(f"{row['hr']['path']}: changed since it was degraded")
+    return data
 
 
 def most_detail(pixels: np.ndarray, size: int) -> tuple[int, int]:

@@ -240,8 +240,8 @@ def read_rows(
     return rows
 
 
-def sample_keys(output: Place, records: Mapping[int, Record], count: int) -> list[tuple[str, str, float]]:
-    """Up to `count` images (part, key, scale of draw 0) of the first shards, spread evenly over the scales."""
+def sample_keys(output: Place, records: Mapping[int, Record], count: int) -> list[tuple[str, str]]:
+    """Up to `count` images (part, key) of the first shards, spread evenly over the scales."""
     found: list[tuple[float, str, str]] = []
     for record in islice((records[n] for n in sorted(records) if records[n].rows), 4):
         rows = read_rows(output, record.part, ("key", "draw", "scale"))
@@ -249,7 +249,7 @@ def sample_keys(output: Place, records: Mapping[int, Record], count: int) -> lis
     found.sort()
     spread = range(count) if len(found) > count else range(len(found))
     picked = [found[round(n * (len(found) - 1) / max(1, len(spread) - 1))] for n in spread]
-    return [(part, key, scale) for scale, part, key in picked]
+    return [(part, key) for _, part, key in picked]
 
 
 def _serialise(table: pa.Table) -> bytes:

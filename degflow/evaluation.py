@@ -1,7 +1,8 @@
 """How close generated LR images come to captured ones: PSNR and SSIM under the published protocol, tables, pictures.
 
 The protocol of RealSR's papers: luma of ITU-R BT.601 in 16..235, 4 pixels shaved from each border, data range 255,
-float64, not quantised; SSIM with a 7 x 7 uniform window and sample covariance; LPIPS on full RGB.
+float64; SSIM with a 7 x 7 uniform window and sample covariance; LPIPS on full RGB. `psnr`
+and `ssim` do not quantise; `measure` scores LR images as the 8-bit images that a dataset holds.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -70,9 +71,9 @@ def bicubic(hr: Tensor, scale: float) -> Tensor:
 
 
 @torch.inference_mode()
-def reconstruct(autoencoder: ResidualAutoencoder, hr: Tensor, lr: Tensor, multiple: int | None = None) -> Tensor:
+def reconstruct(autoencoder: ResidualAutoencoder, hr: Tensor, lr: Tensor) -> Tensor:
     """decode(encode(LR); skips of HR), the best that any flow could reach with this autoencoder."""
-    multiple = multiple or autoencoder.config.compression
+    multiple = autoencoder.config.compression
     _, skips = autoencoder.encode(pad(hr, multiple))
     latent, _ = autoencoder.encode(pad(lr, multiple))
     return autoencoder.decode(latent, skips)[..., : hr.shape[-2], : hr.shape[-1]].clamp(-1, 1)

@@ -6,6 +6,9 @@ writes output/table.md (means over the scenes), measurements.csv (every image) a
 fine grid of scales).
 """
 
+import csv
+import io
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -58,12 +61,12 @@ def main(config: EvaluateConfig) -> None:
     place = Place(config.output)
     place.write("config.yaml", dump(config).encode())
     place.write("table.md", f"{table}\n".encode())
-    place.write("measurements.csv", csv(evaluation.Measurement._fields, measurements))
+    place.write("measurements.csv", table_of(evaluation.Measurement._fields, measurements))
     print(f"PSNR in dB / SSIM / LPIPS ({config.lpips}) against the captured LR, means of {len(scenes)} scenes")
     print(f"\n{table}\n")
     if config.sweep:
         curve = evaluation.sweep(degrader, scenes, config.sweep, config.crop, **solver)
-        place.write("sweep.csv", csv(("scale", "psnr_to_hr"), curve.items()))
+        place.write("sweep.csv", table_of(("scale", "psnr_to_hr"), curve.items()))
         falls = all(after < before for before, after in pairwise(curve.values()))
         print(f"PSNR against HR over {config.sweep} scales: {'falls' if falls else 'DOES NOT fall'} monotonically,")
         shown = list(curve.items())[:: max(1, config.sweep // 10)]
@@ -71,9 +74,11 @@ def main(config: EvaluateConfig) -> None:
     print(f"tables: {config.output}")
 
 
-def csv(titles, rows) -> bytes:
+def table_of(titles: Iterable[str], rows: Iterable[Iterable[object]]) -> bytes:
     """Rows of plain values as CSV."""
-    return "".join(",".join(map(str, row)) + "\n" for row in (titles, *rows)).encode()
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows((titles, *rows))
+    return text.getvalue().encode()
 
 
 if __name__ == "__main__":
