@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from degflow import dataset, images, shards
+from degflow.card import preview
 from degflow.config import load
 from degflow.dataset import Reject
 from degflow.degrader import Degrader
@@ -306,3 +307,14 @@ def test_storage_that_fails_is_asked_again_a_bounded_number_of_times(tmp_path, m
         assert found[0] == (tmp_path / "in/a.png").read_bytes()
     else:
         assert found == Reject("a.png", "read", "OSError: 503 SlowDown", 4)
+
+
+def test_the_preview_shows_no_source_that_changed_since(model, tmp_path):
+    (tmp_path / "in").mkdir()
+    file = tmp_path / "in/a.png"
+    file.write_bytes(images.encode_png(np.full((32, 32, 3), 128, np.uint8)))
+    output = Place(str(run(tmp_path / "in", tmp_path / "out", model, "hr=reference")))
+    records = dataset.finished(output, [0])
+    assert preview(output, records, 10_000) is not None
+    file.write_bytes(images.encode_png(np.full((32, 32, 3), 129, np.uint8)))
+    assert preview(output, records, 10_000) is None
