@@ -10,8 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = (  # a room may import its own layer and those after it
     {"jobs"},
-    {"training", "synthesis", "evaluation", "pairs", "benchmarking"},
-    {"objectives", "degrader", "scenes", "camera", "restoration", "planning", "shards", "card", "perceptual"},
+    {"training", "synthesis", "evaluation", "pairs", "exports", "benchmarking"},
+    {"objectives", "degrader", "scenes", "camera", "restoration", "perceptual"}
+    | {"planning", "shards", "card", "finished"},
     {"models", "trajectory", "flow", "storage", "dataset"},
     {"images", "config"},
 )
@@ -19,9 +20,9 @@ FENCES = {  # a package, and the rooms that may import it
     "ray": {"synthesis"},
     "accelerate": {"training"},
     "omegaconf": {"config"},
-    "fsspec": {"storage", "pairs"},
+    "fsspec": {"storage"},
     "s3fs": set(),
-    "pyarrow": {"storage", "dataset", "pairs"},
+    "pyarrow": {"storage", "dataset", "finished"},
     "lpips": {"perceptual"},
 }
 TORCH_ONLY = {"trajectory", "flow", "models"}
