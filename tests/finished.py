@@ -1,12 +1,14 @@
 """A finished dataset for the readers' tests, through the real shard maker and without Ray."""
 
+from dataclasses import replace
+
 import numpy as np
 from PIL import Image
 
-from degflow import dataset
+from degflow import dataset, images
 from degflow.config import dump, load
 from degflow.degrader import Degrader
-from degflow.planning import SynthesizeConfig, make_plan, resolve
+from degflow.planning import ScaleConfig, SynthesizeConfig, make_plan, resolve
 from degflow.shards import ShardMaker
 from degflow.storage import Place
 
@@ -33,3 +35,25 @@ def save_coordinates(folder, count, height=24, width=32):
         pixels = np.stack([2 * row, 2 * column, np.full_like(row, number)], -1).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{number:03d}.png")
     return folder
+
+
+def finish_rows(output, keys, draws=1, **changes):
+    """One part with rows of these keys, whatever they are, each with an image of its own; no photograph is needed."""
+    place = Place(str(output))
+    place.write(
+        dataset.CONFIG,
+        dump(replace(SynthesizeConfig("none", str(output), scale=ScaleConfig(low=2.0, high=2.0)), **changes)).encode(),
+    )
+    random = np.random.default_rng(0)
+    with dataset.ShardWriter(place, 0) as writer:
+        for key in keys:
+            hr = {"bytes": images.encode_png(random.integers(256, size=(8, 8, 3), dtype=np.uint8)), "path": key}
+            about = {"key": key, "scale": 2.0, "time": 0.5, "height": 8, "width": 8, "seed": 0, "hr_sha256": ""}
+            for draw in range(draws):
+                lr = images.encode_png(random.integers(256, size=(8, 8, 3), dtype=np.uint8))
+                row = {"draw": draw, "lr": {"bytes": lr, "path": key}, "hr": hr, "model_sha256": ""}
+                writer.add([about | row])
+        record = writer.finish(0.0, None, None, None)
+    dataset.write_manifest(place, {0: record})
+    place.write(dataset.SUCCESS, b"")
+    return str(output)

@@ -12,7 +12,7 @@ LAYERS = (  # a room may import its own layer and those after it
     {"jobs"},
     {"training", "synthesis", "evaluation", "pairs", "exports", "benchmarking"},
     {"objectives", "degrader", "scenes", "camera", "restoration", "perceptual"}
-    | {"planning", "shards", "card", "finished"},
+    | {"planning", "shards", "card", "finished", "layouts"},
     {"models", "trajectory", "flow", "storage", "dataset"},
     {"images", "config"},
 )
