@@ -312,7 +312,7 @@ def test_a_store_that_is_down_is_waited_for_and_then_named(s3, monkeypatch):
     s3.kill()
     monkeypatch.setattr(storage, "PATIENCE", 4)
     with pytest.raises(
-        storage.StorageError, match=r"/a: EndpointConnectionError: .*127\.0\.0\.1.* \(\d attempts\)"
+        storage.StorageError, match=r"/a: EndpointConnectionError: .*127\.0\.0\.1.* \(attempts: \d\)"
     ) as caught:
         place.read("a")
     assert caught.value.attempts >= 2
