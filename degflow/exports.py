@@ -30,7 +30,7 @@ from degflow.config import dump, option, plain, read, required
 from degflow.finished import FinishedDataset, Part
 from degflow.layouts import Layout, Paired, RealSR, WebDataset
 from degflow.scenes import HR_LABEL
-from degflow.storage import Place, upload
+from degflow.storage import Place
 
 CONFIG, INDEX, SUCCESS = "export.yaml", "index", "_SUCCESS"
 _NAME = r"[A-Za-z0-9_-]+"
@@ -231,4 +231,4 @@ def _write_tar(
                         tar.addfile(member, io.BytesIO(data))
                     yield len(photo), [pair.info for pair in pairs]
         spool.flush()
-        upload(output, spool.name, part.name.rpartition("/")[2].removesuffix(".parquet") + ".tar")
+        output.upload(spool.name, part.name.rpartition("/")[2].removesuffix(".parquet") + ".tar")

@@ -2,8 +2,9 @@
 
 import hashlib
 import io
+import os
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -65,8 +66,8 @@ class FinishedDataset:
         place = Place(self.uri)
         where = place.uri_of(part.name)
         try:
-            self._check(place, part)
-            with place.fs.open(place.path(part.name), "rb", cache_type="none") as file:
+            with place.open(part.name) as file:
+                self._check(file, where, part)
                 parquet = pq.ParquetFile(file, pre_buffer=True)
                 if parquet.metadata.num_rows != part.rows:
                     raise ValueError(f"{where}: {parquet.metadata.num_rows} rows, where the manifest says {part.rows}")
@@ -84,16 +85,15 @@ class FinishedDataset:
         except (pa.ArrowException, OSError) as error:  # Arrow calls some kinds of damage an OSError
             raise OSError(f"{where}: cannot be read ({type(error).__name__}: {error})") from error
 
-    def _check(self, place: Place, part: Part) -> None:
-        path, where = place.path(part.name), place.uri_of(part.name)
-        if (size := place.fs.info(path)["size"]) != part.bytes:
+    def _check(self, file: BinaryIO, where: str, part: Part) -> None:
+        if (size := file.seek(0, os.SEEK_END)) != part.bytes:
             raise ValueError(f"{where}: {size} bytes, where the manifest says {part.bytes}")
+        file.seek(0)
         if not self.verify or part.name in self._verified:
             return
         digest = hashlib.sha256()
-        with place.fs.open(path, "rb", cache_type="none") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
         if digest.hexdigest() != part.sha256:
             raise ValueError(f"{where}: sha256 {digest.hexdigest()}, where the manifest says {part.sha256}")
         self._verified.add(part.name)

@@ -1,7 +1,5 @@
 """A finished dataset for the readers' tests, through the real shard maker and without Ray."""
 
-from dataclasses import replace
-
 import numpy as np
 from PIL import Image
 
@@ -37,12 +35,11 @@ def save_coordinates(folder, count, height=24, width=32):
     return folder
 
 
-def finish_rows(output, keys, draws=1, **changes):
+def finish_rows(output, keys, draws=1):
     """One part with rows of these keys, whatever they are, each with an image of its own; no photograph is needed."""
     place = Place(str(output))
     place.write(
-        dataset.CONFIG,
-        dump(replace(SynthesizeConfig("none", str(output), scale=ScaleConfig(low=2.0, high=2.0)), **changes)).encode(),
+        dataset.CONFIG, dump(SynthesizeConfig("none", str(output), scale=ScaleConfig(low=2.0, high=2.0))).encode()
     )
     random = np.random.default_rng(0)
     with dataset.ShardWriter(place, 0) as writer:
