@@ -87,7 +87,7 @@ class Paired:
         if not off:
             return hr, row["lr"]["bytes"], 0
         height, width = (min(large // scale, small) for large, small in sizes)
-        gt = self.source.hr_of(row)[: scale * height, : scale * width]
+        gt = self.source.hr_of(row | {"hr": {"bytes": hr}})[: scale * height, : scale * width]
         return images.encode_png(gt), images.encode_png(self.source.lr_of(row)[:height, :width]), off
 
     def listings(self, index: Iterable[dict[str, Any]]) -> dict[str, str]:
@@ -138,7 +138,7 @@ class RealSR:
         return pairs
 
     def listings(self, index: Iterable[dict[str, Any]]) -> dict[str, str]:
-        """None."""
+        """No file."""
         return {}
 
 
@@ -159,7 +159,7 @@ class WebDataset:
         return pairs
 
     def listings(self, index: Iterable[dict[str, Any]]) -> dict[str, str]:
-        """None."""
+        """No file."""
         return {}
 
 

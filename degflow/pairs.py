@@ -35,13 +35,14 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
 
     `crop` cuts `lr` to crop x crop at a random place, and `hr` at the same one. In a dataset of `size=same` both have
     that size. In one of `size=scaled`, `hr` has round(crop * scale) pixels a side, so a batch needs equal scales (or a
-    collate_fn of its own): the crops share their centre to within half an HR pixel, exactly where HR's sides are
-    multiples of the scale. An image smaller than its crop is continued by reflection.
+    collate_fn of its own): the crops share their centre to within half an HR pixel, and exactly where the scale is
+    whole and HR's sides are multiples of it. An image smaller than its crop is continued by reflection.
 
-    All ranks must have equally many loader workers. They start in any multiprocessing context, whatever the storage.
-    `set_epoch` reaches them, persistent ones too. With loader workers the state is kept by torchdata's
-    StatefulDataLoader; without, DataLoader and `state_dict` do as well. Frameworks that split an IterableDataset among
-    ranks themselves (Accelerate's `prepare`) want rank=0, world=1.
+    All ranks must have equally many loader workers, which start in any multiprocessing context, whatever the storage.
+    `set_epoch` reaches them, persistent ones too. At the end of an epoch a rank may have one batch per worker less than
+    another; where that would leave one waiting, `repeat` has no end. Frameworks that split an IterableDataset among
+    ranks themselves (Accelerate's `prepare`) want rank=0, world=1. With loader workers the state is kept by torchdata's
+    StatefulDataLoader; without, DataLoader and `state_dict` do as well.
 
     A worker's memory holds `buffer` rows as PNG, one row group (100 rows or some 64 MB), and the pair being decoded.
 
@@ -58,8 +59,8 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
         verify: compare each part with the manifest's sha256 before its first use.
 
     Raises:
-        ValueError: no finished dataset, or a bad argument; while reading, a part or a source
-            that is missing or not as it was.
+        ValueError: no finished dataset, or a bad argument; while reading, a part or a source that is
+            missing or not as it was.
         OSError: a part that cannot be read.
     """
 
