@@ -44,8 +44,8 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
     ranks themselves (Accelerate's `prepare`) want rank=0, world=1. With loader workers the state is kept by torchdata's
     StatefulDataLoader; without, DataLoader and `state_dict` do as well.
 
-    A worker's memory holds `buffer` rows as PNG, one row group (100 rows or some 64 MB, with Arrow's own buffers some 240
-    MB), and the pair being decoded.
+    A worker's memory holds `buffer` rows as PNG, one row group (100 rows or some 64 MB; with Arrow's own buffers
+    some 240 MB), and the pair being decoded.
 
     Args:
         uri: the dataset's folder or URI.
