@@ -80,6 +80,19 @@ def scales_of(scale: ScaleConfig, seed: int, key: str) -> list[float]:
     return [min(high, low + u * (high - low)) for u in draws]
 
 
+def codec_of(config: SynthesizeConfig) -> Codec:
+    """How a run with this resolved configuration reads and writes."""
+    return Codec(
+        root=root_of(config.input, config.root).uri,
+        max_pixels=config.max_pixels,
+        embed=config.hr == "embed",
+        scaled=config.size == "scaled",
+        png_level=config.png_level,
+        seed=config.seed,
+        model_sha256=config.model_sha256,
+    )
+
+
 class Progress(NamedTuple):
     """Images finished since the last report, those of them rejected, and at the end the shard's record."""
 
@@ -109,15 +122,7 @@ class ShardMaker:
         self.degrader, self.config, self.workers = degrader, config, workers
         self.device = next(degrader.parameters()).device
         self.output = Place(config.output)
-        self.codec = Codec(
-            root=root_of(config.input, config.root).uri,
-            max_pixels=config.max_pixels,
-            embed=config.hr == "embed",
-            scaled=config.size == "scaled",
-            png_level=config.png_level,
-            seed=config.seed,
-            model_sha256=degrader.sha256,
-        )
+        self.codec = codec_of(config)
 
     def make(self, number: int, sources: Sequence[Source]) -> Iterator[Progress]:
         """Make one shard and put it, reporting as images are finished.
