@@ -13,7 +13,10 @@ LAYERS = (  # a room may import its own layer and those after it
     {"training", "synthesis", "evaluation", "pairs", "exports", "benchmarking"},
     {"objectives", "degrader", "scenes", "camera", "restoration", "perceptual"}
     | {"planning", "shards", "card", "finished", "layouts"},
-    {"models", "trajectory", "flow", "storage", "dataset"},
+    {"models", "trajectory", "flow", "codec"},
+    {"dataset"},
+    {"listing"},
+    {"storage"},
     {"images", "config"},
 )
 FENCES = {  # a package, and the rooms that may import it
@@ -22,7 +25,7 @@ FENCES = {  # a package, and the rooms that may import it
     "omegaconf": {"config"},
     "fsspec": {"storage"},
     "s3fs": set(),
-    "pyarrow": {"storage", "dataset", "finished"},
+    "pyarrow": {"dataset", "listing", "planning", "finished"},
     "lpips": {"perceptual"},
 }
 TORCH_ONLY = {"trajectory", "flow", "models"}

@@ -364,17 +364,24 @@ def test_a_finished_export_is_left_alone_unless_overwritten(made, twofold, tmp_p
 
 
 def test_parts_added_to_the_dataset_are_exported_and_the_others_left(photos, model, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("astronaut.PNG", "cat.jpeg", "coffee.jpg", "smallest.png"):
+        shutil.copy(photos / name, tmp_path / "in" / name)
     words = ["shard.images=3", "hr=embed"]
-    part = finish(photos, tmp_path / "six", model, *words, "limit=6")
-    whole = finish(photos, tmp_path / "nine", model, *words)
-    output = run(part, tmp_path / "out")
-    assert len(files_in(output / "gt")) == 6
+    source = finish(tmp_path / "in", tmp_path / "set", model, *words)
+    output = run(source, tmp_path / "out")
+    assert len(files_in(output / "gt")) == 4
     before = times_in(output / "lq")
-    run(whole, output)
+    (tmp_path / "in/bad.png").write_bytes(b"")
+    shutil.copy(photos / "a b#c%20.png", tmp_path / "in/again.png")
+    finish(tmp_path / "in", source, model, *words)
+    shutil.copy(photos / "coffee.jpg", tmp_path / "in/bad.png")
+    finish(tmp_path / "in", source, model, *words, retry=True)
+    run(source, output)
     assert times_in(output / "lq").items() >= before.items()
-    grown, reference = files_in(output), files_in(run(whole, tmp_path / "reference"))
-    del grown["export.yaml"], reference["export.yaml"]  # they name their inputs
-    assert grown == reference
+    assert files_in(output) == files_in(run(source, tmp_path / "reference"))
+    keys = [pair["key"] for pair in index_of(output)]
+    assert sorted(keys) == sorted(keys_of(tmp_path / "in"))
 
 
 def test_object_storage_to_object_storage(s3, photos, model, tmp_path):

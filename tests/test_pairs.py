@@ -333,6 +333,22 @@ def test_a_state_of_another_dataset_is_refused(grid, made):
         SynthesizedPairs(made, buffer=4).load_state_dict(SynthesizedPairs(grid, buffer=4).state_dict())
 
 
+def test_rows_of_files_that_were_added_or_tried_again_come_once(photos, model, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    shutil.copy(photos / "astronaut.PNG", folder / "a.png")
+    (folder / "b.png").write_bytes(b"")
+    uri = finish(folder, tmp_path / "set", model, "shard.images=1")
+    state = SynthesizedPairs(uri, buffer=4).state_dict()
+    shutil.copy(photos / "coffee.jpg", folder / "c.jpg")
+    finish(folder, uri, model, "shard.images=1")
+    shutil.copy(photos / "cat.jpeg", folder / "b.png")
+    finish(folder, uri, model, "shard.images=1", retry=True)
+    assert sorted(names(SynthesizedPairs(uri))) == [("a.png", 0), ("b.png", 0), ("c.jpg", 0)]
+    with pytest.raises(ValueError, match=r"the state does not fit: manifest was"):
+        SynthesizedPairs(uri, buffer=4).load_state_dict(state)
+
+
 def test_an_unfinished_dataset_is_refused(copy, tmp_path):
     (copy / "_SUCCESS").unlink()
     for uri in (copy, tmp_path / "missing"):
