@@ -271,7 +271,8 @@ def rejected(config: SynthesizeConfig, plan: Plan, records: Mapping[int, Record]
     """The files that stand rejected, with the size and tag that they have now, as the plan's next part."""
     keys = sorted(reject.key for reject in dataset.rejects_of(output, plan, records))
     rows = plan.table.filter(pc.is_in(plan.table["key"], pa.array(keys, pa.string())))
-    planned = {key: Source(key, size, etag) for _, key, size, etag in zip(*map(pa.Array.to_pylist, rows), strict=True)}
+    columns = [column.to_pylist() for column in rows.select(SOURCE.names).columns]
+    planned = {source[0]: Source(*source) for source in zip(*columns, strict=True)}
     root = root_of(config.input, config.root)
     with ThreadPoolExecutor(16) as pool:
         now = list(pool.map(lambda key: _as_it_is_now(root, planned[key]), keys))
