@@ -129,6 +129,7 @@ class SynthesizeConfig:
         "auto", "HR as PNG in every row (embed), as URI of the source (reference), auto: embed for one draw"
     )
     max_pixels: int = option(images.MAX_PIXELS, "larger images are rejected")
+    memory: float = option(4.0, "GB for one forward pass, beside weights and images; larger ones are done in tiles")
     batch: int = option(4, "images in flight per stage; those of equal size share a forward pass")
     png_level: int = option(3, "PNG compression, 0 (fast) to 9 (small)")
     actors: ActorsConfig = option(ActorsConfig(), "")
@@ -147,6 +148,7 @@ class SynthesizeConfig:
             ("size", self.size in ("same", "scaled"), "must be same or scaled"),
             ("hr", self.hr in ("auto", "embed", "reference"), "must be auto, embed or reference"),
             ("max_pixels", self.max_pixels >= images.SMALLEST_SIDE**2, f"must be at least {images.SMALLEST_SIDE**2}"),
+            ("memory", self.memory > 0, "must be above 0"),
             ("batch", self.batch >= 1, "must be at least 1"),
             ("png_level", 0 <= self.png_level <= 9, "must lie in [0, 9]"),
             ("max_reject_rate", 0 <= self.max_reject_rate <= 1, "must lie in [0, 1]"),
