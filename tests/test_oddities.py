@@ -1,0 +1,239 @@
+"""Files that are bad or odd: each one used or refused as written, mutations of them, and all of them through Ray."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFile
+
+from degflow.config import load
+from degflow.images import ImageError, decode
+from degflow.synthesis import SynthesizeConfig, synthesize
+from tests.oddities import Oddity, chunk, file, noise, oddities, smooth, webp
+from tests.sources import png, rejects_of, rows_of, save_model
+
+ODDITIES = oddities()
+EXAMPLES = int(os.environ.get("DEGFLOW_FUZZ_EXAMPLES", "1500"))  # per fuzzing test; they repeat unless this is set
+FUZZ = settings(
+    max_examples=EXAMPLES,
+    derandomize="DEGFLOW_FUZZ_EXAMPLES" not in os.environ,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+MOST = 1 << 20  # pixels, while fuzzing
+
+
+def outcome(oddity, pixels):
+    """What is wrong with the pixels of a file that is to be used, in words."""
+    expected = oddity.expected
+    if pixels.dtype != np.uint8 or pixels.shape != expected.shape:
+        return f"{oddity.name!r}: {pixels.dtype} {pixels.shape}, not {expected.shape}"
+    difference = np.abs(pixels.astype(float) - expected).max()
+    return "" if difference <= oddity.tolerance else f"{oddity.name!r}: off by {difference}"
+
+
+def assert_readable(reason):
+    assert 5 < len(reason) < 300
+    assert reason.isprintable()
+    assert not re.search(r" at 0x|Traceback|<class|: $", reason), reason
+
+
+def test_the_corpus_is_as_large_and_varied_as_it_should_be():
+    refused = [oddity for oddity in ODDITIES if isinstance(oddity.expected, str)]
+    assert len(refused) >= 60
+    assert len(ODDITIES) - len(refused) >= 60
+    assert len({oddity.name for oddity in ODDITIES}) == len(ODDITIES)
+    assert len({oddity.data for oddity in ODDITIES}) > len(ODDITIES) - 12  # photographs under odd names differ too
+
+
+@pytest.mark.parametrize("oddity", ODDITIES, ids=lambda oddity: ascii(oddity.name)[1:40])
+def test_each_is_used_or_refused_as_written(oddity):
+    if isinstance(oddity.expected, str):
+        with pytest.raises(ImageError, match=oddity.expected) as refusal:
+            decode(oddity.data)
+        assert_readable(str(refusal.value))
+    else:
+        assert outcome(oddity, decode(oddity.data)) == ""
+
+
+@pytest.mark.parametrize("spoil", ["pillow's limit", "warnings are errors"])
+def test_pixels_do_not_depend_on_what_else_the_process_has_set(spoil, monkeypatch):
+    used = [oddity for oddity in ODDITIES if not isinstance(oddity.expected, str)]
+    with warnings.catch_warnings():
+        if spoil == "pillow's limit":
+            monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+        warnings.simplefilter("error")
+        assert list(filter(None, (outcome(oddity, decode(oddity.data)) for oddity in used))) == []
+
+
+def test_pillow_must_not_be_set_to_take_truncated_files(monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(RuntimeError, match="LOAD_TRUNCATED_IMAGES is set"):
+        decode(file(noise()))
+
+
+def in_a_fresh_process(body):
+    """Run a script that prints JSON, with `peak()`: bytes of memory at most since the last call."""
+    script = (
+        "import json, time\nfrom tests.oddities import *\nfrom degflow.images import ImageError, decode\n"
+        "def status(name):\n    text = open('/proc/self/status').read()\n"
+        "    return 1024 * int(text.split(name + ':')[1].split()[0])\n"
+        "def peak():\n    most = status('VmHWM')\n    open('/proc/self/clear_refs', 'w').write('5')\n"
+        "    return most - status('VmRSS')\n"
+        "decode(file(noise()))\npeak()\n"
+    )
+    root = str(Path(__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    done = subprocess.run([sys.executable, "-c", script + body], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")  # libtiff and Pillow write there
+    return json.loads(done.stdout)
+
+
+LINUX = pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="measures memory as Linux counts it")
+
+
+@LINUX
+def test_none_of_them_costs_much_or_writes_to_stderr():
+    costs = in_a_fresh_process(
+        "costs = {}\n"
+        "for oddity in oddities():\n"
+        "    started = time.process_time()\n"
+        "    try:\n        decode(oddity.data)\n    except ImageError:\n        pass\n"
+        "    costs[oddity.name] = time.process_time() - started, peak()\n"
+        "print(json.dumps(costs))\n"
+    )
+    assert len(costs) == len(ODDITIES)
+    assert {name: seconds for name, (seconds, _) in costs.items() if seconds > 5} == {}
+    assert {name: memory for name, (_, memory) in costs.items() if memory > 100e6} == {}
+
+
+@LINUX
+def test_memory_is_bounded_by_the_pixels_of_the_header():
+    """The dearest kinds, 12 megapixels each: 20 bytes per pixel, as the rule says, and less than 100 MB besides."""
+    peaks = in_a_fresh_process(
+        "large = Image.fromarray(smooth(3000, 4000))\n"
+        "frames = file(Image.fromarray(noise()), 'WEBP', save_all=True, append_images=[Image.new('RGB', (32, 24))])\n"
+        "at = frames.index(b'VP8X')\n"
+        "canvas = frames[:at + 12] + struct.pack('<I', 3999)[:3] + struct.pack('<I', 2999)[:3] + frames[at + 18:]\n"
+        "turned = Image.Exif()\nturned[274] = 6\n"
+        "files = {'animated': canvas,\n"
+        "  'webp': file(large.convert('RGBA'), 'WEBP', method=0, exif=turned, icc_profile=profile(P3, 2)),\n"
+        "  'progressive': file(large.convert('CMYK'), 'JPEG', progressive=True, subsampling=0),\n"
+        "  'png': file(large.convert('RGBA'), compress_level=1, exif=turned, icc_profile=profile(P3, 2))}\n"
+        "peaks = {}\n"
+        "for name, data in files.items():\n"
+        "    peak()\n    assert decode(data).size == 36_000_000\n    peaks[name] = peak()\n"
+        "print(json.dumps(peaks))\n"
+    )
+    assert sorted(peaks) == ["animated", "png", "progressive", "webp"]
+    assert all(36e6 < peak < 12e6 * 20 + 100e6 for peak in peaks.values()), peaks
+
+
+def test_a_decode_that_pillows_own_limit_would_refuse_is_ours_to_allow(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Image.open would refuse 201 pixels
+    for kind, options in (("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"}), ("WEBP", {"lossless": True})):
+        np.testing.assert_array_equal(decode(file(noise(), kind, **options)), noise())
+
+
+# Fuzzing
+
+WHOLE = [
+    *(oddity.data for oddity in ODDITIES if not isinstance(oddity.expected, str) and len(oddity.data) < 6000),
+    *(file(smooth(), "JPEG", restart_marker_rows=1), webp(32, 24, file(noise(), "WEBP")[12:])),
+]
+STARTS = (
+    b"",
+    b"\xff\xd8\xff",
+    b"\x89PNG\r\n\x1a\n",
+    b"RIFF\x99\0\0\0WEBPVP8",
+    b"II*\0\x08\0\0\0",
+    b"MM\0*\0\0\0\x08",
+    b"II+\0\x08",
+)
+NUMBERS = (
+    b"\0",
+    b"\xff",
+    b"\0\0\0\0",
+    b"\xff" * 4,
+    b"\x7f\xff\xff\xff",
+    b"\xff\xff\xff\x7f",
+    b"\1\0",
+    b"\0\1",
+    b"\x80\0",
+)
+
+
+def with_right_checksums(data):
+    """A damaged PNG, its chunks' checksums made right, so that the damage gets further."""
+    out, at = data[:8], 8
+    while at + 8 <= len(data):
+        end = at + 8 + int.from_bytes(data[at : at + 4], "big")
+        out, at = out + chunk(data[at + 4 : at + 8], data[at + 8 : end]), end + 4
+    return out
+
+
+@st.composite
+def mutated(draw):
+    """A whole file of an accepted format with some bytes changed, cut, repeated, or of another file."""
+    data = draw(st.sampled_from(WHOLE))
+    for _ in range(draw(st.integers(1, 5))):
+        at = draw(st.integers(0, min(len(data), 200)) | st.integers(0, len(data)))  # headers most
+        end = min(len(data), at + draw(st.integers(1, 16) | st.integers(1, 2000)))
+        match draw(st.sampled_from(["flip", "number", "truncate", "delete", "repeat", "splice", "insert"])):
+            case "flip":
+                data = (
+                    data[:at] + bytes(byte ^ draw(st.integers(1, 255)) for byte in data[at : at + 1]) + data[at + 1 :]
+                )
+            case "number":
+                number = draw(st.sampled_from(NUMBERS))
+                data = data[:at] + number + data[at + len(number) :]
+            case "truncate":
+                data = data[:end]
+            case "delete":
+                data = data[:at] + data[end:]
+            case "repeat":
+                data = data[:end] + draw(st.integers(1, 50)) * data[at:end] + data[end:]
+            case "splice":
+                data = data[:at] + draw(st.sampled_from(WHOLE))[at:]
+            case "insert":
+                data = data[:at] + draw(st.binary(max_size=40)) + data[at:]
+    return with_right_checksums(data) if data.startswith(b"\x89PNG") and draw(st.booleans()) else data
+
+
+def assert_pixels_or_a_reason(data):
+    started = time.process_time()
+    try:
+        pixels = decode(data, max_pixels=MOST)
+    except ImageError as refusal:
+        assert_readable(str(refusal))
+    else:
+        assert pixels.dtype == np.uint8
+        assert pixels.ndim == 3
+        assert pixels.shape[2] == 3
+        assert min(pixels.shape[:2]) >= 8
+        assert pixels.shape[0] * pixels.shape[1] <= MOST
+    assert time.process_time() - started < 10  # milliseconds; more would be a bomb
+
+
+@FUZZ
+@given(st.sampled_from(STARTS), st.binary(max_size=300))
+def test_any_bytes_give_pixels_or_a_reason(start, rest):
+    assert_pixels_or_a_reason(start + rest)
+
+
+@FUZZ
+@given(mutated())
+def test_mutated_files_give_pixels_or_a_reason(data):
+    assert_pixels_or_a_reason(data)
