@@ -5,11 +5,12 @@ The rule, applied by `decode` in this order:
 1. JPEG, PNG, WebP and TIFF by their first bytes, whatever the file's name says; of several frames or pages the first
    (an animated PNG's default image; an animated WebP's first frame on a transparent canvas). What follows the image
    is not looked at.
-2. At most `max_pixels` pixels (read from the header, before anything is decompressed) and at least 8 x 8.
+2. At most `max_pixels` pixels (read from the header, before anything is decompressed), at least 8 x 8, and no more
+   bytes than 16 for each of `max_pixels` (or 256 MiB).
 3. Data that ends early or does not decompress is refused, and so is a file that costs far more to read than its
    pixels do: a JPEG of more than 100 scans, a PNG with more than 1 MiB in one compressed text or 64 MiB in all, a TIFF
-   whose strips overlap. Damage that is not noticed stays in the pixels: inside JPEG's and fax data, and rows that a PNG's
-   whole stream lacks, which are black.
+   whose strips overlap. Damage that goes unnoticed stays in the pixels: inside JPEG's and fax data, and rows that are
+   missing from a PNG's otherwise whole stream, which are black.
 4. The EXIF orientation is applied, XMP's where EXIF has none; unreadable EXIF is ignored.
 5. 16-bit gray becomes 8-bit by round(x / 257). Of 16 bits in colour or beside an alpha channel Pillow reads the upper
    8, floor(x / 256). Other depths beyond 8 bits, signed and floating-point ones have no agreed white and are refused.
@@ -49,6 +50,8 @@ SMALLEST_SIDE = 8
 MAX_PIXELS = 200_000_000
 _MAX_SCANS = 100  # libtiff's bound, too
 _MAX_EXIF_PARTS = 64  # of 64 KiB; Pillow joins them in quadratic time
+_MAX_PLANES = 6  # samples per pixel, Pillow's bound; a TIFF may store them apart
+_ANY_FILE = 1 << 28  # bytes that a file may have whatever max_pixels is
 _BAND = 1 << 22  # pixels brought to sRGB at a time
 _ORIENTATION = 274  # EXIF tag; 1 is upright
 _UPRIGHT = {  # steps through rows and columns, and whether they then change places
@@ -88,6 +91,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         raise RuntimeError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set: cut-off files would pass for whole ones")
     if not data:
         raise ImageError("empty file")
+    check_bytes(len(data), max_pixels)
     reader = _reader(data[:12])
     _silence()
     try:
@@ -126,6 +130,12 @@ def check_size(height: int, width: int, max_pixels: int = MAX_PIXELS) -> None:
         raise ImageError(f"{width} x {height} is {height * width} pixels, more than max_pixels={max_pixels}")
     if min(height, width) < SMALLEST_SIDE:
         raise ImageError(f"{width} x {height} pixels: each side must have at least {SMALLEST_SIDE}")
+
+
+def check_bytes(size: int, max_pixels: int = MAX_PIXELS) -> None:
+    """Raise ImageError if a file of so many bytes is larger than any image within the rule; it need not be read."""
+    if size > (most := max(_ANY_FILE, 16 * max_pixels)):
+        raise ImageError(f"{size} bytes, more than the {most} that max_pixels={max_pixels} allows")
 
 
 def _reader(start: bytes) -> Callable[[bytes, int], ImageFile.ImageFile]:
@@ -206,8 +216,7 @@ def _open_tiff(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
         raise ImageError(f"TIFF tiles of {tile[1]} x {tile[0]} pixels, more than max_pixels={max_pixels}")
     boxes = [piece.extents for piece in image.tile if piece.extents]
     covered = sum((right - left) * (bottom - top) for left, top, right, bottom in boxes)
-    planes = max(1, len(image.getbands()))
-    if covered > planes * image.width * image.height:
+    if covered > _MAX_PLANES * image.width * image.height:
         raise ImageError(f"damaged image: {len(boxes)} TIFF strips or tiles cover the image more than once")
     return image
 
@@ -239,7 +248,9 @@ def _in_words(error: Exception) -> str:
         return f"no TIFF tag {text}" if int(text) in _TIFF_NEEDED else f"unknown TIFF compression {text}"
     if text == "not identified by this driver":
         return "the header gives no size or no kind of pixels"
-    return f"{type(error).__name__}: {text}".rstrip(": ")
+    words = f"{type(error).__name__}: {text}".rstrip(": ")
+    said = isinstance(error, OSError | ValueError) or (isinstance(error, SyntaxError) and not error.__cause__)
+    return words if said else f"Pillow cannot follow it ({words})"
 
 
 def _orientation(image: Image.Image) -> int:

@@ -95,7 +95,7 @@ class Place:
 
     def read(self, name: str) -> bytes:
         """All bytes of a file; FileNotFoundError or another OSError names it."""
-        return self._try(name, lambda: self.fs.cat_file(self.path(name)))
+        return self._try(name, lambda: self._bytes_of(self.path(name)))
 
     def read_tagged(self, name: str) -> tuple[bytes, str]:
         """All bytes of a file, and its tag as `files` gives it."""
@@ -105,7 +105,7 @@ class Place:
             self.fs.invalidate_cache(path.rpartition("/")[0])
             info = self.fs.info(path)
             whole = {"start": 0, "end": info["size"]} if info.get("size") and not self.local else {}
-            return self.fs.cat_file(path, **whole), etag_of(info)  # given a range, s3fs needs one request
+            return self._bytes_of(path, **whole), etag_of(info)  # given a range, s3fs needs one request
 
         return self._try(name, ask)
 
@@ -211,6 +211,11 @@ class Place:
             for path, info in found.items()
             if path.startswith(prefix) and not path.endswith("/")  # some stores list their folders as empty objects
         )
+
+    def _bytes_of(self, path: str, **part: int) -> bytes:
+        if self.local and os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+            raise OSError(f"{path}: a pipe, socket or device, not a file")  # to read one might never end
+        return self.fs.cat_file(path, **part)
 
     def _try(self, name: str, operation: Callable[[], T]) -> T:
         """The operation's result; on an object store, failures that may pass are tried again."""

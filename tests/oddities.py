@@ -530,6 +530,9 @@ def tiffs() -> Iterator[tuple]:
     yield "big-endian.tif", file(colour, "TIFF", tiffinfo=order), colour
     planes = {277: 3, 284: 2, 273: (8, 776, 1544), 279: (768,) * 3}
     yield "planes.tif", tiff(32, 24, (8, 8, 8), 2, colour.transpose(2, 0, 1).tobytes(), planes), colour
+    planes = {277: 4, 284: 2, 338: 0, 273: (8, 776, 1544, 2312), 279: (768,) * 4}
+    four = np.dstack([colour, noise(seed=1)[..., :1]]).transpose(2, 0, 1)
+    yield "planes and one more.tif", tiff(32, 24, (8,) * 4, 2, four.tobytes(), planes), "^damaged image: Pillow"
     shade = colour[:, :, 0]
     blocks = [shade[top : top + 16, left : left + 16] for top in (0, 16) for left in (0, 16)]
     filled = b"".join(np.pad(block, ((0, 16 - block.shape[0]), (0, 0))).tobytes() for block in blocks)

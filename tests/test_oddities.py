@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import ray
 from hypothesis import HealthCheck, given, settings
@@ -18,9 +19,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from degflow.config import load
-from degflow.images import ImageError, decode
+from degflow.images import ImageError, check_bytes, decode
 from degflow.synthesis import SynthesizeConfig, synthesize
-from tests.oddities import Oddity, chunk, file, noise, oddities, smooth, webp
+from tests.oddities import chunk, file, noise, oddities, smooth, webp
 from tests.sources import png, rejects_of, rows_of, save_model
 
 ODDITIES = oddities()
@@ -99,6 +100,16 @@ def in_a_fresh_process(body):
     done = subprocess.run([sys.executable, "-c", script + body], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr) == (0, "")  # libtiff and Pillow write there
     return json.loads(done.stdout)
+
+
+def test_a_file_larger_than_any_image_is_refused():
+    with pytest.raises(ImageError, match=r"^300000000 bytes, more than the 268435456 that max_pixels=1000000 allows$"):
+        decode(bytes(300_000_000), max_pixels=1_000_000)
+    with pytest.raises(
+        ImageError, match=r"^4000000000 bytes, more than the 3200000000 that max_pixels=200000000 allows$"
+    ):
+        check_bytes(4_000_000_000)
+    check_bytes(3_200_000_000)
 
 
 LINUX = pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="measures memory as Linux counts it")
@@ -237,3 +248,87 @@ def test_any_bytes_give_pixels_or_a_reason(start, rest):
 @given(mutated())
 def test_mutated_files_give_pixels_or_a_reason(data):
     assert_pixels_or_a_reason(data)
+
+
+# All of them through Ray
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("oddities")
+    for oddity in ODDITIES:
+        path = folder / oddity.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(oddity.data)
+    return folder
+
+
+def save_what_is_no_file(folder):
+    """What a file system has besides files; the reasons of those that have an image's name."""
+    (folder / "folder.png").mkdir()
+    (folder / "folder.png" / "inside.png").write_bytes(file(noise(9, 9)))
+    os.mkfifo(folder / "pipe.png")
+    place, here = socket.socket(socket.AF_UNIX), os.getcwd()
+    os.chdir(folder)  # a socket's path may have 107 bytes
+    place.bind("socket.jpg")
+    os.chdir(here)
+    (folder / "endless.tif").symlink_to("/dev/zero")
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "nowhere.png").symlink_to("nowhere")
+    (folder / "link to a folder.png").symlink_to("folder.png")
+    (folder / "link to itself all.png").symlink_to(".")
+    (folder / "link.png").symlink_to("folder.png/inside.png")
+    (folder / "notes.txt").write_text("no image")
+    Path(os.fsdecode(os.fsencode(folder) + b"/not UTF-8 \xff.png")).write_bytes(file(noise(9, 9)))
+    place.close()
+    device = "pipe, socket or device"
+    return {
+        "pipe.png": device,
+        "socket.jpg": device,
+        "endless.tif": device,
+        "loop.png": "symbolic links|no longer there",
+        "nowhere.png": "no longer there|No such file",
+        "link to a folder.png": "IsADirectoryError",
+        "link to itself all.png": "IsADirectoryError",
+    }
+
+
+def test_a_folder_of_them_is_accounted_for_to_the_last_file(folder, tmp_path, capsys):
+    unreadable = save_what_is_no_file(folder)
+    locked = folder / "locked.png"
+    locked.write_bytes(file(noise(9, 9)))
+    locked.chmod(0)
+    used = {oddity.name: oddity for oddity in ODDITIES if not isinstance(oddity.expected, str)}
+    reasons = {oddity.name: oddity.expected for oddity in ODDITIES if isinstance(oddity.expected, str)}
+    more = {"folder.png/inside.png", "link.png"}
+    if os.access(locked, os.R_OK):  # root reads everything
+        more.add("locked.png")
+    else:
+        unreadable["locked.png"] = "PermissionError"
+    words = [f"input={folder}", f"output={tmp_path / 'out'}", f"model={save_model(tmp_path / 'tiny.safetensors')}"]
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        synthesize(
+            load(
+                SynthesizeConfig,
+                [*words, "shard.images=60", "max_reject_rate=1", "solver.solver=euler", "solver.steps=1"],
+            )
+        )
+    finally:
+        ray.shutdown()
+    rows, rejects = rows_of(tmp_path / "out"), rejects_of(tmp_path / "out")
+    manifest = pq.read_table(tmp_path / "out" / "manifest.parquet").to_pylist()
+    assert len(rows) == sum(part["rows"] for part in manifest)  # no key twice
+    assert len(rejects) == sum(part["rejects"] for part in manifest)
+    assert {key for key, _ in rows} == set(used) | more
+    assert set(rejects) == set(reasons) | set(unreadable)
+    said = capsys.readouterr().out
+    assert "1 file in " in said
+    assert "1 name in " in said  # not in UTF-8
+    for key, oddity in used.items():
+        assert outcome(oddity, png(rows[key, 0]["hr"]["bytes"])) == ""
+    for expected, stage in ((reasons, "decode"), (unreadable, "read")):
+        for key, reason in expected.items():
+            assert rejects[key]["stage"] == stage
+            assert re.search(reason, rejects[key]["error"]), rejects[key]
+            assert_readable(rejects[key]["error"])
