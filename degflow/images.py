@@ -52,7 +52,7 @@ _MAX_SCANS = 100  # libtiff's bound, too
 _MAX_EXIF_PARTS = 64  # of 64 KiB; Pillow joins them in quadratic time
 _MAX_PLANES = 6  # samples per pixel, Pillow's bound; a TIFF may store them apart
 _ANY_FILE = 1 << 28  # bytes that a file may have whatever max_pixels is
-_BAND = 1 << 22  # pixels brought to sRGB at a time
+_BAND = 1 << 20  # pixels brought to sRGB at a time
 _ORIENTATION = 274  # EXIF tag; 1 is upright
 _UPRIGHT = {  # steps through rows and columns, and whether they then change places
     2: (1, -1, False),

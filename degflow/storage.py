@@ -190,7 +190,7 @@ class Place:
                 raise FileNotFoundError(errno.ENOENT, "no such bucket", self.uri)
             return found
 
-        return self._sources(self._try(name, ask))
+        return self._sources(self._followed(self._try(name, ask)))
 
     def match(self, pattern: str) -> list[Source]:
         """The files below this place whose keys match a pattern with `*`, `**`, `?` or `[...]`, sorted by key."""
@@ -201,8 +201,16 @@ class Place:
             self.fs.invalidate_cache()
             return self.fs.glob(f"{literal}/{pattern}", detail=True)
 
-        found = self._try(pattern, ask)
+        found = self._followed(self._try(pattern, ask))
         return self._sources({path: info for path, info in found.items() if info["type"] == "file"})
+
+    def _followed(self, found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Local links described as what they lead to, as they are when one asks for one file."""
+        for path, info in found.items():
+            if self.local and info.get("islink"):
+                with contextlib.suppress(OSError):  # it leads nowhere
+                    found[path] = self.fs.info(path)
+        return found
 
     def _sources(self, found: dict[str, dict[str, Any]]) -> list[Source]:
         prefix = self.root + "/"
