@@ -150,6 +150,12 @@ def test_jobs_are_scripts_that_no_room_imports():
         assert '__name__ == "__main__"' in path.read_text(), path
 
 
+def test_codec_processes_need_no_torch():
+    script = "import sys\nimport degflow.codec\nprint([name for name in ('torch', 'ray') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_import_degflow_is_light():
     script = (
         "import sys, time\nstart = time.perf_counter()\nimport degflow\nseconds = time.perf_counter() - start\n"
