@@ -1,9 +1,9 @@
 """One planned shard of HR images -> its rows, in four stages: read, decode, degrade at sampled scales, encode.
 
 Images are taken in windows of `batch` places in the plan. While the flow runs on one window, workers read and decode
-the next and encode the one before, so memory holds at most three windows of decoded images, one row group of PNGs,
-and the networks' activations for one forward pass. Images of equal size in a window share a forward pass of at most
-`FORWARD_PIXELS` pixels (or one image): batches follow from the plan and the images alone, whoever computes them.
+the next and encode the one before, so memory holds at most three windows of decoded images and their LR images, one
+row group of PNGs, and the `memory` GB of one forward pass. Images of equal size in a window share a forward pass of at
+most `FORWARD_PIXELS` pixels (or one image): batches follow from the plan and the images alone, whoever computes them.
 """
 
 import hashlib
@@ -180,10 +180,16 @@ class ShardMaker:
         return list(zip(window, results, strict=True))
 
     def _flow(self, batch: Sequence[_Item]) -> list[np.ndarray | Reject]:
+        height, width, _ = batch[0].loaded.pixels.shape
+        try:
+            self.degrader.fit(height, width, self.config.memory)
+        except ValueError as error:
+            return [Reject(item.loaded.key, "degrade", str(error)) for item in batch]
         try:
             hr = images.to_tensor(np.stack([item.loaded.pixels for item in batch])).to(self.device)
             scale = torch.tensor([item.scales for item in batch], dtype=torch.float64)
-            lr = self.degrader(hr, scale, steps=self.config.solver.steps, solver=self.config.solver.solver)
+            solver = self.config.solver
+            lr = self.degrader(hr, scale, steps=solver.steps, solver=solver.solver, memory=self.config.memory)
             finite = lr.isfinite().flatten(1).all(1).tolist()
             pixels = images.to_pixels(lr)
         except (MemoryError, RuntimeError) as error:

@@ -13,7 +13,7 @@ LAYERS = (  # a room may import its own layer and those after it
     {"training", "synthesis", "evaluation", "pairs", "exports", "benchmarking"},
     {"objectives", "degrader", "scenes", "camera", "restoration", "perceptual"}
     | {"planning", "shards", "card", "finished", "layouts"},
-    {"models", "trajectory", "flow", "codec"},
+    {"models", "trajectory", "flow", "tiling", "codec"},
     {"dataset"},
     {"listing"},
     {"storage"},
@@ -28,7 +28,7 @@ FENCES = {  # a package, and the rooms that may import it
     "pyarrow": {"dataset", "listing", "planning", "finished"},
     "lpips": {"perceptual"},
 }
-TORCH_ONLY = {"trajectory", "flow", "models"}
+TORCH_ONLY = {"trajectory", "flow", "tiling", "models"}
 APART = {("training", "synthesis"), ("synthesis", "training")}
 SLOW = ("ray", "accelerate", "lpips", "torchvision", "pyarrow", "tensorboard", "datasets", "s3fs", "skimage", "scipy")
 
@@ -149,6 +149,12 @@ def test_jobs_are_scripts_that_no_room_imports():
     assert not (ROOT / "jobs/__init__.py").exists()
     for path in ROOT.glob("jobs/*.py"):
         assert '__name__ == "__main__"' in path.read_text(), path
+
+
+def test_codec_processes_need_no_torch():
+    script = "import sys\nimport degflow.codec\nprint([name for name in ('torch', 'ray') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_import_degflow_is_light():
