@@ -25,7 +25,7 @@ class Oracle(nn.Module):
         super().__init__()
         self.path, self.values, self.offset = path, values, offset
 
-    def forward(self, latent, time):
+    def forward(self, latent, time, key):
         return self.path.at(self.values, time).velocity + self.offset
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from degflow.models import AutoencoderConfig, ResidualAutoencoder
+from degflow.models.dropout import SampleDropout, sample_keys
 from degflow.objectives import Losses, RAEObjective
 from degflow.training import FitConfig, RankSampler, Validation, fit, learning_rate
 
@@ -37,24 +38,25 @@ class Toy(nn.Module):
         super().__init__()
         self.config = config
         self.first, self.second = nn.Linear(6, config.width), nn.Linear(config.width, 1)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = SampleDropout(config.dropout)
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, x):
+    def forward(self, x, key=None):
         if self.training:
             self.seen += len(x)
-        return self.second(self.dropout(self.first(x).relu()))[:, 0]
+        return self.second(self.dropout(self.first(x).relu(), key))[:, 0]
 
 
 class ToyObjective(nn.Module):
-    def __init__(self, dropout=0.0, width=16, frozen=1.0):
+    def __init__(self, dropout=0.0, width=16, frozen=1.0, seed=0):
         super().__init__()
+        self.seed = seed
         torch.manual_seed(0)
         self.network = Toy(ToyConfig(width, dropout))
         self.frozen = nn.Parameter(torch.tensor(frozen), requires_grad=False)
 
-    def forward(self, x, y):
-        loss = nn.functional.mse_loss(self.network(x).float(), self.frozen * y)
+    def forward(self, x, y, number):
+        loss = nn.functional.mse_loss(self.network(x, sample_keys(self.seed, number)).float(), self.frozen * y)
         return Losses(loss, {"loss": loss.detach()})
 
 
@@ -70,7 +72,7 @@ class ToySamples(torch.utils.data.Dataset):
             raise self.how
         x = np.random.default_rng((7, index)).standard_normal(6).astype(np.float32)
         y = np.float32(math.nan if index == self.bad else x.sum() / 2)
-        return {"x": torch.from_numpy(x), "y": torch.tensor(y)}
+        return {"x": torch.from_numpy(x), "y": torch.tensor(y), "number": torch.tensor(index)}
 
 
 class Crops(torch.utils.data.Dataset):
@@ -235,7 +237,9 @@ def test_workers_and_a_finished_training_change_nothing(tmp_path):
 def test_dropout_follows_the_seed_and_the_step(tmp_path):
     losses = {}
     for seed in (0, 1, 10**9):
-        train(tmp_path / str(seed), replace(BASE, seed=seed, learning_rate=1e-12, batch=1), ToyObjective(0.5))
+        train(
+            tmp_path / str(seed), replace(BASE, seed=seed, learning_rate=1e-12, batch=1), ToyObjective(0.5, seed=seed)
+        )
         losses[seed] = curve(tmp_path / str(seed))[1]
     assert len({tuple(values) for values in losses.values()}) == 3
 
@@ -386,7 +390,9 @@ def test_the_first_step_is_adam_of_the_clipped_gradient(tmp_path):
     objective = ToyObjective()
     before = {name: parameter.clone() for name, parameter in objective.network.named_parameters()}
     samples = [ToySamples()[n] for n in range(8)]
-    objective(**{key: torch.stack([sample[key] for sample in samples]) for key in ("x", "y")}).total.backward()
+    objective(
+        **{key: torch.stack([sample[key] for sample in samples]) for key in ("x", "y", "number")}
+    ).total.backward()
     grads = [parameter.grad for parameter in objective.network.parameters()]
     norm = torch.cat([grad.flatten() for grad in grads]).norm()
     assert norm > 10 * config.clip
