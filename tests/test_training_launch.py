@@ -184,7 +184,7 @@ def test_a_dead_rank_a_warning_and_a_dead_launcher_change_no_bit(inputs, straigh
     everything = psutil.Process(process.pid).children(recursive=True)
     assert len(everything) >= 4  # two ranks and their loader workers
     ranks(process)[1].kill()
-    said = end(process, 60)
+    said = end(process)
     assert process.returncode != 0
     assert re.search(r"exitcode\s*: -9 \(pid: \d+\)", said), said
     assert not psutil.wait_procs(everything, timeout=20)[1]
@@ -192,7 +192,7 @@ def test_a_dead_rank_a_warning_and_a_dead_launcher_change_no_bit(inputs, straigh
     process = start(tmp_path, inputs)
     wait_for(tmp_path, kept(tmp_path)[-1] + 4, process)
     ranks(process)[1].send_signal(signal.SIGUSR1)
-    said = end(process, 60)
+    said = end(process)
     assert process.returncode != 0
     assert said.count(f"SIGUSR1: stopped and saved after step {kept(tmp_path)[-1]}; the same command goes on") == 1
     assert re.search(r"exitcode\s*: 75 ", said), said
@@ -201,7 +201,7 @@ def test_a_dead_rank_a_warning_and_a_dead_launcher_change_no_bit(inputs, straigh
     wait_for(tmp_path, kept(tmp_path)[-1] + 1, process)
     everything = psutil.Process(process.pid).children(recursive=True)
     process.kill()
-    said = end(process, 60)
+    said = end(process)
     assert not psutil.wait_procs(everything, timeout=20)[1]
     assert f"SIGTERM: stopped and saved after step {kept(tmp_path)[-1]}; " in said
 
@@ -258,23 +258,23 @@ def machines(output, inputs, **changes):
 
 
 def test_a_machine_that_hangs_ends_the_training_in_time_and_one_that_is_called_off_saves_it(inputs, tmp_path):
-    first, second = machines(tmp_path, inputs, fit__timeout=5)
+    first, second = machines(tmp_path, inputs, fit__timeout=20)
     try:
         step = wait_for(tmp_path, 4, first)
         ranks(second)[0].suspend()
-        said = end(first, 40)
+        said = end(first)
     finally:
         kill(second)
         second.communicate()
     assert first.returncode != 0
-    assert "error: another process of this training ended, or did not answer within fit.timeout=5 s; " in said
+    assert "error: another process of this training ended, or did not answer within fit.timeout=20 s; " in said
     assert kept(tmp_path)[-1] in (step, step + 4)
 
     first, second = machines(tmp_path, inputs)
     wait_for(tmp_path, kept(tmp_path)[-1] + 1, first)
     second.terminate()
-    said = end(first, 60)
-    end(second, 60)
+    said = end(first)
+    end(second)
     assert f"SIGTERM: stopped and saved after step {kept(tmp_path)[-1]}; " in said
     assert 0 not in (first.returncode, second.returncode)
 
@@ -282,7 +282,7 @@ def test_a_machine_that_hangs_ends_the_training_in_time_and_one_that_is_called_o
 def test_a_wrong_master_address_is_named_in_time(inputs, tmp_path):
     where = ("--main_process_ip", "127.0.0.1", "--main_process_port", 1, "--rdzv_conf", "timeout=3")
     process = start(tmp_path / "out", inputs, "--num_processes", 2, "--num_machines", 2, "--machine_rank", 1, *where)
-    said = end(process, 60)
+    said = end(process)
     assert process.returncode != 0
     print(said)
     assert "127.0.0.1" in said.splitlines()[-1]
@@ -295,7 +295,7 @@ def test_a_full_disk_is_named_and_spares_the_checkpoints(inputs, straight, tmp_p
         (tmp_path / f"checkpoints/step-{step:08d}.pt").unlink()
     before = sorted(tmp_path.rglob("*"))
     process = start(tmp_path, inputs, limit=100_000)
-    said = end(process, 60)
+    said = end(process)
     assert process.returncode != 0
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
     print(lines)
