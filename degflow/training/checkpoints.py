@@ -42,7 +42,7 @@ class Checkpoints:
         torch.save(state, buffer)
         try:
             self.place.write(name, buffer.getvalue())
-        except Exception as error:  # an object store's client raises errors of its own
+        except OSError as error:
             size = f"{len(buffer.getvalue()) / 2**20:.1f} MiB"
             raise OSError(f"{self.place.uri_of(name)}: cannot be written ({size}): {error}") from error
         for old in self.names()[: -self.keep]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from degflow.storage import Place, upload
+from degflow.storage import Place
 
 
 class Logs:
@@ -50,7 +50,7 @@ class Logs:
         self.writer.flush()
         if self.folder:
             for name in os.listdir(self.folder.name):
-                upload(self.place, f"{self.folder.name}/{name}", f"logs/{name}")
+                self.place.upload(f"{self.folder.name}/{name}", f"logs/{name}")
 
     def close(self) -> None:
         """Flush, and end."""
