@@ -157,6 +157,12 @@ class Plan:
         again = self.table.filter(pc.is_in(self.table["key"], repeated))
         return dict(zip(again["key"].to_pylist(), again["shard"].to_pylist(), strict=True))
 
+    def sample(self, count: int) -> list[Source]:
+        """Up to so many files, spread evenly over the plan."""
+        places = np.unique(np.linspace(0, len(self.table) - 1, count).round().astype(int)) if len(self.table) else []
+        rows = self.table.select(SOURCE.names).take(pa.array(places, pa.int64()))
+        return [Source(*row.values()) for row in rows.to_pylist()]
+
     def next_part(self, sources: pa.Table, images: int) -> Part:
         """These files (a table of SOURCE) in new shards of at most so many images."""
         shards = np.arange(len(sources), dtype=np.int32) // images + len(self)

@@ -1,9 +1,9 @@
 """One planned shard of HR images -> its rows, in four stages: read, decode, degrade at sampled scales, encode.
 
 Images are taken in windows of `batch` places in the plan. While the flow runs on one window, workers read and decode
-the next and encode the one before, so memory holds at most three windows of decoded images, one row group of PNGs,
-and the networks' activations for one forward pass. Images of equal size in a window share a forward pass of at most
-`FORWARD_PIXELS` pixels (or one image): batches follow from the plan and the images alone, whoever computes them.
+the next and encode the one before, so memory holds at most three windows of decoded images and their LR images, one
+row group of PNGs, and the `memory` GB of one forward pass. Images of equal size in a window share a forward pass of at
+most `FORWARD_PIXELS` pixels (or one image): batches follow from the plan and the images alone, whoever computes them.
 """
 
 import hashlib
@@ -80,6 +80,19 @@ def scales_of(scale: ScaleConfig, seed: int, key: str) -> list[float]:
     return [min(high, low + u * (high - low)) for u in draws]
 
 
+def codec_of(config: SynthesizeConfig) -> Codec:
+    """How a run with this resolved configuration reads and writes."""
+    return Codec(
+        root=root_of(config.input, config.root).uri,
+        max_pixels=config.max_pixels,
+        embed=config.hr == "embed",
+        scaled=config.size == "scaled",
+        png_level=config.png_level,
+        seed=config.seed,
+        model_sha256=config.model_sha256,
+    )
+
+
 class Progress(NamedTuple):
     """Images finished since the last report, those of them rejected, and at the end the shard's record."""
 
@@ -109,15 +122,7 @@ class ShardMaker:
         self.degrader, self.config, self.workers = degrader, config, workers
         self.device = next(degrader.parameters()).device
         self.output = Place(config.output)
-        self.codec = Codec(
-            root=root_of(config.input, config.root).uri,
-            max_pixels=config.max_pixels,
-            embed=config.hr == "embed",
-            scaled=config.size == "scaled",
-            png_level=config.png_level,
-            seed=config.seed,
-            model_sha256=degrader.sha256,
-        )
+        self.codec = codec_of(config)
 
     def make(self, number: int, sources: Sequence[Source]) -> Iterator[Progress]:
         """Make one shard and put it, reporting as images are finished.
@@ -175,10 +180,16 @@ class ShardMaker:
         return list(zip(window, results, strict=True))
 
     def _flow(self, batch: Sequence[_Item]) -> list[np.ndarray | Reject]:
+        height, width, _ = batch[0].loaded.pixels.shape
+        try:
+            self.degrader.fit(height, width, self.config.memory)
+        except ValueError as error:
+            return [Reject(item.loaded.key, "degrade", str(error)) for item in batch]
         try:
             hr = images.to_tensor(np.stack([item.loaded.pixels for item in batch])).to(self.device)
             scale = torch.tensor([item.scales for item in batch], dtype=torch.float64)
-            lr = self.degrader(hr, scale, steps=self.config.solver.steps, solver=self.config.solver.solver)
+            solver = self.config.solver
+            lr = self.degrader(hr, scale, steps=solver.steps, solver=solver.solver, memory=self.config.memory)
             finite = lr.isfinite().flatten(1).all(1).tolist()
             pixels = images.to_pixels(lr)
         except (MemoryError, RuntimeError) as error:

@@ -248,12 +248,12 @@ class Place:
             attempt += 1
             try:
                 return operation()
-            except _FINAL:
-                raise
             except Exception as error:
-                if self.local:
+                if self.local or (isinstance(error, _FINAL) and self.root in str(error)):
                     raise
                 kind = type(error).__name__
+                if isinstance(error, _FINAL):
+                    raise type(error)(f"{self.uri_of(name)}: {_line(error)}") from error
                 if kind in _WRONG:
                     raise
                 message = f"{self.uri_of(name)}: {kind}: {_line(error)}"

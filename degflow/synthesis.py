@@ -13,11 +13,13 @@ import contextlib
 import json
 import logging
 import os
+import resource
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -33,11 +35,12 @@ from tqdm import tqdm
 
 from degflow import dataset
 from degflow.card import card, preview
+from degflow.codec import Loaded
 from degflow.config import dump, plain
 from degflow.dataset import Part, Plan, Record
 from degflow.degrader import Degrader
 from degflow.planning import SynthesizeConfig, continued, first_part, news, recipe_of, rejected, resolve
-from degflow.shards import CodecDied, ShardMaker, Threads
+from degflow.shards import CodecDied, ShardMaker, Threads, codec_of
 from degflow.storage import Place, Source
 
 
@@ -60,7 +63,9 @@ def synthesize(config: SynthesizeConfig) -> None:
         _name_preview(output)
         return
     if config.dry_run:
-        print(_describe(config, plan.plus(part) if part else plan, records))
+        plan = plan.plus(part) if part else plan
+        print(_describe(config, plan, records))
+        print(_estimate(config, plan))
         return
     plan = _claim(config, output, plan, part)
     print(_describe(config, plan, records), flush=True)
@@ -101,6 +106,24 @@ def _describe(config: SynthesizeConfig, plan: Plan, records: Mapping[int, Record
     return (
         f"{count} images ({plan.bytes / 1e6:.1f} MB) in {len(plan)} shards{done}; "
         f"{config.scale.per_image} LR each, scales {_scales_in_words(config)}"
+    )
+
+
+def _estimate(config: SynthesizeConfig, plan: Plan, samples: int = 8) -> str:
+    """What the run will take, from some of its files, and what planning took."""
+    sources = plan.sample(samples)
+    with ThreadPoolExecutor(samples) as pool:
+        loaded = list(pool.map(codec_of(config).load, sources))
+    sizes = [item.pixels.shape[0] * item.pixels.shape[1] for item in loaded if isinstance(item, Loaded)]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    planned = f"planned with {peak:.0f} MB of memory at most; dry_run=true: nothing was started or written"
+    if not sizes:
+        return f"none of {len(sources)} sampled files is a readable image, so there is no estimate\n{planned}"
+    mean = sum(sizes) / len(sizes)
+    total = mean * plan.files * config.scale.per_image * len(sizes) / len(sources)
+    return (
+        f"some {total / 1e6:,.0f} megapixels of LR to make: of {len(sources)} sampled files {len(sizes)} are readable, "
+        f"of {mean / 1e6:.2f} megapixels in the mean\n{planned}"
     )
 
 

@@ -12,7 +12,7 @@ LAYERS = (  # a room may import its own layer and those after it
     {"jobs"},
     {"training", "synthesis", "evaluation", "pairs", "benchmarking"},
     {"objectives", "degrader", "scenes", "camera", "restoration", "planning", "shards", "card", "perceptual"},
-    {"models", "trajectory", "flow", "codec"},
+    {"models", "trajectory", "flow", "tiling", "codec"},
     {"dataset"},
     {"listing"},
     {"storage"},
@@ -27,7 +27,7 @@ FENCES = {  # a package, and the rooms that may import it
     "pyarrow": {"dataset", "listing", "planning", "pairs"},
     "lpips": {"perceptual"},
 }
-TORCH_ONLY = {"trajectory", "flow", "models"}
+TORCH_ONLY = {"trajectory", "flow", "tiling", "models"}
 APART = {("training", "synthesis"), ("synthesis", "training")}
 SLOW = ("ray", "accelerate", "lpips", "torchvision", "pyarrow", "tensorboard", "datasets", "s3fs", "skimage", "scipy")
 

@@ -183,6 +183,17 @@ def test_an_image_too_large_for_the_memory_is_a_reject_and_leaves_the_others(pho
     assert len(rows) == 3
 
 
+def test_an_image_that_no_tile_of_fits_the_budget_is_a_reject(photos, model, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/large.png").write_bytes(images.encode_png(np.zeros((300, 400, 3), np.uint8)))
+    (tmp_path / "in/small.png").write_bytes((photos / "smallest.png").read_bytes())
+    output = run(tmp_path / "in", tmp_path / "out", model, "memory=0.104")
+    assert [key for key, _ in rows_of(output)] == ["small.png"]
+    rejects = rejects_of(output)
+    assert rejects["large.png"]["stage"] == "degrade"
+    assert re.fullmatch(r"memory=0\.104: 400 x 300 pixels need at least \d\.\d+ GB", rejects["large.png"]["error"])
+
+
 def test_an_unexpected_failure_is_not_a_reject(photos, model, tmp_path):
     degrader = Degrader.load(model)
     config = resolve(load(SynthesizeConfig, [f"input={photos}", f"output={tmp_path}"]), degrader)
@@ -293,6 +304,7 @@ def test_the_plan_comes_back_as_it_was_written(photos, tmp_path):
         ("hr=none", "hr=none: must be auto, embed or reference"),
         ("max_pixels=10", "max_pixels=10: must be at least 64"),
         ("batch=0", "batch=0: must be at least 1"),
+        ("memory=0", "memory=0.0: must be above 0"),
         ("png_level=10", r"png_level=10: must lie in \[0, 9\]"),
         ("max_reject_rate=1.5", r"max_reject_rate=1.5: must lie in \[0, 1\]"),
         ("limit=-1", "limit=-1: must not be negative"),
