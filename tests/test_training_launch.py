@@ -243,7 +243,6 @@ def test_one_process_gives_the_curve_of_two_and_imports_neither_ray_nor_s3fs(inp
     assert process.returncode == 0, said
     assert said.splitlines()[-1] == "foreign: []"
     one, two = (np.array(list(curve(output).values())) for output in (tmp_path, straight[0]))
-    print(np.abs(one / two - 1)[[0, 4, 8, 12, 19]])
     np.testing.assert_allclose(one[:6], two[:6], rtol=1e-4)
     np.testing.assert_allclose(one, two, rtol=2e-2)
 
@@ -284,8 +283,7 @@ def test_a_wrong_master_address_is_named_in_time(inputs, tmp_path):
     process = start(tmp_path / "out", inputs, "--num_processes", 2, "--num_machines", 2, "--machine_rank", 1, *where)
     said = end(process)
     assert process.returncode != 0
-    print(said)
-    assert "127.0.0.1" in said.splitlines()[-1]
+    assert re.search(r"DistNetworkError: .* timed out .* trying to connect to \(127.0.0.1, 1\)", said.splitlines()[-1])
     assert not (tmp_path / "out").exists()
 
 
@@ -298,7 +296,6 @@ def test_a_full_disk_is_named_and_spares_the_checkpoints(inputs, straight, tmp_p
     said = end(process)
     assert process.returncode != 0
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
-    print(lines)
     assert any(
         re.search(r"step-00000036.pt: cannot be written \(\d\.\d MiB\): .*File too large", line) for line in lines
     )
