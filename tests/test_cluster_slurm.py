@@ -1,0 +1,131 @@
+"""cluster/slurm/*.sbatch under a real Slurm: two nodes, jobs that are requeued in mid-run, none of it repeated or lost.
+
+`bash .ci/run` runs this as root (it installs Debian's Slurm); the README's test command leaves it out.
+"""
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.slurm import Slurm
+from tests.sources import rows_of, save_model
+from tests.test_train_jobs import LFM, RAE, tree  # noqa: F401 (a fixture)
+
+pytestmark = pytest.mark.root
+
+ROOT = Path(__file__).parents[1]
+SHARDS = 24
+KEYS = {"shard.images": 1, "actors.threads": 1, "actors.max": 2, "scale.per_image": 4}
+STAGE = {"fit.steps": 40, "fit.save_every": 2, "fit.validate_every": 40, "fit.log_every": 20, "fit.workers": 1}
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        with Slurm(tmp_path_factory.mktemp("slurm")) as slurm:
+            if not slurm.namespaces:
+                # One host's two nodes share its ports and its address: Ray then runs over one of them.
+                print("namespaces are refused here: synthesize.sbatch is tested on one node, train.sbatch on two")
+                slurm.environment["HEAD_ADDRESS"] = "127.0.0.1"
+            yield slurm
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    data = pytest.importorskip("skimage.data")
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(SHARDS):
+        Image.fromarray(data.astronaut()[number : number + 160, 150:310]).save(folder / f"{number:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model") / "tiny.safetensors")
+
+
+@pytest.fixture(scope="module")
+def dataset(photos, model, tmp_path_factory):
+    """An uninterrupted run on this machine, without Slurm."""
+    output = tmp_path_factory.mktemp("dataset")
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    words = words_of(KEYS, input=photos, output=output, model=model)
+    subprocess.run([sys.executable, ROOT / "jobs/synthesize.py", *words], env=environment, check=True, timeout=900)
+    return output
+
+
+def words_of(*groups, **more):
+    return [f"{name}={value}" for group in (*groups, more) for name, value in group.items()]
+
+
+def submit(slurm, script, log, *words, nodes=2, options=("--cpus-per-task=1",)):
+    options = [f"--nodes={nodes}", f"--output={log}", *options]
+    return slurm.submit(*options, ROOT / "cluster/slurm" / script, *words, cwd=ROOT)
+
+
+def content(output):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((output / "data").iterdir())}
+
+
+def test_a_dataset_over_the_allocation_requeued_before_its_time_limit(slurm, dataset, photos, model, tmp_path):
+    output, log, nodes = tmp_path / "out", tmp_path / "log", 2 if slurm.namespaces else 1
+    words = words_of(KEYS, input=photos, output=output, model=model)
+    job = submit(slurm, "synthesize.sbatch", log, *words, nodes=nodes, options=["--cpus-per-task=2"])
+    slurm.until(lambda: len(list(output.glob("data/part-*"))) >= 3, "three shards")
+    slurm.run("scancel", "--batch", "--signal=USR1", job)  # as --signal=B:USR1@120 does before the limit
+    slurm.until(lambda: slurm.show(job)["Restarts"] == "1", "the requeue", 60)
+    done = content(output)
+    assert 3 <= len([name for name in done if name.startswith("part-")]) < SHARDS
+    assert not (output / "_SUCCESS").exists()
+    assert slurm.wait(job)["JobState"] == "COMPLETED", log.read_text()
+    said = log.read_text()
+    assert "is requeued; it goes on where it was" in said
+    assert len(re.findall(rf"^degflow: Ray at \S+ with {nodes} nodes", said, re.M)) == 2
+    found = re.findall(rf"^{SHARDS} images .* in {SHARDS} shards, (\d+) of them done;", said, re.M)
+    assert len(found) == 1
+    assert 3 <= int(found[0]) < SHARDS
+    assert content(output) == content(dataset)
+    assert len(rows_of(output)) == SHARDS * 4
+    assert (output / "_SUCCESS").exists()
+
+
+def test_a_failing_dataset_job_fails_in_slurm_and_ends_its_ray(slurm, photos, model, tmp_path):
+    log = tmp_path / "log"
+    words = words_of(input=photos, output=tmp_path / "out", model=model, **{"scale.high": 9})
+    job = submit(slurm, "synthesize.sbatch", log, *words, nodes=1)
+    fields = slurm.wait(job)
+    assert (fields["JobState"], fields["ExitCode"]) == ("FAILED", "1:0")
+    assert "scale.high=9.0" in log.read_text()
+
+
+def test_both_stages_train_over_two_nodes_and_a_preempted_one_goes_on(slurm, tree, tmp_path):  # noqa: F811
+    rae = {**RAE, **STAGE, "scenes.data": tree}
+    jobs = {
+        name: submit(
+            slurm, "train.sbatch", tmp_path / f"{name}.log", "jobs/train_rae.py", *words_of(rae, output=tmp_path / name)
+        )
+        for name in ("straight", "preempted")
+    }
+    checkpoints = tmp_path / "preempted/checkpoints"
+    slurm.until(lambda: len(list(checkpoints.glob("*.pt"))) >= 2, "two checkpoints")
+    urgent = slurm.submit(
+        "--partition=urgent", "--nodes=2", "--cpus-per-task=1", "--output=/dev/null", "--wrap=sleep 1", cwd=ROOT
+    )
+    print(slurm.wait(urgent))
+    for name, job in jobs.items():
+        fields = slurm.wait(job)
+        print(name, fields["Restarts"], fields["JobState"], (tmp_path / f"{name}.log").read_text())
+    weights = [load_file(tmp_path / name / "rae.safetensors") for name in jobs]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
