@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from degflow.storage import Place, Source, upload
+from degflow.storage import Place, Source
 
 CONFIG, PLAN, DATA, REJECTS = "config.yaml", "plan", "data", "rejects"
 MANIFEST, CARD, PREVIEW, SUCCESS = "manifest.parquet", "README.md", "preview.png", "_SUCCESS"
@@ -190,7 +190,7 @@ class ShardWriter:
         schema = REJECT.with_metadata({"degflow": json.dumps(asdict(record))})
         rejects = pa.Table.from_pylist([reject._asdict() for reject in self._rejects], schema=schema)
         self.output.write(part_name(REJECTS, self.number), _serialise(rejects))
-        upload(self.output, f"/dev/fd/{self._spool.fileno()}", record.part)
+        self.output.upload(f"/dev/fd/{self._spool.fileno()}", record.part)
         return record
 
 
@@ -229,7 +229,7 @@ def read_rows(
     output: Place, part: str, columns: Sequence[str], keys: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
     """Some columns of a data part, of all rows or of the images with these keys, reading no other row groups."""
-    with output.fs.open(output.path(part), "rb") as file:
+    with output.open(part) as file:
         parquet = pq.ParquetFile(file)
         rows: list[dict[str, Any]] = []
         for group in range(parquet.num_row_groups):

@@ -1,28 +1,56 @@
 """Places (any fsspec URI), and checkpoints that describe themselves.
 
-Every filesystem of degflow is opened here. Objects are written whole: a reader sees all of one or none of it.
+Every filesystem of degflow is opened here. Objects are written whole: a reader sees all of one or none of it. What an
+object store does wrong for a while (throttling, 5xx, resets, timeouts, truncated bodies, a restart) is tried again with
+growing pauses for `PATIENCE` seconds; what it refuses (no such file or bucket, wrong credentials) is an error at once.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
+import logging
 import os
+import random
 import re
 import shutil
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
 import fsspec
-import safetensors.torch
 from fsspec.implementations.local import LocalFileSystem
-from safetensors import SafetensorError
-from torch import Tensor
+
+if TYPE_CHECKING:  # torch takes seconds to import; those who only read and write files need not wait for it
+    from torch import Tensor
+
+T = TypeVar("T")
+PATIENCE = float(os.environ.get("DEGFLOW_PATIENCE", "60"))  # seconds
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 8.0  # seconds
+# Asking again does not change these; botocore's errors are no OSErrors, and are known by their names.
+_FINAL = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
+_REFUSED = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"}
+_WRONG = {"ParamValidationError", "InvalidConfigError", "ValueError", "TypeError", "ImportError", "NotImplementedError"}
+_S3 = {"connect_timeout": 10, "read_timeout": 60, "retries": {"mode": "standard", "max_attempts": 2}}
+_log = logging.getLogger(__name__)
+
+
+class StorageError(OSError):
+    """A store that did not do as asked, after so many attempts; the message names the file and the cause."""
+
+    def __init__(self, message: str, attempts: int):
+        super().__init__(message)
+        self.attempts = attempts
 
 
 class Source(NamedTuple):
-    """A file below a place: its key (the path below the root, "/"-separated, as stored), bytes and version tag."""
+    """A file below a place: its key (the path below the root, "/"-separated, as stored), bytes and version tag.
+
+    An inventory may leave the size (-1) and the tag ("") unsaid.
+    """
 
     key: str
     size: int
@@ -47,9 +75,13 @@ class Place:
             )
         bare = uri.rstrip("/")
         self.uri = uri if bare.endswith(":") and "://" in uri else bare or "/"
-        self.fs, root = fsspec.core.url_to_fs(self.uri)
+        self.fs, root = fsspec.core.url_to_fs(self.uri, **_options(self.uri))
         self.root = root.rstrip("/")
         self.local = isinstance(self.fs, LocalFileSystem)
+
+    def contains(self, other: "Place") -> bool:
+        """Whether the other place is this one or lies below it."""
+        return type(self.fs) is type(other.fs) and f"{other.root}/".startswith(f"{self.root}/")
 
     def path(self, name: str) -> str:
         """The filesystem's own path of a file below this place."""
@@ -57,25 +89,79 @@ class Place:
 
     def uri_of(self, name: str) -> str:
         """The URI of a file below this place."""
+        if not name:
+            return self.uri
         return f"{self.uri}{name}" if self.uri.endswith("/") else f"{self.uri}/{name}"
 
     def read(self, name: str) -> bytes:
         """All bytes of a file; FileNotFoundError or another OSError names it."""
-        return self.fs.cat_file(self.path(name))
+        return self._try(name, lambda: self.fs.cat_file(self.path(name)))
 
-    def write(self, name: str, data: bytes) -> None:
-        """Put a file, whole: locally a hidden sibling is renamed into place, object stores put it in one request."""
+    def read_tagged(self, name: str) -> tuple[bytes, str]:
+        """All bytes of a file, and its tag as `files` gives it."""
         path = self.path(name)
-        if not self.local:
-            self.fs.pipe_file(path, data)
-            return
-        with _replacing(path) as file:
-            file.write(data)
+
+        def ask() -> tuple[bytes, str]:
+            self.fs.invalidate_cache(path.rpartition("/")[0])
+            info = self.fs.info(path)
+            whole = {"start": 0, "end": info["size"]} if info.get("size") and not self.local else {}
+            return self.fs.cat_file(path, **whole), etag_of(info)  # given a range, s3fs needs one request
+
+        return self._try(name, ask)
+
+    def open(self, name: str) -> BinaryIO:
+        """A file to read parts of."""
+        return self._try(name, lambda: self.fs.open(self.path(name), "rb"))
+
+    def write(self, name: str, data: bytes, *, new: bool = False) -> bool:
+        """Put a file, whole: locally a hidden sibling is renamed into place, object stores put it in one request.
+
+        Args:
+            name: of the file below this place.
+            data: its bytes.
+            new: leave a file alone that is there already.
+
+        Returns:
+            Whether it was put; with `new`, False when there was one (which an attempt of this very call may have put).
+        """
+        path = self.path(name)
+        if self.local:
+            return _place(path, new, lambda file: file.write(data))
+        return self._put(name, new, lambda **mode: self.fs.pipe_file(path, data, **mode))
+
+    def upload(self, file: str, name: str, *, new: bool = False) -> bool:
+        """Put a local file, as with `write`, without holding it in memory."""
+        path = self.path(name)
+        if self.local:
+            with open(file, "rb") as source:
+                return _place(path, new, lambda target: shutil.copyfileobj(source, target, 1 << 20))
+        return self._put(name, new, lambda **mode: self.fs.put_file(file, path, **mode))
+
+    def _put(self, name: str, new: bool, put: Callable[..., Any]) -> bool:
+        def attempt() -> bool:
+            try:
+                put(**({"mode": "create"} if new else {}))
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if new and error.errno == errno.ENOSYS:  # a store without conditional writes
+                    put()
+                elif new and _code(error) in ("PreconditionFailed", "412", "ConditionalRequestConflict"):
+                    return False
+                else:
+                    raise
+            return True
+
+        return self._try(name, attempt)
 
     def exists(self, name: str = "") -> bool:
         """Whether a file (or, for "", the place itself) is there."""
-        self.fs.invalidate_cache()
-        return self.fs.exists(self.path(name))
+
+        def ask() -> bool:
+            self.fs.invalidate_cache()
+            return self.fs.exists(self.path(name))
+
+        return self._try(name, ask)
 
     def delete(self, name: str) -> None:
         """Delete a file, or a folder with all below it, if it is there."""
@@ -85,27 +171,94 @@ class Place:
         if self.local:
             self.fs.rm(path, recursive=True)
             return
-        for found in [path] if self.fs.isfile(path) else self.fs.find(path):  # rm would take [ ] * ? for a pattern
-            self.fs.rm_file(found)
+        found = [path] if self._try(name, lambda: self.fs.isfile(path)) else self._try(name, lambda: self.fs.find(path))
+        for file in found:  # rm would take [ ] * ? for a pattern
+            with contextlib.suppress(FileNotFoundError):  # an attempt that was thought to have failed
+                self._try(name, lambda file=file: self.fs.rm_file(file))
 
     def files(self, name: str = "") -> list[Source]:
-        """All files below a folder of this place, sorted by key; empty when there is no such folder."""
-        self.fs.invalidate_cache()
-        found = self.fs.find(self.path(name), withdirs=False, detail=True)
+        """All files below a folder of this place, sorted by key; empty when there is no such folder.
+
+        Raises:
+            FileNotFoundError: there is not even a bucket.
+        """
+
+        def ask() -> dict[str, dict[str, Any]]:
+            self.fs.invalidate_cache()
+            found = self.fs.find(self.path(name), withdirs=False, detail=True)
+            if not found and "s3" in self.fs.protocol and not self.fs.exists(self.root.partition("/")[0]):
+                raise FileNotFoundError(errno.ENOENT, "no such bucket", self.uri)
+            return found
+
+        return self._sources(self._try(name, ask))
+
+    def match(self, pattern: str) -> list[Source]:
+        """The files below this place whose keys match a pattern with `*`, `**`, `?` or `[...]`, sorted by key."""
+        # fsspec takes the wildcards of the root for its own, too; brackets around them make them literal.
+        literal = re.sub(r"([*?[])", r"[\1]", self.root)
+
+        def ask() -> dict[str, dict[str, Any]]:
+            self.fs.invalidate_cache()
+            return self.fs.glob(f"{literal}/{pattern}", detail=True)
+
+        found = self._try(pattern, ask)
+        return self._sources({path: info for path, info in found.items() if info["type"] == "file"})
+
+    def _sources(self, found: dict[str, dict[str, Any]]) -> list[Source]:
         prefix = self.root + "/"
-        sources = [
+        return sorted(
             Source(path.removeprefix(prefix), int(info.get("size") or 0), etag_of(info))
             for path, info in found.items()
-            if path.startswith(prefix)
-        ]
-        return sorted(sources)
+            if path.startswith(prefix) and not path.endswith("/")  # some stores list their folders as empty objects
+        )
+
+    def _try(self, name: str, operation: Callable[[], T]) -> T:
+        """The operation's result; on an object store, failures that may pass are tried again."""
+        deadline, pause, attempt = time.monotonic() + PATIENCE, _FIRST_PAUSE, 0
+        while True:
+            attempt += 1
+            try:
+                return operation()
+            except _FINAL:
+                raise
+            except Exception as error:
+                if self.local:
+                    raise
+                kind = type(error).__name__
+                if kind in _WRONG:
+                    raise
+                message = f"{self.uri_of(name)}: {kind}: {_line(error)}"
+                if kind in _REFUSED:
+                    raise PermissionError(message) from None
+                if time.monotonic() + pause > deadline:
+                    raise StorageError(f"{message} (attempts: {attempt})", attempt) from None
+                _log.info("%s; trying again", message)
+            time.sleep(pause * random.uniform(0.5, 1.5))  # apart from others who wait for the same store
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def _options(uri: str) -> dict[str, Any]:
+    """Bounds for an S3 client, beneath what the user's own fsspec configuration says."""
+    if not re.match("s3a?://", uri):
+        return {}
+    return {"config_kwargs": _S3 | fsspec.config.conf.get("s3", {}).get("config_kwargs", {})}
+
+
+def _code(error: BaseException) -> str:
+    """The code of an object store's answer that an error of s3fs stands for."""
+    response = getattr(error.__cause__, "response", None) or {}
+    return str(response.get("Error", {}).get("Code", ""))
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def etag_of(info: dict[str, Any]) -> str:
     """A tag that changes with a file's content: the object store's ETag, or the local modification time."""
     for field in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "created"):
-        if info.get(field):
-            return str(info[field]).strip('"')
+        if value := info.get(field):
+            return str(value.timestamp() if isinstance(value, datetime) else value).strip('"')
     return ""
 
 
@@ -117,14 +270,16 @@ def split_uri(uri: str) -> tuple[Place, str]:
     return Place(folder or ("/" if uri.startswith("/") else ".")), name
 
 
-def save_checkpoint(uri: str, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
+def save_checkpoint(uri: str, tensors: "dict[str, Tensor]", description: dict[str, Any]) -> None:
     """Write tensors and a JSON description of what they are as one safetensors file."""
+    import safetensors.torch
+
     place, name = split_uri(uri)
     contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     place.write(name, safetensors.torch.save(contiguous, {"degflow": json.dumps(description)}))
 
 
-def load_checkpoint(uri: str, *kinds: str) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+def load_checkpoint(uri: str, *kinds: str) -> "tuple[dict[str, Tensor], dict[str, Any], str]":
     """Read a file of `save_checkpoint`.
 
     Args:
@@ -137,6 +292,8 @@ def load_checkpoint(uri: str, *kinds: str) -> tuple[dict[str, Tensor], dict[str,
     Raises:
         ValueError: no such file, not safetensors, or of another kind; the message names the file.
     """
+    import safetensors.torch
+
     place, name = split_uri(uri)
     try:
         data = place.read(name)
@@ -147,36 +304,30 @@ def load_checkpoint(uri: str, *kinds: str) -> tuple[dict[str, Tensor], dict[str,
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         description = json.loads(header["__metadata__"]["degflow"])
         found = description["kind"]
-    except (SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{uri}: not a degflow checkpoint ({type(error).__name__}: {error})") from None
     if kinds and found not in kinds:
         raise ValueError(f"{uri}: of kind {found!r}, where {' or '.join(map(repr, kinds))} is needed")
     return tensors, description, hashlib.sha256(data).hexdigest()
 
 
-def upload(place: Place, file: str, name: str) -> None:
-    """Put a local file at a place, whole as with `Place.write`, without holding it in memory."""
-    path = place.path(name)
-    if not place.local:
-        place.fs.put_file(file, path)
-        return
-    with open(file, "rb") as source, _replacing(path) as target:
-        shutil.copyfileobj(source, target, 1 << 20)
-
-
-@contextlib.contextmanager
-def _replacing(path: str) -> Iterator[BinaryIO]:
-    """A local file to write, which gets its name when all is written; until then it is a hidden sibling."""
+def _place(path: str, new: bool, fill: Callable[[BinaryIO], Any]) -> bool:
+    """Write a local file under a hidden name, and give it its own when all is written; see `Place.write`."""
     folder, base = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
     short = base.encode()[:200].decode(errors="ignore")
     temporary = f"{folder}/.{short}.{uuid.uuid4().hex}"
     try:
         with open(temporary, "wb") as file:
-            yield file
+            fill(file)
             file.flush()
             os.fsync(file.fileno())
+        if new:
+            with contextlib.suppress(FileExistsError):
+                os.link(temporary, path)
+                return True
+            return False
         os.replace(temporary, path)
-    except BaseException:
+        return True
+    finally:
         Path(temporary).unlink(missing_ok=True)
-        raise

@@ -1,6 +1,7 @@
 import json
 import os
 import threading
+import time
 import uuid
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from degflow import storage
 from degflow.storage import Place, load_checkpoint, save_checkpoint, split_uri
+from tests.s3 import forget_clients
 
 NAMES = [
     "a#1.png",
@@ -23,9 +25,17 @@ NAMES = [
 ]
 
 
-@pytest.fixture(params=["local", "file", "memory"])
+@pytest.fixture(autouse=True)
+def _fresh_clients():
+    yield
+    forget_clients()
+
+
+@pytest.fixture(params=["local", "file", "memory", "s3"])
 def place(request, tmp_path):
-    if request.param == "memory":
+    if request.param == "s3":
+        yield Place(request.getfixturevalue("s3").uri("data [1]#%20") + "/data [1]#%20")
+    elif request.param == "memory":
         found = Place(f"memory://{uuid.uuid4().hex}/data [1]#%20")
         yield found
         found.delete("")
@@ -82,6 +92,41 @@ def test_delete_takes_its_name_literally(place):
     place.delete("old")
     place.delete("never there")
     assert [file.key for file in place.files()] == ["older/d", "part1.bin", "starfish.bin"]
+
+
+def test_a_new_file_never_replaces_another(place, tmp_path):
+    (tmp_path / "local").write_bytes(b"third" * 1000)
+    assert place.write("a/b", b"first", new=True)
+    assert not place.write("a/b", b"second", new=True)
+    assert not place.upload(str(tmp_path / "local"), "a/b", new=True)
+    assert place.read("a/b") == b"first"
+    assert place.upload(str(tmp_path / "local"), "a/c", new=True)
+    assert place.upload(str(tmp_path / "local"), "a/b")
+    assert place.read("a/b") == place.read("a/c") == b"third" * 1000
+    assert [file.key for file in place.files()] == ["a/b", "a/c"]
+
+
+def test_a_tagged_read_gives_the_listed_tag(place):
+    for name, data in (("a [1]", b"1"), ("empty", b"")):
+        place.write(name, data)
+        assert place.read_tagged(name) == (data, {file.key: file.etag for file in place.files()}[name])
+
+
+def test_a_pattern_matches_keys_below_a_literal_root(place):
+    for name in ("a.png", "b.jpg", "deep/c.png", "deep/er/d.png", "deep [x]/e.png"):
+        place.write(name, b"x")
+    assert [file.key for file in place.match("*.png")] == ["a.png"]
+    assert [file.key for file in place.match("**/*.png")] == ["a.png", "deep [x]/e.png", "deep/c.png", "deep/er/d.png"]
+    assert [file.key for file in place.match("deep/**")] == ["deep/c.png", "deep/er/d.png"]
+    assert place.match("absent*") == []
+
+
+def test_a_place_knows_what_lies_below_it(tmp_path):
+    place = Place(f"file://{tmp_path}/a")
+    assert place.contains(Place(f"{tmp_path}/a"))
+    assert place.contains(Place(f"{tmp_path}/a/b"))
+    assert not place.contains(Place(f"{tmp_path}/ab"))
+    assert not place.contains(Place(f"memory://{tmp_path}/a/b"))
 
 
 def test_a_missing_file_is_named(place):
@@ -225,3 +270,50 @@ def test_a_uri_with_a_password_is_refused_without_repeating_it(uri):
     with pytest.raises(ValueError, match="must not hold a password") as caught:
         Place(uri)
     assert "hunter2" not in str(caught.value)
+
+
+ASKED = {
+    "read": lambda place: place.read("b"),
+    "write": lambda place: place.write("b", b"x"),
+    "create": lambda place: place.write("b", b"x", new=True),
+    "list": lambda place: place.files(),
+    "look": lambda place: place.exists("b"),
+}
+
+
+@pytest.mark.parametrize(
+    ("variables", "uri", "kind", "asked"),
+    [
+        *[({"AWS_SECRET_ACCESS_KEY": "hunter2"}, "s3://demo/a", PermissionError, asked) for asked in ASKED],
+        *[({"AWS_SECRET_ACCESS_KEY": None}, "s3://demo/a", PermissionError, asked) for asked in ASKED],
+        *[({}, "s3://nowhere-at-all/a", FileNotFoundError, asked) for asked in ("read", "list")],
+    ],
+)
+def test_what_s3_refuses_is_an_error_at_once_without_the_secret(s3, monkeypatch, variables, uri, kind, asked):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
+    forget_clients()
+    started = time.monotonic()
+    with pytest.raises(kind) as caught:
+        ASKED[asked](Place(uri))
+    assert time.monotonic() - started < 10
+    assert "hunter2" not in str(caught.value)
+    assert s3.secret_key not in str(caught.value)
+
+
+def test_a_store_that_is_down_is_waited_for_and_then_named(s3, monkeypatch):
+    place = Place(s3.uri("down"))
+    place.write("a", b"kept")
+    s3.kill()
+    back = threading.Timer(3, s3.start)
+    back.start()
+    assert place.read("a") == b"kept"
+    back.join()
+    s3.kill()
+    monkeypatch.setattr(storage, "PATIENCE", 4)
+    with pytest.raises(
+        storage.StorageError, match=r"/a: EndpointConnectionError: .*127\.0\.0\.1.* \(attempts: \d\)"
+    ) as caught:
+        place.read("a")
+    assert caught.value.attempts >= 2
+    s3.start()
