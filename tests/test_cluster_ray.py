@@ -228,7 +228,9 @@ def test_the_launcher_s_file_is_valid():
     assert all(image.startswith(f"rayproject/ray:{ray[1]}-py311") for image in images)
 
 
-@pytest.mark.parametrize("path", [("idle_timeout_minutes",), ("docker", "image"), ("provider", "region")])
+@pytest.mark.parametrize(
+    "path", [("idle_timeout_minutes",), ("docker", "image"), ("available_node_types", "gpu", "min_workers")]
+)
 def test_a_misspelt_field_of_the_launcher_s_file_is_refused(path):
     config = copy.deepcopy(LAUNCHER)
     parent = config
