@@ -6,16 +6,16 @@
 import hashlib
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.slurm import Slurm
-from tests.sources import rows_of, save_model
+from tests.sources import save_model
 from tests.test_train_jobs import LFM, RAE, tree  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.root
@@ -56,16 +56,6 @@ def model(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("model") / "tiny.safetensors")
 
 
-@pytest.fixture(scope="module")
-def dataset(photos, model, tmp_path_factory):
-    """An uninterrupted run on this machine, without Slurm."""
-    output = tmp_path_factory.mktemp("dataset")
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    words = words_of(KEYS, input=photos, output=output, model=model)
-    subprocess.run([sys.executable, ROOT / "jobs/synthesize.py", *words], env=environment, check=True, timeout=900)
-    return output
-
-
 def words_of(*groups, **more):
     return [f"{name}={value}" for group in (*groups, more) for name, value in group.items()]
 
@@ -79,7 +69,7 @@ def content(output):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((output / "data").iterdir())}
 
 
-def test_a_dataset_over_the_allocation_requeued_before_its_time_limit(slurm, dataset, photos, model, tmp_path):
+def test_a_dataset_over_the_allocation_requeued_before_its_time_limit(slurm, photos, model, tmp_path):
     output, log, nodes = tmp_path / "out", tmp_path / "log", 2 if slurm.namespaces else 1
     words = words_of(KEYS, input=photos, output=output, model=model)
     job = submit(slurm, "synthesize.sbatch", log, *words, nodes=nodes, options=["--cpus-per-task=2"])
@@ -96,8 +86,14 @@ def test_a_dataset_over_the_allocation_requeued_before_its_time_limit(slurm, dat
     found = re.findall(rf"^{SHARDS} images .* in {SHARDS} shards, (\d+) of them done;", said, re.M)
     assert len(found) == 1
     assert 3 <= int(found[0]) < SHARDS
-    assert content(output) == content(dataset)
-    assert len(rows_of(output)) == SHARDS * 4
+    parts = content(output)
+    assert len(parts) == SHARDS
+    assert parts.items() >= {name: digest for name, digest in done.items() if name in parts}.items()
+    rows = [row for path in (output / "data").iterdir() for row in pq.read_table(path).to_pylist()]
+    assert len(rows) == SHARDS * 4
+    assert {(row["key"], row["draw"]) for row in rows} == {
+        (f"{n:02d}.png", draw) for n in range(SHARDS) for draw in range(4)
+    }
     assert (output / "_SUCCESS").exists()
 
 
@@ -110,22 +106,43 @@ def test_a_failing_dataset_job_fails_in_slurm_and_ends_its_ray(slurm, photos, mo
     assert "scale.high=9.0" in log.read_text()
 
 
-def test_both_stages_train_over_two_nodes_and_a_preempted_one_goes_on(slurm, tree, tmp_path):  # noqa: F811
-    rae = {**RAE, **STAGE, "scenes.data": tree}
-    jobs = {
-        name: submit(
-            slurm, "train.sbatch", tmp_path / f"{name}.log", "jobs/train_rae.py", *words_of(rae, output=tmp_path / name)
-        )
-        for name in ("straight", "preempted")
-    }
-    checkpoints = tmp_path / "preempted/checkpoints"
-    slurm.until(lambda: len(list(checkpoints.glob("*.pt"))) >= 2, "two checkpoints")
-    urgent = slurm.submit(
-        "--partition=urgent", "--nodes=2", "--cpus-per-task=1", "--output=/dev/null", "--wrap=sleep 1", cwd=ROOT
-    )
-    print(slurm.wait(urgent))
-    for name, job in jobs.items():
-        fields = slurm.wait(job)
-        print(name, fields["Restarts"], fields["JobState"], (tmp_path / f"{name}.log").read_text())
-    weights = [load_file(tmp_path / name / "rae.safetensors") for name in jobs]
-    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+def stage(slurm, tmp_path, name, job, keys, **more):
+    """Submit a training; its number, log and output."""
+    output, log = tmp_path / name, tmp_path / f"{name}.log"
+    words = words_of(keys, STAGE, output=output, **more)
+    return submit(slurm, "train.sbatch", log, f"jobs/train_{job}.py", *words), log, output
+
+
+def has_checkpoints(output, count=2):
+    return lambda: len(list(output.glob("checkpoints/step-*"))) >= count
+
+
+def same_weights(file, other):
+    a, b = load_file(file), load_file(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_both_stages_train_over_two_nodes_and_go_on_when_stopped(slurm, tree, tmp_path):  # noqa: F811
+    straight, _, reference = stage(slurm, tmp_path, "straight", "rae", RAE, **{"scenes.data": tree})
+    job, log, output = stage(slurm, tmp_path, "preempted", "rae", RAE, **{"scenes.data": tree})
+    slurm.until(has_checkpoints(output), "checkpoints")
+    urgent = ["--partition=urgent", "--nodes=2", "--cpus-per-task=2", "--output=/dev/null", "--wrap=true"]
+    slurm.submit(*urgent, cwd=ROOT)
+    for number in (straight, job):
+        fields = slurm.wait(number)
+        assert fields["JobState"] == "COMPLETED", log.read_text()
+        assert fields["Restarts"] == "1"
+    assert re.search(r"^resuming after step \d+ ", log.read_text(), re.M)
+    assert same_weights(output / "rae.safetensors", reference / "rae.safetensors")
+
+    keys = {"scenes.data": tree, "rae": output / "rae.safetensors"}
+    job, log, output = stage(slurm, tmp_path, "lfm", "lfm", LFM, **keys)
+    slurm.until(has_checkpoints(output), "checkpoints")
+    slurm.run("scancel", "--batch", "--signal=USR1", job)
+    assert slurm.wait(job)["JobState"] == "COMPLETED", log.read_text()
+    assert slurm.show(job)["Restarts"] == "1"
+    said = log.read_text()
+    assert "is requeued; it goes on from its checkpoint" in said
+    assert re.search(r"^resuming after step \d+ ", said, re.M)
+    assert re.findall(r"^step 40 of 40: ", said, re.M) == ["step 40 of 40: "]
+    assert (output / "degrader.safetensors").exists()
