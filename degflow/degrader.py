@@ -1,4 +1,8 @@
-"""Degrader: HR image + scale -> LR image. The whole method in a few lines (DegFlow, section 2)."""
+"""Degrader: HR image + scale -> LR image. The whole method in a few lines (DegFlow, section 2).
+
+Images that would need more working memory than `memory` allows are encoded and decoded tile by tile, exactly as they
+would be at once: see `tiling`. The velocity network always sees the whole latent.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +17,11 @@ from degflow.config import parse, plain
 from degflow.flow import integrate
 from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork
 from degflow.storage import load_checkpoint, save_checkpoint
+from degflow.tiling import Grid, cheapest, finest
 from degflow.trajectory import time_of_scale
 
+MEMORY = 4.0  # GB
+OVERHEAD = 100e6  # bytes: what libraries allocate whatever the size
 SHIPPED = str(Path(__file__).parent / "weights" / "canon-simulated.safetensors")
 
 
@@ -47,30 +54,98 @@ class Degrader(nn.Module):
         return self.autoencoder.config.compression * self.velocity.config.multiple
 
     @torch.inference_mode()
-    def forward(self, hr: Tensor, scale: Tensor, *, steps: int = 2, solver: str = "rk4") -> Tensor:
+    def forward(
+        self, hr: Tensor, scale: Tensor, *, steps: int = 2, solver: str = "rk4", memory: float = MEMORY
+    ) -> Tensor:
         """Degrade a batch.
 
         Args:
             hr: "B 3 H W" in [-1, 1]; any H and W from 8 up.
             scale: "B", a scale for each image; or "B N", N scales of each image from one encoding and one integration.
             steps: solver steps. solver: euler, midpoint, heun or rk4.
+            memory: GB (1e9 bytes) to work in, beside the weights and the images in and out. What does not fit is done
+                image by image, and what still does not tile by tile; the result is the same to rounding.
 
         Returns:
             "B 3 H W" or "B N 3 H W" in [-1, 1].
 
         Raises:
-            ValueError: a scale outside the trained range [low, high].
+            ValueError: a scale outside the trained range [low, high], or too little memory for any tile.
         """
+        if len(scale) != len(hr):
+            raise ValueError(f"scale: {len(scale)} for a batch of {len(hr)} images")
         self.check_scales(float(scale.min()), float(scale.max()))
-        height, width = hr.shape[-2:]
         time = time_of_scale(scale.double(), self.low, self.high).clamp(0, 1).float().to(hr.device)
-        latent, skips = self.autoencoder.encode(pad(hr, self.multiple))
-        latents = integrate(self.velocity, latent, time, steps=steps, solver=solver)
-        if time.ndim == 1:
-            decoded = self.autoencoder.decode(latents, skips)
+        lr = hr.new_empty((*scale.shape, *hr.shape[1:]))
+        together, grid, keep = self.fit(hr.shape[-2], hr.shape[-1], memory)
+        for part in torch.arange(len(hr)).split(together):
+            at = slice(int(part[0]), int(part[-1]) + 1)
+            self._degrade(hr[at], time[at], lr[at], grid, keep, steps=steps, solver=solver)
+        return lr
+
+    def _degrade(self, hr: Tensor, time: Tensor, lr: Tensor, grid: Grid, keep: bool, **solver: Any) -> None:
+        """Degrade what fits the memory at once, into `lr`; `keep`: hold the skips from encoding to decoding."""
+        image, autoencoder, r = pad(hr, self.multiple), self.autoencoder, self.autoencoder.config.compression
+        if grid.whole:
+            latent, kept = autoencoder.encode(image)
         else:
-            decoded = torch.stack([self.autoencoder.decode(z, skips) for z in latents.unbind(1)], 1)
-        return decoded[..., :height, :width].clamp(-1, 1)
+            latent, kept = self._encode(image, grid, keep)
+        latents = integrate(self.velocity, latent, time, **solver)
+        latents, lr = (x[:, None] if time.ndim == 1 else x for x in (latents, lr))
+        for tile in grid.tiles():
+            if kept:
+                skips = tuple(tile.cut(skip, r >> level) for level, skip in enumerate(kept))
+            else:
+                skips = autoencoder.skips(tile.cut(image, r))
+            for n in range(latents.shape[1]):
+                decoded = autoencoder.decode(tile.cut(latents[:, n], 1), skips)
+                tile.paste(lr[:, n], decoded.clamp_(-1, 1), r)
+
+    def _encode(self, image: Tensor, grid: Grid, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The latent tile by tile, and with `keep` the skips (else none)."""
+        config, (height, width) = self.autoencoder.config, image.shape[-2:]
+        latent = image.new_empty((len(image), config.latent_channels, grid.height, grid.width))
+        kept = tuple(
+            image.new_empty((len(image), height >> level, width >> level, channels)).permute(0, 3, 1, 2)
+            for level, channels in enumerate(config.widths[:-1])
+            if keep
+        )
+        for tile in grid.tiles():
+            inner, skips = self.autoencoder.encode(tile.cut(image, config.compression))
+            tile.paste(latent, inner, 1)
+            for level, (whole, skip) in enumerate(zip(kept, skips, strict=False)):
+                tile.paste(whole, skip, config.compression >> level)
+        return latent, kept
+
+    def fit(self, height: int, width: int, memory: float = MEMORY) -> tuple[int, Grid, bool]:
+        """What fits `memory` GB: how many images of this size at once, how each is cut, whether its skips are kept.
+
+        Raises:
+            ValueError: not even one image in small tiles does; the message says what it needs.
+        """
+        autoencoder, velocity = self.autoencoder.config, self.velocity.config
+        rows, columns = (-(-side // self.multiple) * velocity.multiple for side in (height, width))
+        number = next(self.parameters()).element_size()
+        area = number * autoencoder.compression**2  # bytes per latent pixel, for each number per image pixel
+        held = rows * columns * (3 * area + 10 * number * autoencoder.latent_channels)  # image; latents and slopes
+        flow = rows * columns * number * velocity.working_channels
+        skips = rows * columns * area * autoencoder.skip_channels
+        work = rows * columns * area * autoencoder.working_channels
+        room = memory * 1e9 - OVERHEAD
+        if (together := min(room / (held + max(flow, skips + work)), 2**31)) >= 1:
+            return int(together), Grid(rows, columns), True
+        # Otherwise: hold all skips and decode in small windows, or encode again beside decoding in larger ones.
+        ways, halo = [], autoencoder.halo
+        for keep, fixed, each in ((True, held + skips, work), (False, held, skips + work)):
+            grid = cheapest(rows, columns, halo, (room - fixed) / each * rows * columns)
+            if grid and held + flow <= room:
+                ways.append(((2 if keep else 3) * grid.work, grid, keep))
+        if not ways:
+            smallest = finest(rows, columns, halo).window / (rows * columns)
+            least = OVERHEAD + held + max(flow, min(skips + work * smallest, (skips + work) * smallest))
+            raise ValueError(f"memory={memory:g}: {width} x {height} pixels need at least {least / 1e9 + 0.005:.2f} GB")
+        _, grid, keep = min(ways, key=lambda way: way[0])
+        return 1, grid, keep
 
     def check_scales(self, low: float, high: float) -> None:
         """Raise ValueError unless [low, high] lies in the trained range."""
@@ -80,12 +155,15 @@ class Degrader(nn.Module):
                 f"scale={low if low < self.low else high}: must lie in the trained range [{self.low}, {self.high}]"
             )
 
-    def degrade(self, picture: Image.Image, scale: float, **solver: Any) -> Image.Image:
-        """PIL image in, RGB PIL image of the same size out; gray, alpha, 16-bit, ... by the rule of `images`."""
+    def degrade(self, picture: Image.Image, scale: float, **options: Any) -> Image.Image:
+        """PIL image in, RGB PIL image of the same size out; gray, alpha, 16-bit, ... by the rule of `images`.
+
+        `options` are those of a call: steps, solver, memory.
+        """
         pixels = images.from_picture(picture)
         device = next(self.parameters()).device
         scales = torch.tensor([scale], dtype=torch.float64)
-        lr = self(images.to_tensor(pixels)[None].to(device), scales, **solver)
+        lr = self(images.to_tensor(pixels)[None].to(device), scales, **options)
         return Image.fromarray(images.to_pixels(lr)[0])
 
     def save(self, uri: str, provenance: Mapping[str, Any], *, half: bool = False) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
 import fsspec
+import fsspec.config
 from fsspec.implementations.local import LocalFileSystem
 
 if TYPE_CHECKING:  # torch takes seconds to import; those who only read and write files need not wait for it
@@ -43,7 +44,10 @@ class StorageError(OSError):
 
     def __init__(self, message: str, attempts: int):
         super().__init__(message)
-        self.attempts = attempts
+        self.message, self.attempts = message, attempts
+
+    def __reduce__(self):
+        return type(self), (self.message, self.attempts)
 
 
 class Source(NamedTuple):
@@ -79,6 +83,10 @@ class Place:
         self.root = root.rstrip("/")
         self.local = isinstance(self.fs, LocalFileSystem)
 
+    def is_same(self, other: "Place") -> bool:
+        """Whether both are one place, however their URIs are spelt."""
+        return self.contains(other) and other.contains(self)
+
     def contains(self, other: "Place") -> bool:
         """Whether the other place is this one or lies below it."""
         return type(self.fs) is type(other.fs) and f"{other.root}/".startswith(f"{self.root}/")
@@ -106,6 +114,17 @@ class Place:
             info = self.fs.info(path)
             whole = {"start": 0, "end": info["size"]} if info.get("size") and not self.local else {}
             return self.fs.cat_file(path, **whole), etag_of(info)  # given a range, s3fs needs one request
+
+        return self._try(name, ask)
+
+    def source(self, name: str) -> Source:
+        """A file's key, size and tag, as `files` gives them."""
+        path = self.path(name)
+
+        def ask() -> Source:
+            self.fs.invalidate_cache(path.rpartition("/")[0])
+            info = self.fs.info(path)
+            return Source(name, int(info.get("size") or 0), etag_of(info))
 
         return self._try(name, ask)
 
@@ -162,6 +181,16 @@ class Place:
             return self.fs.exists(self.path(name))
 
         return self._try(name, ask)
+
+    def answers(self) -> bool:
+        """Whether the store answers at all, be it that a file is not there."""
+        try:
+            self._try("", lambda: self.fs.info(self.path(f".{uuid.uuid4().hex}")))
+        except StorageError:
+            return False
+        except OSError:
+            pass
+        return True
 
     def delete(self, name: str) -> None:
         """Delete a file, or a folder with all below it, if it is there."""

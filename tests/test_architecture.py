@@ -12,7 +12,10 @@ LAYERS = (  # a room may import its own layer and those after it
     {"jobs"},
     {"training", "synthesis", "evaluation", "pairs", "benchmarking"},
     {"objectives", "degrader", "scenes", "camera", "restoration", "planning", "shards", "card", "perceptual"},
-    {"models", "trajectory", "flow", "storage", "dataset"},
+    {"models", "trajectory", "flow", "tiling", "codec"},
+    {"dataset"},
+    {"listing"},
+    {"storage"},
     {"images", "config"},
 )
 FENCES = {  # a package, and the rooms that may import it
@@ -21,10 +24,10 @@ FENCES = {  # a package, and the rooms that may import it
     "omegaconf": {"config"},
     "fsspec": {"storage", "pairs"},
     "s3fs": set(),
-    "pyarrow": {"storage", "dataset", "pairs"},
+    "pyarrow": {"dataset", "listing", "planning", "pairs"},
     "lpips": {"perceptual"},
 }
-TORCH_ONLY = {"trajectory", "flow", "models"}
+TORCH_ONLY = {"trajectory", "flow", "tiling", "models"}
 APART = {("training", "synthesis"), ("synthesis", "training")}
 SLOW = ("ray", "accelerate", "lpips", "torchvision", "pyarrow", "tensorboard", "datasets", "s3fs", "skimage", "scipy")
 

@@ -43,6 +43,37 @@ class AutoencoderConfig:
         """Channels of each level, finest first."""
         return tuple(self.base_width * multiplier for multiplier in self.multipliers)
 
+    @property
+    def halo(self) -> int:
+        """Latent pixels around a window's inner part whose image pixels decide that part, in encoder and decoder.
+
+        Followed inwards from an edge where a window was cut, as the number of pixels that the cut has changed: a 3x3
+        convolution adds one, a stride of 2 halves them, an upsampling doubles them, a skip brings its own.
+        """
+        block, changed, skips = 2 * self.blocks, 1, []
+        for level in range(len(self.multipliers)):
+            changed = (changed // 2 + 1 if level else changed) + block
+            skips.append(changed)
+        encoder = changed + 1
+        changed = 1 + block
+        for skip in reversed(skips[:-1]):
+            changed = max(2 * changed, skip) + block
+        decoder = -(-(changed + 1) // self.compression)
+        return max(encoder, decoder)
+
+    @property
+    def skip_channels(self) -> float:
+        """Numbers in the skips per image pixel."""
+        return sum(width / 4**level for level, width in enumerate(self.widths[:-1]))
+
+    @property
+    def working_channels(self) -> float:
+        """Numbers alive at the peak of `decode` without gradients, the skips apart, per image pixel."""
+        widths = self.widths  # `encode` needs less, its skips included
+        level = max(5 * width / 4**n for n, width in enumerate(widths))
+        expand = max((2.25 * coarse + 2 * fine) / 4**n for n, (fine, coarse) in enumerate(pairwise(widths)))
+        return max(level, expand)
+
 
 class ChannelNorm(nn.Module):
     """LayerNorm over the channels of each pixel, "B C H W"."""
@@ -122,11 +153,16 @@ class Encoder(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Image "B 3 H W" -> latent, skips; see `ResidualAutoencoder.encode`."""
+        skips = self.skips(image)
+        return self.head(self.levels[-1](skips[-1])), skips
+
+    def skips(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Image "B 3 H W" -> skips alone."""
         x, features = self.stem(image), []
-        for level in self.levels:
+        for level in list(self.levels)[:-1]:
             x = level(x)
             features.append(x)
-        return self.head(x), tuple(features[:-1])
+        return tuple(features)
 
 
 class Decoder(nn.Module):
@@ -172,6 +208,10 @@ class ResidualAutoencoder(nn.Module):
             latent "B C_z H/r W/r", and skips h^(l) "B C_l H/2^l W/2^l" for l = 0 .. log2(r) - 1.
         """
         return self.encoder(image)
+
+    def skips(self, image: Tensor) -> tuple[Tensor, ...]:
+        """The skips of `encode` alone, for less work."""
+        return self.encoder.skips(image)
 
     def decode(self, latent: Tensor, skips: tuple[Tensor, ...]) -> Tensor:
         """Latent of any level and the *HR* image's skips -> image "B 3 H W", not clamped."""

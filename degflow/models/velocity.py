@@ -48,6 +48,16 @@ class VelocityConfig:
         """The latent's height and width must be multiples of this."""
         return 2 ** (len(self.multipliers) - 1)
 
+    @property
+    def working_channels(self) -> float:
+        """Numbers alive at the peak of an evaluation without gradients, per latent pixel."""
+        widths = [self.width * multiplier for multiplier in self.multipliers]
+        kept = sum((self.blocks + 1) * width / 4**level for level, width in enumerate(widths))
+        before = widths[min(1, len(widths) - 1)]
+        # At the finest level: the block that upsamples holds seven tensors of its width; one that merges holds its
+        # input, the norm and the activation of it, and three of its outputs.
+        return kept + max(7 * before, 3 * (widths[0] + before) + 3 * widths[0])
+
 
 def _norm(channels: int) -> nn.GroupNorm:
     limit = min(channels // 4, 32)
@@ -112,8 +122,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """ "B C H W" -> the same shape."""
-        tokens = self.norm(x).flatten(2).transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(self.query(tokens), self.key(tokens), self.value(tokens))
+        tokens = self.norm(x).flatten(2).transpose(1, 2)[:, None]  # without an axis of heads no fused kernel takes it
+        mixed = F.scaled_dot_product_attention(self.query(tokens), self.key(tokens), self.value(tokens))[:, 0]
         return (x + self.out(mixed).transpose(1, 2).reshape(x.shape)) / math.sqrt(2)
 
 
