@@ -35,15 +35,10 @@ class Cluster:
     """`ray start --head` with ports and a folder of its own, and the CLI that talks to its dashboard."""
 
     def __init__(self, folder):
-        *ports, self.port = free_ports(5)
-        names = (
-            "port",
-            "dashboard-agent-listen-port",
-            "ray-client-server-port",
-            "metrics-export-port",
-            "dashboard-port",
-        )
-        options = [f"--{name}={port}" for name, port in zip(names, [*ports, self.port], strict=True)]
+        names = ("port", "dashboard-agent-listen-port", "metrics-export-port", "dashboard-port")
+        ports = free_ports(len(names))
+        self.port = ports[-1]
+        options = [f"--{name}={port}" for name, port in zip(names, ports, strict=True)]
         # Another Ray of this machine may have switched tokens on (RAY_AUTH_MODE), and must not be found here.
         hidden = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "PYTHONPATH")
         self.environment = {name: value for name, value in os.environ.items() if name not in hidden}
@@ -51,6 +46,7 @@ class Cluster:
         self.environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         fixed = [
             "--dashboard-host=127.0.0.1",
+            "--ray-client-server-port=0",
             "--num-cpus=2",
             f"--temp-dir={folder}",
             "--disable-usage-stats",
