@@ -35,7 +35,13 @@ class Cluster:
     """`ray start --head` with ports and a folder of its own, and the CLI that talks to its dashboard."""
 
     def __init__(self, folder):
-        names = ("port", "dashboard-agent-listen-port", "metrics-export-port", "dashboard-port")
+        names = (
+            "port",
+            "ray-client-server-port",
+            "dashboard-agent-listen-port",
+            "metrics-export-port",
+            "dashboard-port",
+        )
         ports = free_ports(len(names))
         self.port = ports[-1]
         options = [f"--{name}={port}" for name, port in zip(names, ports, strict=True)]
@@ -46,7 +52,6 @@ class Cluster:
         self.environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         fixed = [
             "--dashboard-host=127.0.0.1",
-            "--ray-client-server-port=0",
             "--num-cpus=2",
             f"--temp-dir={folder}",
             "--disable-usage-stats",
