@@ -213,15 +213,22 @@ def _stored(config: SynthesizeConfig, output: Place) -> SynthesizeConfig | None:
     try:
         return parse(SynthesizeConfig, read(output.read(dataset.CONFIG).decode()))
     except FileNotFoundError:
-        if output.files():
-            raise ValueError(elsewhere) from None
-        return None
+        if _is_empty(config, output):
+            return None
+        raise ValueError(elsewhere) from None
     except NotADirectoryError:
         raise ValueError(f"output={config.output}: is a file, or lies in one") from None
     except OSError as error:
         raise OSError(f"output={config.output}: cannot be read ({type(error).__name__}: {error})") from error
     except Exception as error:  # whatever a foreign file of that name makes a YAML reader say
         raise ValueError(f"{elsewhere} (its config.yaml: {error})") from None
+
+
+def _is_empty(config: SynthesizeConfig, output: Place) -> bool:
+    try:
+        return not output.files()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"output={config.output}: cannot be written ({error})") from error
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -273,7 +280,7 @@ def rejected(config: SynthesizeConfig, plan: Plan, records: Mapping[int, Record]
     """The files that stand rejected, with the size and tag that they have now, as the plan's next part."""
     keys = sorted(reject.key for reject in dataset.rejects_of(output, plan, records))
     rows = plan.table.filter(pc.is_in(plan.table["key"], pa.array(keys, pa.string())))
-    planned = {key: Source(key, size, etag) for _, key, size, etag in zip(*map(pa.Array.to_pylist, rows), strict=True)}
+    planned = {row["key"]: Source(row["key"], row["size"], row["etag"]) for row in rows.to_pylist()}
     root = root_of(config.input, config.root)
     with ThreadPoolExecutor(16) as pool:
         now = list(pool.map(lambda key: _as_it_is_now(root, planned[key]), keys))
