@@ -85,9 +85,8 @@ class Slurm:
         for pid in _processes_of(str(self.folder)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        for path in Path("/tmp").glob("degflow-ray-*"):
-            if self.first_job <= int(path.name.rpartition("-")[2]) < self.first_job + 100:
-                shutil.rmtree(path, ignore_errors=True)
+        for job in range(self.first_job, self.first_job + 100):
+            shutil.rmtree(f"/tmp/degflow-ray-{job}", ignore_errors=True)
 
     def run(self, *words, check=True, timeout=60):
         """Run a command where slurmctld runs; returns what it prints."""
