@@ -104,6 +104,15 @@ class Cluster:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api/jobs/{name}") as answer:
             return json.load(answer)
 
+    def stop_job(self, name):
+        """What `ray job stop` sends; the CLI's own start would take longer than what is left to do."""
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/api/jobs/{name}/stop", method="POST")
+        with urllib.request.urlopen(request) as answer:
+            assert json.load(answer)["stopped"] is True
+        deadline = time.monotonic() + 120
+        while self.info(name)["status"] == "RUNNING" and time.monotonic() < deadline:
+            time.sleep(0.2)
+
 
 def free_ports(count):
     with contextlib.ExitStack() as stack:
@@ -166,7 +175,7 @@ def test_a_submitted_job_succeeds(cluster, finished):
 @pytest.mark.parametrize(
     ("name", "word", "reason", "driver"),
     [
-        ("refused", "scale.high=9", "scale.high=9.0: the model was trained on scales in", 1),
+        ("refused", "scale.high=9", "was trained on scales in [1.0, 4.0]", 1),
         ("misspelt", "scale.hihg=3", "scale.hihg", 2),
     ],
 )
@@ -188,8 +197,7 @@ def test_a_stopped_job_is_completed_by_a_second_submission(cluster, words, finis
         assert time.monotonic() < deadline, cluster.job("logs", "stopped")[1]
         assert cluster.info("stopped")["status"] in ("PENDING", "RUNNING"), cluster.job("logs", "stopped")[1]
         time.sleep(0.1)
-    code, said = cluster.job("stop", "stopped")
-    assert code == 0, said
+    cluster.stop_job("stopped")
     assert cluster.info("stopped")["status"] == "STOPPED"
     time.sleep(2)
     done = {name: digest for name, digest in content(output).items() if name.startswith("part-")}
