@@ -1,6 +1,7 @@
 """The two ends of a shard's way, which need CPUs alone: a planned file -> pixels, and pixels with LR images -> rows.
 
-Both run wherever there is a CPU, also on nodes that hold no degrader.
+Both run wherever there is a CPU, also on nodes that hold no degrader; so this room imports no torch, which takes
+seconds and hundreds of megabytes.
 """
 
 import hashlib
@@ -58,9 +59,12 @@ class Codec:
         """
         place = Place(self.root)
         try:
+            images.check_bytes(source.size, self.max_pixels)
             data, etag = place.read_tagged(source.key)
         except FileNotFoundError:
             return Reject(source.key, "read", "no longer there")
+        except images.ImageError as error:
+            return Reject(source.key, "read", str(error))
         except StorageError as error:
             if not place.answers():
                 raise

@@ -34,16 +34,17 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageCms, ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
-from torch import Tensor
+
+if TYPE_CHECKING:  # torch takes seconds to import, and decoding and encoding need none
+    from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 SMALLEST_SIDE = 8
@@ -321,13 +322,17 @@ def encode_png(pixels: np.ndarray, compress_level: int = 3) -> bytes:
     return buffer.getvalue()
 
 
-def to_tensor(pixels: np.ndarray) -> Tensor:
+def to_tensor(pixels: np.ndarray) -> "Tensor":
     """Uint8 "*B H W 3" -> float32 "*B 3 H W" in [-1, 1]."""
+    import torch
+
     return torch.from_numpy(np.require(pixels, requirements=["C", "W"])).movedim(-1, -3).float() / 127.5 - 1
 
 
-def to_pixels(image: Tensor) -> np.ndarray:
+def to_pixels(image: "Tensor") -> np.ndarray:
     """Float "*B 3 H W" in [-1, 1] -> uint8 "*B H W 3", clamped and rounded to nearest."""
+    import torch
+
     levels = ((image.detach().float() + 1) * 127.5).round().clamp(0, 255)
     return levels.to(torch.uint8).movedim(-3, -1).contiguous().cpu().numpy()
 

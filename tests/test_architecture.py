@@ -10,8 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = (  # a room may import its own layer and those after it
     {"jobs"},
-    {"training", "synthesis", "evaluation", "pairs", "benchmarking"},
-    {"objectives", "degrader", "scenes", "camera", "restoration", "planning", "shards", "card", "perceptual"},
+    {"training", "synthesis", "evaluation", "pairs", "exports", "benchmarking"},
+    {"objectives", "degrader", "scenes", "camera", "restoration", "perceptual"}
+    | {"planning", "shards", "card", "finished", "layouts"},
     {"models", "trajectory", "flow", "tiling", "codec"},
     {"dataset"},
     {"listing"},
@@ -22,9 +23,9 @@ FENCES = {  # a package, and the rooms that may import it
     "ray": {"synthesis"},
     "accelerate": {"training"},
     "omegaconf": {"config"},
-    "fsspec": {"storage", "pairs"},
+    "fsspec": {"storage"},
     "s3fs": set(),
-    "pyarrow": {"dataset", "listing", "planning", "pairs"},
+    "pyarrow": {"dataset", "listing", "planning", "finished"},
     "lpips": {"perceptual"},
 }
 TORCH_ONLY = {"trajectory", "flow", "tiling", "models"}
@@ -148,6 +149,12 @@ def test_jobs_are_scripts_that_no_room_imports():
     assert not (ROOT / "jobs/__init__.py").exists()
     for path in ROOT.glob("jobs/*.py"):
         assert '__name__ == "__main__"' in path.read_text(), path
+
+
+def test_codec_processes_need_no_torch():
+    script = "import sys\nimport degflow.codec\nprint([name for name in ('torch', 'ray') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_import_degflow_is_light():

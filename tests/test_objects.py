@@ -44,7 +44,7 @@ def photos(s3):
 def single():
     """A Ray of its own for the runs in this process, which the S3 server's environment reaches."""
     ray.shutdown()
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -74,7 +74,7 @@ def run(photos, output, model, *words):
 def driver(photos, output, model, *words, environment=None):
     """The job as a user starts it, with a Ray of its own."""
     command = [sys.executable, JOB, f"input={photos}", f"output={output}", f"model={model}", *WORDS, *words]
-    variables = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | (environment or {})
+    variables = os.environ | {"RAY_ADDRESS": "local"} | (environment or {})
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(JOB.parents[1]), variables.get("PYTHONPATH")]))
     return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -178,7 +178,7 @@ def test_a_busy_node_that_is_removed_changes_nothing(s3, photos, model, referenc
     finally:
         ray.shutdown()
         cluster.shutdown()
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     assert rows_of(output) == reference
 
 

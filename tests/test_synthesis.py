@@ -25,7 +25,7 @@ THREE = ("shard.images=3", "actors.threads=1")
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -134,7 +134,7 @@ def test_a_killed_driver_is_continued_by_the_same_command(photos, model, finishe
     output = tmp_path / "out"
     words = [f"input={photos}", f"output={output}", f"model={model}", "shard.images=1", "actors.threads=1"]
     command = [sys.executable, JOB, *words]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment = os.environ | {"RAY_ADDRESS": "local"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(JOB.parents[1]), environment.get("PYTHONPATH")]))
     driver = subprocess.Popen([*command, "actors.max=1"], env=environment, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
