@@ -64,9 +64,6 @@ class LFMObjective(nn.Module):
         perceptual_samples: how many samples of each step get the LPIPS term, evenly spread over it; 0 means all.
         batch: samples per step, over all processes; needed with perceptual_samples.
         seed: decides dropout, with a sample's number.
-        lag: in [0, 1), 0 in the paper. The network also sees points behind the path, by up to this share of the way
-            back to the HR latent, and learns the path's velocity there. An integration that has fallen behind meets
-            such points; without them it takes them for those of a scene that moves little, and falls back further.
     """
 
     def __init__(
@@ -79,7 +76,6 @@ class LFMObjective(nn.Module):
         perceptual_samples: int = 0,
         batch: int = 0,
         seed: int = 0,
-        lag: float = 0.0,
     ):
         super().__init__()
         if perceptual_samples > batch:
@@ -90,7 +86,6 @@ class LFMObjective(nn.Module):
         self.perceptual = perceptual.requires_grad_(False) if perceptual is not None else None
         self.weight = weight
         self.perceptual_samples, self.batch, self.seed = perceptual_samples, batch, seed
-        self.lag = lag
 
     def train(self, mode: bool = True) -> "LFMObjective":
         """Set the velocity network's mode; the frozen parts stay in eval mode."""
@@ -114,9 +109,7 @@ class LFMObjective(nn.Module):
             values = torch.cat((latent[:, None], lower.unflatten(0, (len(image), -1))), 1).float()
             with torch.autocast(values.device.type, enabled=False):  # it would round the path to half precision
                 point = self.path.at(values, time)
-        behind = self.lag * (draw * 2**20 % 1).float()[:, None, None, None]  # of the bits that the time hardly shows
-        start = point.position + behind * (values[:, 0] - point.position)
-        velocity = self.network(start, time, sample_keys(self.seed, number)).float()
+        velocity = self.network(point.position, time, sample_keys(self.seed, number)).float()
         flow = F.mse_loss(velocity, point.velocity)
         if self.perceptual is None or self.weight == 0:
             return Losses(flow, {"cfm": flow.detach()})

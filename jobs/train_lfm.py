@@ -39,7 +39,6 @@ class TrainLFMConfig:
     path: Literal["spline", "linear"] = option(
         "spline", "trajectory through the levels' latents; linear is an ablation"
     )
-    lag: float = option(0.0, "train at points up to this share behind the path, too; 0 as in the paper")
     lpips_weight: float = option(0.1, "weight of the Taylor-guided LPIPS term; 0 leaves it out (ablation)")
     lpips_samples: int = option(
         0, "samples of each step (of fit.batch) that get the LPIPS term; 0: all (it is most of a step on CPU)"
@@ -55,8 +54,6 @@ class TrainLFMConfig:
             raise ValueError(
                 f"lpips_weight={self.lpips_weight}, lpips_samples={self.lpips_samples}: must not be negative"
             )
-        if not 0 <= self.lag < 1:
-            raise ValueError(f"lag={self.lag}: must lie in [0, 1)")
         if self.lpips_samples > self.fit.batch:
             raise ValueError(f"lpips_samples={self.lpips_samples}: must not exceed fit.batch={self.fit.batch}")
 
@@ -76,9 +73,7 @@ def main(config: TrainLFMConfig) -> None:
     torch.manual_seed(config.fit.seed)
     velocity = VelocityNetwork(replace(config.velocity, latent_channels=autoencoder.config.latent_channels))
     term = (perceptual, config.lpips_weight, config.lpips_samples)
-    objective = LFMObjective(
-        autoencoder, velocity, path, *term, batch=config.fit.batch, seed=config.fit.seed, lag=config.lag
-    )
+    objective = LFMObjective(autoencoder, velocity, path, *term, batch=config.fit.batch, seed=config.fit.seed)
 
     def degrader(network: nn.Module) -> Degrader:
         return Degrader(

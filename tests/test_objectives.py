@@ -155,29 +155,3 @@ def test_mixed_precision_does_not_round_the_path():
         objective(images=images, draw=torch.tensor([0.1, 0.2, 0.5, 0.7]), number=NUMBERS)
     exact = objective.path.at(values, torch.tensor([0.1, 0.2, 0.5, 0.7])).position
     torch.testing.assert_close(seen[0], exact, rtol=1e-6, atol=1e-6)
-
-
-class Onlooker(Oracle):
-    """Keeps the points at which it is asked."""
-
-    def forward(self, latent, time, key):
-        self.point = latent
-        return super().forward(latent, time, key)
-
-
-@pytest.mark.parametrize("lag", [0.0, 0.4])
-def test_points_lag_behind_the_path_by_a_share_of_the_way_back(lag):
-    network, images = autoencoder(), crops()
-    path, values = NaturalCubicSpline(KNOTS), latents_of(network, images)
-    onlooker = Onlooker(path, values)
-    draw = torch.rand(4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    losses = LFMObjective(network, onlooker, path, lag=lag)(images=images, draw=draw, number=NUMBERS)
-    assert losses.parts["cfm"] < 1e-10  # the target is the path's velocity, wherever the point is
-    position = path.at(values, draw.float()).position
-    moved = (onlooker.point - position).flatten(1)
-    back = (values[:, 0] - position).flatten(1)
-    share = (moved * back).sum(1) / back.square().sum(1)
-    assert torch.allclose(moved, share[:, None] * back, atol=1e-5)
-    assert share.min() >= -1e-6
-    assert share.max() <= lag + 1e-6
-    assert (share.std() > 0.02) == bool(lag)
