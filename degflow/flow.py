@@ -60,8 +60,8 @@ def _dense(velocity: Velocity, z0: Tensor, end_time: Tensor, steps: int, solver:
         ahead, slope = _step(velocity, z, n * h, h, solver, slope)
         slope_ahead = velocity(ahead, (n + 1) * h)
         for sample, k in (interval == n).nonzero().tolist():
-            ends = (x[sample] for x in (z, slope, ahead, slope_ahead))
-            out[sample, k] = _hermite(*ends, times[sample, k] * steps - n, 1 / steps)
+            u = times[sample, k] * steps - n
+            out[sample, k] = _hermite(z[sample], slope[sample], ahead[sample], slope_ahead[sample], u, 1 / steps)
         z, slope = ahead, slope_ahead
     return out
 

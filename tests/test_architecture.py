@@ -23,6 +23,8 @@ FENCES = {  # a package, and the rooms that may import it
     "s3fs": set(),
     "pyarrow": {"storage", "dataset", "pairs"},
     "lpips": {"perceptual"},
+    "scipy": {"benchmarking"},
+    "cv2": {"benchmarking"},
 }
 TORCH_ONLY = {"trajectory", "flow", "tiling", "models"}
 APART = {("training", "synthesis"), ("synthesis", "training")}
