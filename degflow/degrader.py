@@ -150,7 +150,7 @@ class Degrader(nn.Module):
     def compile(self, *args: Any, **options: Any) -> None:
         """torch.compile the three networks (not what cuts and joins tiles); takes torch.compile's arguments.
 
-        On CPUs a compiled step takes half to two thirds of the time, and each new image size up to a minute once.
+        It pays for many images of few sizes: a new size costs a compilation, which takes minutes on a busy CPU.
         """
         for network in (self.autoencoder.encoder, self.autoencoder.decoder, self.velocity):
             network.compile(*args, **options)
