@@ -78,16 +78,16 @@ The images are derived from the photographs in the input, and their licences app
 """
 
 
-def card(records: Mapping[int, Record], recipe: Mapping[str, Any], scales: str) -> str:
+def card(records: Mapping[int, Record], rejects: int, recipe: Mapping[str, Any], scales: str) -> str:
     """README.md of a finished dataset.
 
     Args:
         records: of all shards.
+        rejects: files that gave no rows.
         recipe: the resolved configuration.
         scales: how they were drawn, in words.
     """
     rows = sum(record.rows for record in records.values())
-    rejects = sum(record.rejects for record in records.values())
     used = rows // recipe["scale"]["per_image"]
     psnr = sum((record.psnr or 0) * record.rows for record in records.values()) / max(1, rows)
     embedded = recipe["hr"] == "embed"

@@ -6,23 +6,33 @@
 A shard is planned before any work starts and never changes. It ends in two objects of its own number, each put whole:
 first `rejects/`, whose schema metadata is the shard's `Record` (rows, bytes and sha256 of the data part, statistics),
 then `data/`, whose bytes depend on the images alone. A shard is done when both are there and the data part has the
-size that the record says; so a restart needs no state but these objects, and two drivers on one output do no harm.
+size that the record says, for the recipe (configuration and files) that is wanted now; so a restart needs no state but
+these objects. Data is put only where there is none yet: of two drivers on one output the second finds the first's
+shard, the same to the byte, and leaves it.
+
+The plan grows by parts: `extend` and `retry_rejects` append one, with shards of new numbers. A key is planned again
+only after a shard rejected it, and the newest shard that names it decides.
 """
 
 import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as pq
 
+from degflow.listing import SOURCE
 from degflow.storage import Place, Source
+
+pc: Any = pyarrow.compute  # its functions are made at import, unseen by type checkers
 
 CONFIG, PLAN, DATA, REJECTS = "config.yaml", "plan", "data", "rejects"
 MANIFEST, CARD, PREVIEW, SUCCESS = "manifest.parquet", "README.md", "preview.png", "_SUCCESS"
@@ -51,7 +61,8 @@ _FEATURES = {
 }
 ROW = pa.schema(list(_ROW_FIELDS.items()), {"huggingface": json.dumps({"info": {"features": _FEATURES}})})
 REJECT = pa.schema([("key", pa.string()), ("stage", pa.string()), ("error", pa.string()), ("attempts", pa.int32())])
-_PLAN_ROW = pa.schema([("shard", pa.int32()), ("key", pa.string()), ("size", pa.int64()), ("etag", pa.string())])
+Part: TypeAlias = pa.Table  # of PLAN_ROW
+PLAN_ROW = pa.schema([("shard", pa.int32()), ("key", pa.string()), ("size", pa.int64()), ("etag", pa.string())])
 
 
 class Reject(NamedTuple):
@@ -67,9 +78,10 @@ class Reject(NamedTuple):
 class Record:
     """A finished shard, one row of the manifest.
 
-    `seconds` is the time from its first read to its last write. `psnr` (HR against LR, in dB, at most 99), `clipped`
-    (share of LR values at 0 or 255) and `colour_shift` (distance of the mean colours, in levels of 255) are means over
-    its rows, before any resize, and null without rows.
+    `recipe` is the digest of the configuration and of the planned files that it was made from. `seconds` is the time
+    from its first read to its last write. `psnr` (HR against LR, in dB, at most 99), `clipped` (share of LR values at 0
+    or 255) and `colour_shift` (distance of the mean colours, in levels of 255) are means over its rows, before any
+    resize, and null without rows.
     """
 
     part: str
@@ -77,6 +89,7 @@ class Record:
     rejects: int
     bytes: int
     sha256: str
+    recipe: str
     seconds: float
     psnr: float | None
     clipped: float | None
@@ -85,10 +98,84 @@ class Record:
 
 _MANIFEST_ROW = pa.schema(
     [
-        (field.name, {str: pa.string(), int: pa.int64()}.get(field.type, pa.float64()))  # pyright: ignore[reportArgumentType, reportCallIssue]
-        for field in fields(Record)
+        *[
+            (field.name, {str: pa.string(), int: pa.int64()}.get(field.type, pa.float64()))  # pyright: ignore[reportArgumentType, reportCallIssue]
+            for field in fields(Record)
+        ],
+        ("retried", pa.int64()),  # of the rejects, those that a newer shard takes again
     ]
 )
+
+
+class Plan:
+    """Which files each shard takes: shards are numbered from 0, and a shard's files are in the order of their keys.
+
+    Args:
+        table: of PLAN_ROW, in the order of the shards.
+        parts: how many objects hold it.
+    """
+
+    def __init__(self, table: pa.Table, parts: int):
+        self.table, self.parts = table.combine_chunks(), parts
+        shards = self.table["shard"].to_numpy()
+        count = int(shards[-1]) + 1 if len(shards) else 0
+        self.offsets = np.searchsorted(shards, np.arange(count + 1))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, number: int) -> list[Source]:
+        first, end = self.offsets[number], self.offsets[number + 1]
+        rows = self.table.select(SOURCE.names).slice(first, end - first)
+        return [Source(*row) for row in zip(*(column.to_pylist() for column in rows.columns), strict=True)]
+
+    def task(self, number: int) -> pa.Table:
+        """One row: the shard's number and its files, as lists."""
+        first, end = self.offsets[number], self.offsets[number + 1]
+        rows = self.table.select(SOURCE.names).slice(first, end - first).to_struct_array()
+        whole = pa.concat_arrays(rows.chunks)
+        return pa.table({"shard": [number], "sources": pa.ListArray.from_arrays([0, len(whole)], whole)})
+
+    @property
+    def files(self) -> int:
+        """Files named, however often."""
+        return pc.count_distinct(self.table["key"]).as_py()
+
+    @property
+    def bytes(self) -> int:
+        """Their sizes together, as far as these are known."""
+        return pc.sum(pc.max_element_wise(self.table["size"], 0)).as_py() or 0
+
+    def images(self, numbers: Iterable[int]) -> int:
+        """How many files these shards name."""
+        return sum(int(self.offsets[n + 1] - self.offsets[n]) for n in numbers)
+
+    def newest(self) -> dict[str, int]:
+        """The deciding shard of every key that is planned more than once."""
+        counts = pc.value_counts(self.table["key"])
+        repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+        again = self.table.filter(pc.is_in(self.table["key"], repeated))
+        return dict(zip(again["key"].to_pylist(), again["shard"].to_pylist(), strict=True))
+
+    def sample(self, count: int) -> list[Source]:
+        """Up to so many files, spread evenly over the plan."""
+        places = np.unique(np.linspace(0, len(self.table) - 1, count).round().astype(int)) if len(self.table) else []
+        rows = self.table.select(SOURCE.names).take(pa.array(places, pa.int64()))
+        return [Source(*row.values()) for row in rows.to_pylist()]
+
+    def next_part(self, sources: pa.Table, images: int) -> Part:
+        """These files (a table of SOURCE) in new shards of at most so many images."""
+        shards = np.arange(len(sources), dtype=np.int32) // images + len(self)
+        return sources.add_column(0, PLAN_ROW.field("shard"), pa.array(shards, pa.int32())).cast(PLAN_ROW)
+
+    def plus(self, part: Part) -> "Plan":
+        """The plan with a part more."""
+        return Plan(pa.concat_tables([self.table, part]), self.parts + 1)
+
+    @classmethod
+    def empty(cls) -> "Plan":
+        """A plan of nothing."""
+        return cls(PLAN_ROW.empty_table(), 0)
 
 
 def part_name(folder: str, number: int) -> str:
@@ -112,22 +199,20 @@ def _is_ours(name: str) -> bool:
     return name in _TOP or bool(_PART.fullmatch(name))
 
 
-def write_plan(output: Place, shards: Sequence[Sequence[Source]], *, part: int = 0, first: int = 0) -> None:
-    """Write one part of the plan: its shards are numbered from `first`."""
-    rows = [(number, *source) for number, shard in enumerate(shards, first) for source in shard]
-    columns = [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), _PLAN_ROW, strict=True)]
-    output.write(part_name(PLAN, part), _serialise(pa.Table.from_arrays(columns, schema=_PLAN_ROW)))
+def joined(first: Part | None, second: Part) -> Part:
+    """Two parts, numbered one after the other, as one."""
+    return second if first is None else pa.concat_tables([first, second])
 
 
-def read_plan(output: Place) -> dict[int, list[Source]]:
-    """Shard number -> its sources in order, over all parts; empty when nothing is planned yet."""
-    shards: dict[int, list[Source]] = {}
-    for file in output.files(PLAN):
-        if _PART.fullmatch(file.key):
-            table = _read(output, file.key)
-            for shard, *source in zip(*(column.to_pylist() for column in table.columns), strict=True):
-                shards.setdefault(shard, []).append(Source(*source))
-    return shards
+def write_part(output: Place, number: int, part: Part) -> bool:
+    """Write a part of the plan; False, and nothing written, when there is one of its number already."""
+    return output.write(part_name(PLAN, number), _serialise(part), new=True)
+
+
+def read_plan(output: Place) -> Plan:
+    """The plan; of nothing when nothing is planned yet."""
+    tables = [_read(output, file.key).cast(PLAN_ROW) for file in output.files(PLAN) if _PART.fullmatch(file.key)]
+    return Plan(pa.concat_tables(tables), len(tables)) if tables else Plan.empty()
 
 
 class ShardWriter:
@@ -136,8 +221,8 @@ class ShardWriter:
     Memory holds one row group at a time. Use it as a context manager: the temporary file goes with it.
     """
 
-    def __init__(self, output: Place, number: int):
-        self.output, self.number = output, number
+    def __init__(self, output: Place, number: int, recipe: str):
+        self.output, self.number, self.recipe = output, number, recipe
         self._spool = tempfile.TemporaryFile()  # noqa: SIM115 (without a name: nothing to leave behind)
         # PNG does not compress any further; the other columns are a few bytes each.
         self._parquet = pq.ParquetWriter(self._spool, ROW, compression="none")
@@ -182,6 +267,7 @@ class ShardWriter:
             rejects=len(self._rejects),
             bytes=size,
             sha256=digest,
+            recipe=self.recipe,
             seconds=seconds,
             psnr=psnr,
             clipped=clipped,
@@ -190,18 +276,33 @@ class ShardWriter:
         schema = REJECT.with_metadata({"degflow": json.dumps(asdict(record))})
         rejects = pa.Table.from_pylist([reject._asdict() for reject in self._rejects], schema=schema)
         self.output.write(part_name(REJECTS, self.number), _serialise(rejects))
-        self.output.upload(f"/dev/fd/{self._spool.fileno()}", record.part)
+        spool = f"/dev/fd/{self._spool.fileno()}"
+        if not self.output.upload(spool, record.part, new=True) and not _is_there(self.output, record):
+            self.output.upload(spool, record.part)  # what is there is no shard of this recipe, or cut short
         return record
 
 
-def finished(output: Place, shards: Iterable[int]) -> dict[int, Record]:
-    """The records of the shards that are done."""
+def _is_there(output: Place, record: Record) -> bool:
+    """Whether the data part that is there holds the bytes that the record describes."""
+    with output.open(record.part) as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest() == record.sha256
+
+
+def finished(output: Place, plan: Plan, recipe: Callable[[Sequence[Source]], str]) -> dict[int, Record]:
+    """The records of the shards that are done; `recipe` gives what a shard of these files would be made from now."""
     data = {file.key: file.size for file in output.files(DATA)}
     rejects = {file.key for file in output.files(REJECTS)}
-    there = [n for n in shards if part_name(DATA, n) in data and part_name(REJECTS, n) in rejects]
+    there = [n for n in range(len(plan)) if part_name(DATA, n) in data and part_name(REJECTS, n) in rejects]
     with ThreadPoolExecutor(16) as pool:
-        records = list(pool.map(lambda number: _record(output, number), there))
-    return {n: record for n, record in zip(there, records, strict=True) if record and record.bytes == data[record.part]}
+        records = zip(there, pool.map(lambda number: _record(output, number), there), strict=True)
+        return {
+            number: record
+            for number, record in records
+            if record and record.bytes == data[record.part] and record.recipe == recipe(plan[number])
+        }
 
 
 def _record(output: Place, number: int) -> Record | None:
@@ -212,16 +313,28 @@ def _record(output: Place, number: int) -> Record | None:
         return None
 
 
-def rejects_of(output: Place, records: Mapping[int, Record]) -> Iterator[Reject]:
-    """All rejects of finished shards, in the plan's order."""
+def rejects_of(output: Place, plan: Plan, records: Mapping[int, Record]) -> Iterator[Reject]:
+    """The rejects that stand, in the plan's order: those whose key no newer shard takes again."""
+    newest = plan.newest()
+    for number, reject in _all_rejects(output, records):
+        if newest.get(reject.key, number) == number:
+            yield reject
+
+
+def _all_rejects(output: Place, records: Mapping[int, Record]) -> Iterator[tuple[int, Reject]]:
     for number in sorted(records):
         if records[number].rejects:
-            yield from (Reject(**row) for row in _read(output, part_name(REJECTS, number)).to_pylist())
+            rows = _read(output, part_name(REJECTS, number)).to_pylist()
+            yield from ((number, Reject(**row)) for row in rows)
 
 
-def write_manifest(output: Place, records: Mapping[int, Record]) -> None:
+def write_manifest(output: Place, plan: Plan, records: Mapping[int, Record]) -> None:
     """Write one row per shard: what consumers read through."""
-    rows = [asdict(records[number]) for number in sorted(records)]
+    newest, retried = plan.newest(), dict.fromkeys(records, 0)
+    if newest:
+        for number, reject in _all_rejects(output, records):
+            retried[number] += newest.get(reject.key, number) != number
+    rows = [asdict(records[number]) | {"retried": retried[number]} for number in sorted(records)]
     output.write(MANIFEST, _serialise(pa.Table.from_pylist(rows, schema=_MANIFEST_ROW)))
 
 

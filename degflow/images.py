@@ -2,53 +2,72 @@
 
 The rule, applied by `decode` in this order:
 
-1. JPEG, PNG, WebP and TIFF by their first bytes, whatever the file's name says; of several frames or pages the first.
-2. At most `max_pixels` pixels (read from the header, before anything is decompressed) and at least 8 x 8.
-3. The EXIF orientation is applied; unreadable EXIF is ignored.
-4. 16-bit gray becomes 8-bit by round(x / 257). Of 16 bits in colour or beside an alpha channel Pillow reads the upper
+1. JPEG, PNG, WebP and TIFF by their first bytes, whatever the file's name says; of several frames or pages the first
+   (an animated PNG's default image; an animated WebP's first frame on a transparent canvas). What follows the image
+   is not looked at.
+2. At most `max_pixels` pixels (read from the header, before anything is decompressed), at least 8 x 8, and no more
+   bytes than 16 for each of `max_pixels` (or 256 MiB).
+3. Data that ends early or does not decompress is refused, and so is a file that costs far more to read than its
+   pixels do: a JPEG of more than 100 scans, a PNG with more than 1 MiB in one compressed text or 64 MiB in all, a TIFF
+   whose strips overlap. Damage that goes unnoticed stays in the pixels: inside JPEG's and fax data, and rows that are
+   missing from a PNG's otherwise whole stream, which are black.
+4. The EXIF orientation is applied, XMP's where EXIF has none; unreadable EXIF is ignored.
+5. 16-bit gray becomes 8-bit by round(x / 257). Of 16 bits in colour or beside an alpha channel Pillow reads the upper
    8, floor(x / 256). Other depths beyond 8 bits, signed and floating-point ones have no agreed white and are refused.
-5. An embedded ICC profile is converted to sRGB (perceptual intent); one that is unreadable or of another kind of colour
-   than the image is ignored. Without a profile the values are taken as sRGB, and CMYK as Pillow's plain complement
-   (in a JPEG inverted, as Adobe stores it).
-6. Transparency (an alpha channel, a transparent colour or palette entry) is composited over white.
-7. Gray and palette become RGB.
+6. An embedded ICC profile is converted to sRGB (perceptual intent); one that is unreadable or of another kind of colour
+   than the image is ignored. Without a profile the values are taken as sRGB (whatever PNG's gAMA and cHRM say), CIELAB
+   as D50's, and CMYK as Pillow's plain complement (in a JPEG inverted, as Adobe stores it).
+7. Transparency (an alpha channel, a transparent colour or palette entry) is composited over white.
+8. Gray and palette become RGB.
+
+Memory: at most 20 bytes for each pixel of the image's header and 2 for each byte of the file, so 4 GB for the largest
+image of the default `max_pixels`. Time is linear in both.
 
 The same rule is used wherever degflow reads an image: training, synthesis and the readers of a finished dataset.
 """
 
+import contextlib
+import ctypes
+import functools
 import io
 import logging
+import re
 import warnings
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from PIL import Image, ImageCms
-from PIL.ImageFile import ImageFile
+from PIL import Image, ImageCms, ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
-from torch import Tensor
+
+if TYPE_CHECKING:  # torch takes seconds to import, and decoding and encoding need none
+    from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 SMALLEST_SIDE = 8
 MAX_PIXELS = 200_000_000
+_MAX_SCANS = 100  # libtiff's bound, too
+_MAX_EXIF_PARTS = 64  # of 64 KiB; Pillow joins them in quadratic time
+_MAX_PLANES = 6  # samples per pixel, Pillow's bound; a TIFF may store them apart
+_ANY_FILE = 1 << 28  # bytes that a file may have whatever max_pixels is
+_BAND = 1 << 20  # pixels brought to sRGB at a time
 _ORIENTATION = 274  # EXIF tag; 1 is upright
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+_UPRIGHT = {  # steps through rows and columns, and whether they then change places
+    2: (1, -1, False),
+    3: (-1, -1, False),
+    4: (-1, 1, False),
+    5: (1, 1, True),
+    6: (-1, 1, True),
+    7: (-1, -1, True),
+    8: (1, -1, True),
 }
-_TIFF_BITS, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
-
-# What Pillow has to say about damaged metadata concerns nobody who reads pixels; a filter set here, not around each
-# call, because entering and leaving one is not thread-safe.
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-logging.getLogger("PIL").addHandler(logging.NullHandler())
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_TILE_WIDTH, _TIFF_TILE_HEIGHT, _WHITE_IS_ZERO = 258, 262, 322, 323, 0
+_TIFF_NEEDED = (256, 257, 273, 320, 324)  # without these Pillow cannot go on
+_PILLOW = r"PIL\."  # modules whose warnings are hidden
+_CODES = {-1: "more data than pixels", -2: "broken data", -8: "a compression that Pillow lacks", -9: "absurd sizes"}
 
 
 class ImageError(ValueError):
@@ -67,37 +86,43 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
     Raises:
         ImageError: not an accepted image; damaged; too large or too small.
+        RuntimeError: Pillow is set to take truncated images, which would be used in silence.
     """
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise RuntimeError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set: cut-off files would pass for whole ones")
     if not data:
         raise ImageError("empty file")
+    check_bytes(len(data), max_pixels)
     reader = _reader(data[:12])
+    _silence()
     try:
-        # The format's own class: Image.open would hold its global limit against an image that max_pixels allows.
-        with reader(io.BytesIO(data)) as image:
+        with reader(data, max_pixels) as image:
             return from_picture(image, max_pixels=max_pixels)
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, EOFError, ... on damage
-        raise ImageError(f"damaged image: {type(error).__name__}: {error}") from error
+        raise ImageError(f"damaged image: {_in_words(error)}") from error
 
 
 def from_picture(picture: Image.Image, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Bring an opened PIL image under the module's rule; as `decode`, from step 2 on."""
     check_size(picture.height, picture.width, max_pixels)
-    return np.array(_to_srgb(picture))
-
-
-def _reader(start: bytes) -> type[ImageFile]:
-    """Pillow's class for a file that starts with these 12 bytes."""
-    if start.startswith(b"\xff\xd8\xff"):
-        return JpegImageFile
-    if start.startswith(b"\x89PNG\r\n\x1a\n"):
-        return PngImageFile
-    if start.startswith(b"RIFF") and start.endswith(b"WEBP"):
-        return WebPImageFile
-    if start.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
-        return TiffImageFile
-    raise ImageError(f"not a JPEG, PNG, WebP or TIFF file (it starts with {start!r})")
+    tags = picture.tag_v2 if isinstance(picture, TiffImageFile) else {}
+    picture.load()
+    if picture.mode in ("P", "PA") and not picture.getpalette():
+        raise ImageError("damaged image: indices into a palette that is not there")
+    orientation = _orientation(picture)
+    width, height = picture.size
+    pixels, rows = np.empty((height, width, 3), np.uint8), max(1, _BAND // width)
+    to_srgb = _Conversion(picture.info.get("icc_profile"), tags)
+    for top in range(0, height, rows):
+        bottom = min(height, top + rows)
+        # A crop, but for Pillow's global limit on the size of what is cropped.
+        band = picture.resize((width, bottom - top), Image.Resampling.NEAREST, (0, top, width, bottom))
+        pixels[top:bottom] = to_srgb(band)
+    down, right, swapped = _UPRIGHT.get(orientation, (1, 1, False))
+    pixels = pixels[::down, ::right]
+    return np.ascontiguousarray(pixels.transpose(1, 0, 2) if swapped else pixels)
 
 
 def check_size(height: int, width: int, max_pixels: int = MAX_PIXELS) -> None:
@@ -108,29 +133,167 @@ def check_size(height: int, width: int, max_pixels: int = MAX_PIXELS) -> None:
         raise ImageError(f"{width} x {height} pixels: each side must have at least {SMALLEST_SIDE}")
 
 
-def _to_srgb(image: Image.Image) -> Image.Image:
-    profile = image.info.get("icc_profile")
-    upright = _upright(image)
-    if upright.mode.startswith(("I", "F")):
-        upright = _to_8_bits(upright, image)
-    colour, alpha = _split_alpha(upright)
-    if profile:
-        colour = _apply_profile(colour, profile)
-    colour = colour.convert("RGB")
-    return Image.composite(colour, Image.new("RGB", colour.size, "white"), alpha) if alpha else colour
+def check_bytes(size: int, max_pixels: int = MAX_PIXELS) -> None:
+    """Raise ImageError if a file of so many bytes is larger than any image within the rule; it need not be read."""
+    if size > (most := max(_ANY_FILE, 16 * max_pixels)):
+        raise ImageError(f"{size} bytes, more than the {most} that max_pixels={max_pixels} allows")
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    image.load()
+def _reader(start: bytes) -> Callable[[bytes, int], ImageFile.ImageFile]:
+    """What opens a file that starts with these 12 bytes; Image.open would hold Pillow's global limit against it."""
+    if start.startswith(b"\xff\xd8\xff"):
+        return _open_jpeg
+    if start.startswith(b"\x89PNG\r\n\x1a\n"):
+        return _open_png
+    if start.startswith(b"RIFF") and start.endswith(b"WEBP"):
+        return _open_webp
+    if start.startswith(b"MM\0+"):
+        raise ImageError("a big-endian BigTIFF, which Pillow does not read")
+    if start.startswith((b"II*\0", b"MM\0*", b"II+\0")):
+        return _open_tiff
+    raise ImageError(f"not a JPEG, PNG, WebP or TIFF file (it starts with {start!r})")
+
+
+def _open_png(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
+    return PngImageFile(io.BytesIO(data))
+
+
+def _open_jpeg(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
+    if data.count(b"\xff\xda") > _MAX_SCANS or data.count(b"Exif\0\0") > _MAX_EXIF_PARTS:
+        scans, parts = _scans_and_exif_parts(data)
+        if scans > _MAX_SCANS:
+            raise ImageError(f"a JPEG of {scans} scans, where {_MAX_SCANS} are the most accepted")
+        if parts > _MAX_EXIF_PARTS:
+            raise ImageError(f"EXIF in {parts} parts, where {_MAX_EXIF_PARTS} are the most accepted")
+    return JpegImageFile(io.BytesIO(data))
+
+
+def _scans_and_exif_parts(data: bytes) -> tuple[int, int]:
+    """Of a JPEG file's main image; thumbnails and what follows the image have theirs."""
+    marker = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])", re.DOTALL)
+    at, scans, parts = 2, 0, 0
+    while (found := marker.search(data, at)) and found[1] != b"\xd9":
+        at = found.end()
+        scans += found[1] == b"\xda"
+        parts += found[1] == b"\xe1" and data[at + 2 : at + 8] == b"Exif\0\0"
+        at += max(2, int.from_bytes(data[at : at + 2], "big"))
+    return scans, parts
+
+
+class _UnsizedBytes(io.BytesIO):
+    """Gives Pillow's WebP reader the header without the size, or it would hold its global limit against it."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(min(16, -1 if size is None else size))
+
+
+def _open_webp(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
+    kind, header = data[12:16], data[20:30]  # Pillow reserves the canvas before it tells the size
+    if len(header) == 10 and kind == b"VP8X":
+        width, height = (1 + int.from_bytes(header[at : at + 3], "little") for at in (4, 7))
+    elif len(header) == 10 and kind == b"VP8L":
+        bits = int.from_bytes(header[1:5], "little")
+        width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    elif len(header) == 10 and kind == b"VP8 ":
+        width, height = (int.from_bytes(header[at : at + 2], "little") & 0x3FFF for at in (6, 8))
+    else:
+        raise ImageError("damaged image: no WebP header")
+    check_size(height, width, max_pixels)
+    return WebPImageFile(_UnsizedBytes(data))
+
+
+class _Tiff(TiffImageFile):
+    def load_prepare(self) -> None:
+        if self._im is None:  # or Pillow would hold its global limit against the size
+            self.im = Image.core.new(self.mode, self._tile_size)
+        super().load_prepare()
+
+
+def _open_tiff(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
+    image = _Tiff(io.BytesIO(data))
+    check_size(image.height, image.width, max_pixels)
+    tile = image.tag_v2.get(_TIFF_TILE_HEIGHT, 0), image.tag_v2.get(_TIFF_TILE_WIDTH, 0)
+    if all(isinstance(side, int) for side in tile) and tile[0] * tile[1] > max_pixels:
+        raise ImageError(f"TIFF tiles of {tile[1]} x {tile[0]} pixels, more than max_pixels={max_pixels}")
+    boxes = [piece.extents for piece in image.tile if piece.extents]
+    covered = sum((right - left) * (bottom - top) for left, top, right, bottom in boxes)
+    if covered > _MAX_PLANES * image.width * image.height:
+        raise ImageError(f"damaged image: {len(boxes)} TIFF strips or tiles cover the image more than once")
+    return image
+
+
+def _silence() -> None:
+    """Keep what Pillow and libtiff have to say about damage off stderr; what matters is raised.
+
+    Python's filters are for the whole process (entering and leaving one is not thread-safe), so from the first decoded
+    image on this one hides Pillow's UserWarnings everywhere. It is renewed when others were set since: one that makes
+    warnings errors would change what is decoded.
+    """
+    if not warnings.filters or getattr(warnings.filters[0][3], "pattern", None) != _PILLOW:
+        warnings.filterwarnings("ignore", category=UserWarning, module=_PILLOW)
+    _silence_libraries()
+
+
+@functools.cache
+def _silence_libraries() -> None:
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
+    with contextlib.suppress(AttributeError, OSError):  # where the system hides Pillow's libraries, libtiff prints
+        ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
+
+
+def _in_words(error: Exception) -> str:
+    text = " ".join(str(error).split())[:200]
+    if code := re.fullmatch(r"decoder error (-\d+)", text):
+        return _CODES.get(int(code[1]), text)
+    if isinstance(error, SyntaxError) and text.isdigit():  # a KeyError of Pillow's TIFF reader
+        return f"no TIFF tag {text}" if int(text) in _TIFF_NEEDED else f"unknown TIFF compression {text}"
+    if text == "not identified by this driver":
+        return "the header gives no size or no kind of pixels"
+    words = f"{type(error).__name__}: {text}".rstrip(": ")
+    said = isinstance(error, OSError | ValueError) or (isinstance(error, SyntaxError) and not error.__cause__)
+    return words if said else f"Pillow cannot follow it ({words})"
+
+
+def _orientation(image: Image.Image) -> int:
     try:
-        method = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+        return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # damaged EXIF raises whatever the damage leads to
-        return image
-    return image if method is None else image.transpose(method)
+        return 1
 
 
-def _to_8_bits(image: Image.Image, file: Image.Image) -> Image.Image:
-    tags = file.tag_v2 if isinstance(file, TiffImageFile) else {}
+class _Conversion:
+    """Loaded pixels of one file, a band of rows at a time -> sRGB over white."""
+
+    def __init__(self, profile: bytes | None, tags: Mapping[int, Any]):
+        self.profile, self.tags = profile, tags
+        self.transform: ImageCms.ImageCmsTransform | None = None
+
+    def __call__(self, band: Image.Image) -> np.ndarray:
+        if band.mode.startswith(("I", "F")):
+            band = _to_8_bits(band, self.tags)
+        colour, alpha = _split_alpha(band)
+        colour = self._apply_profile(colour).convert("RGB")
+        if alpha:
+            over = Image.new("RGB", colour.size, "white")
+            over.paste(colour, mask=alpha)
+            colour = over
+        return np.asarray(colour)
+
+    def _apply_profile(self, colour: Image.Image) -> Image.Image:
+        if not self.profile:
+            return colour
+        try:
+            if not self.transform:
+                source = ImageCms.ImageCmsProfile(io.BytesIO(self.profile))
+                srgb = ImageCms.createProfile("sRGB")
+                self.transform = ImageCms.buildTransform(source, srgb, colour.mode, "RGB")
+            return ImageCms.applyTransform(colour, self.transform) or colour
+        except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+            self.profile = None
+            return colour
+
+
+def _to_8_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
     bits = tags.get(_TIFF_BITS, (16,))[0]
     if not image.mode.startswith("I;16") or bits != 16:
         raise ImageError(f"pixel mode {image.mode}, {bits} bits: above 8 bits only unsigned 16-bit images are accepted")
@@ -152,15 +315,6 @@ def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     return image.convert(model), image.getchannel("A")
 
 
-def _apply_profile(image: Image.Image, profile: bytes) -> Image.Image:
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return image
-    return converted or image
-
-
 def encode_png(pixels: np.ndarray, compress_level: int = 3) -> bytes:
     """Encode uint8 "H W 3" as PNG, without loss."""
     buffer = io.BytesIO()
@@ -168,13 +322,17 @@ def encode_png(pixels: np.ndarray, compress_level: int = 3) -> bytes:
     return buffer.getvalue()
 
 
-def to_tensor(pixels: np.ndarray) -> Tensor:
+def to_tensor(pixels: np.ndarray) -> "Tensor":
     """Uint8 "*B H W 3" -> float32 "*B 3 H W" in [-1, 1]."""
+    import torch
+
     return torch.from_numpy(np.require(pixels, requirements=["C", "W"])).movedim(-1, -3).float() / 127.5 - 1
 
 
-def to_pixels(image: Tensor) -> np.ndarray:
+def to_pixels(image: "Tensor") -> np.ndarray:
     """Float "*B 3 H W" in [-1, 1] -> uint8 "*B H W 3", clamped and rounded to nearest."""
+    import torch
+
     levels = ((image.detach().float() + 1) * 127.5).round().clamp(0, 255)
     return levels.to(torch.uint8).movedim(-3, -1).contiguous().cpu().numpy()
 

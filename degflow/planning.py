@@ -1,22 +1,32 @@
 """What a synthesis run will do: its configuration, whether that continues the run in its output, and its plan."""
 
+import hashlib
+import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute
+
 from degflow import dataset, images
 from degflow.config import option, parse, plain, read, required
+from degflow.dataset import Part, Plan, Record
 from degflow.degrader import Degrader
 from degflow.flow import SOLVERS
+from degflow.listing import SOURCE, Listing, list_input, root_of
 from degflow.storage import Place, Source
+
+pc: Any = pyarrow.compute  # its functions are made at import, unseen by type checkers
 
 DISTRIBUTIONS = ("uniform", "loguniform", "list", "grid")
 # A run may be continued with other values of these; of the rest, it may not.
 # The model is compared by its sha256.
 FREE = (
-    *("actors.min", "actors.max", "actors.gpus", "actors.threads"),
-    *("output", "model", "max_reject_rate", "dry_run", "overwrite"),
+    *("actors.min", "actors.max", "actors.gpus", "actors.threads", "actors.device"),
+    *("output", "model", "max_reject_rate", "dry_run", "overwrite", "extend", "retry_rejects"),
 )
 
 
@@ -71,7 +81,8 @@ class ActorsConfig:
     min: int = option(1, "actors to keep")
     max: int = option(0, "actors at most; 0: as many as the cluster has room for")
     gpus: str = option("auto", "GPUs per actor: 0, 1, or auto (1 when the running cluster offers any, else 0)")
-    threads: int = option(0, "CPUs per actor; 0: up to 4, as many as the smallest node has (per GPU)")
+    threads: int = option(0, "threads per actor; 0: up to 4, as many as the smallest node has CPUs (per GPU)")
+    device: str = option("auto", "auto: the actor's GPU when it has one; cpu: CPUs, whatever Ray hands out")
 
     def __post_init__(self):
         rules = (
@@ -79,6 +90,7 @@ class ActorsConfig:
             ("max", self.max == 0 or self.max >= self.min, f"must be 0 or at least actors.min={self.min}"),
             ("gpus", self.gpus in ("auto", "0", "1"), "must be auto, 0 or 1"),
             ("threads", self.threads >= 0, "must not be negative"),
+            ("device", self.device in ("auto", "cpu"), "must be auto or cpu"),
         )
         for name, kept, rule in rules:
             if not kept:
@@ -100,7 +112,11 @@ class ShardConfig:
 class SynthesizeConfig:
     """Keys of synthesize."""
 
-    input: str = required("folder or URI (e.g. s3://bucket/photos) with HR images")
+    input: str = required(
+        "HR images: a folder, a prefix (s3://bucket/photos), a glob (s3://bucket/photos/**/*.jpg), or an inventory "
+        "(a .parquet or .csv file with a column key; size and etag where they are known)"
+    )
+    root: str = option("", "what an inventory's keys are below; empty: the folder that holds it")
     output: str = required("folder or URI for the dataset; an unfinished one is continued")
     model: str = option("", "degrader file; empty: the one that ships")
     scale: ScaleConfig = option(ScaleConfig(), "")
@@ -113,6 +129,7 @@ class SynthesizeConfig:
         "auto", "HR as PNG in every row (embed), as URI of the source (reference), auto: embed for one draw"
     )
     max_pixels: int = option(images.MAX_PIXELS, "larger images are rejected")
+    memory: float = option(4.0, "GB for one forward pass, beside weights and images; larger ones are done in tiles")
     batch: int = option(4, "images in flight per stage; those of equal size share a forward pass")
     png_level: int = option(3, "PNG compression, 0 (fast) to 9 (small)")
     actors: ActorsConfig = option(ActorsConfig(), "")
@@ -121,6 +138,8 @@ class SynthesizeConfig:
     limit: int = option(0, "take the first N images only; 0: all")
     dry_run: bool = option(False, "say what would be done, and stop")
     overwrite: bool = option(False, "delete a dataset of this job in output first (and nothing else there)")
+    extend: bool = option(False, "take files that came to the input since the plan was made, as new shards")
+    retry_rejects: bool = option(False, "take the rejected files again, as new shards")
     model_sha256: str = option("", "refuse a model file with another sha256; config.yaml of a dataset has it")
 
     def __post_init__(self):
@@ -129,6 +148,7 @@ class SynthesizeConfig:
             ("size", self.size in ("same", "scaled"), "must be same or scaled"),
             ("hr", self.hr in ("auto", "embed", "reference"), "must be auto, embed or reference"),
             ("max_pixels", self.max_pixels >= images.SMALLEST_SIDE**2, f"must be at least {images.SMALLEST_SIDE**2}"),
+            ("memory", self.memory > 0, "must be above 0"),
             ("batch", self.batch >= 1, "must be at least 1"),
             ("png_level", 0 <= self.png_level <= 9, "must lie in [0, 9]"),
             ("max_reject_rate", 0 <= self.max_reject_rate <= 1, "must lie in [0, 1]"),
@@ -174,8 +194,9 @@ def continued(config: SynthesizeConfig, output: Place) -> SynthesizeConfig:
     if config.actors.threads == 0:
         config = replace(config, actors=replace(config.actors, threads=stored.actors.threads))
     old, new = dict(_flat(plain(stored))), dict(_flat(plain(config)))
-    if Place(stored.input).path("") == Place(config.input).path(""):
-        old["input"] = new["input"]
+    for name in ("input", "root"):
+        if old[name] and new[name] and Place(old[name]).is_same(Place(new[name])):
+            old[name] = new[name]
     differing = [name for name in new if name not in FREE and old[name] != new[name]]
     if differing:
         changes = "; ".join(f"{name} was {old[name]}, now {new[name]}" for name in differing)
@@ -192,15 +213,22 @@ def _stored(config: SynthesizeConfig, output: Place) -> SynthesizeConfig | None:
     try:
         return parse(SynthesizeConfig, read(output.read(dataset.CONFIG).decode()))
     except FileNotFoundError:
-        if output.files():
-            raise ValueError(elsewhere) from None
-        return None
+        if _is_empty(config, output):
+            return None
+        raise ValueError(elsewhere) from None
     except NotADirectoryError:
         raise ValueError(f"output={config.output}: is a file, or lies in one") from None
     except OSError as error:
         raise OSError(f"output={config.output}: cannot be read ({type(error).__name__}: {error})") from error
     except Exception as error:  # whatever a foreign file of that name makes a YAML reader say
         raise ValueError(f"{elsewhere} (its config.yaml: {error})") from None
+
+
+def _is_empty(config: SynthesizeConfig, output: Place) -> bool:
+    try:
+        return not output.files()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"output={config.output}: cannot be written ({error})") from error
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -211,40 +239,63 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{name}", value
 
 
-def make_plan(config: SynthesizeConfig) -> dict[int, list[Source]]:
+def recipe_of(config: SynthesizeConfig, sources: Sequence[Source]) -> str:
+    """Digest of all that decides a shard's rows: the resolved configuration and the planned files."""
+    decisive = {name: value for name, value in _flat(plain(config)) if name not in (*FREE, "input", "root")}
+    text = json.dumps([decisive, [list(source) for source in sources]], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def first_part(config: SynthesizeConfig) -> Part:
     """List the input, keep images, and deal them into shards in the order of their keys.
 
     Raises:
         ValueError: no images there.
         OSError: the input cannot be listed.
     """
-    place, output = Place(config.input), Place(config.output).path("") + "/"
-    try:
-        files = [file for file in place.files() if not place.path(file.key).startswith(output)]
-    except OSError as error:
-        raise OSError(f"input={config.input}: cannot be read ({type(error).__name__}: {error})") from error
-    sources = [file for file in files if file.key.lower().endswith(images.SUFFIXES)]
-    if not sources:
-        found = _count(len(files), "other file") if files else "nothing"
+    listing = _list(config)
+    if not len(listing.sources):
+        found = _count(listing.others, "other file") if listing.others else "nothing"
         raise ValueError(f"input={config.input}: {found} there, but no file ending in {', '.join(images.SUFFIXES)}")
-    if others := len(files) - len(sources):
-        print(f"{_count(others, 'file')} in {config.input} without an image's suffix: left out")
-    unnamed = [file for file in sources if not _is_text(file.key)]
-    if unnamed:
-        print(f"{_count(len(unnamed), 'name')} in {config.input} not in UTF-8: left out, e.g. {unnamed[0].key!a}")
-        sources = [file for file in sources if _is_text(file.key)]
-    sources = sources[: config.limit or None]
-    size = config.shard.images
-    return {n: sources[n * size : (n + 1) * size] for n in range(math.ceil(len(sources) / size))}
+    return Plan.empty().next_part(listing.sources, config.shard.images)
+
+
+def _list(config: SynthesizeConfig) -> Listing:
+    listing = list_input(config.input, config.root, without=Place(config.output))
+    if listing.others and len(listing.sources):
+        print(f"{_count(listing.others, 'file')} in {config.input} without an image's suffix: left out")
+    if listing.unnamed:
+        first = listing.unnamed[0]
+        print(f"{_count(len(listing.unnamed), 'name')} in {config.input} not in UTF-8: left out, e.g. {first!a}")
+    return listing._replace(sources=listing.sources.slice(0, config.limit or None))
+
+
+def news(config: SynthesizeConfig, plan: Plan) -> Part:
+    """The files that came to the input since the plan was made, as its next part."""
+    listed = _list(config).sources
+    return plan.next_part(listed.filter(pc.invert(pc.is_in(listed["key"], plan.table["key"]))), config.shard.images)
+
+
+def rejected(config: SynthesizeConfig, plan: Plan, records: Mapping[int, Record], output: Place) -> Part:
+    """The files that stand rejected, with the size and tag that they have now, as the plan's next part."""
+    keys = sorted(reject.key for reject in dataset.rejects_of(output, plan, records))
+    rows = plan.table.filter(pc.is_in(plan.table["key"], pa.array(keys, pa.string())))
+    planned = {row["key"]: Source(row["key"], row["size"], row["etag"]) for row in rows.to_pylist()}
+    root = root_of(config.input, config.root)
+    with ThreadPoolExecutor(16) as pool:
+        now = list(pool.map(lambda key: _as_it_is_now(root, planned[key]), keys))
+    columns = list(zip(*now, strict=True)) or [[], [], []]
+    sources = [pa.array(column, field.type) for column, field in zip(columns, SOURCE, strict=True)]
+    return plan.next_part(pa.table(sources, SOURCE), config.shard.images)
+
+
+def _as_it_is_now(root: Place, source: Source) -> Source:
+    try:
+        found = root.source(source.key)
+    except OSError:
+        return source  # whatever is wrong with it, the shard will say
+    return Source(source.key, found.size if source.size >= 0 else -1, found.etag if source.etag else "")
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _is_text(key: str) -> bool:
-    try:
-        key.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -1,31 +1,62 @@
 """One planned shard of HR images -> its rows, in four stages: read, decode, degrade at sampled scales, encode.
 
-Images are taken in windows of `batch` places in the plan. While the flow runs on one window, threads read and decode
-the next and encode the one before, so memory holds at most three windows of decoded images, one row group of PNGs,
-and the networks' activations for one forward pass. Images of equal size in a window share a forward pass of at most
-`FORWARD_PIXELS` pixels (or one image): batches follow from the plan and the images alone, whoever computes them.
+Images are taken in windows of `batch` places in the plan. While the flow runs on one window, workers read and decode
+the next and encode the one before, so memory holds at most three windows of decoded images and their LR images, one
+row group of PNGs, and the `memory` GB of one forward pass. Images of equal size in a window share a forward pass of at
+most `FORWARD_PIXELS` pixels (or one image): batches follow from the plan and the images alone, whoever computes them.
 """
 
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from degflow import images
+from degflow.codec import Codec, Draw, Loaded
 from degflow.dataset import Record, Reject, ShardWriter
 from degflow.degrader import Degrader
-from degflow.planning import ScaleConfig, SynthesizeConfig
-from degflow.storage import Place, Source, etag_of
+from degflow.listing import root_of
+from degflow.planning import ScaleConfig, SynthesizeConfig, recipe_of
+from degflow.storage import Place, Source
 from degflow.trajectory import time_of_scale
 
 FORWARD_PIXELS = 1 << 20
-READ_ATTEMPTS, READ_PAUSE = 4, 0.5  # seconds before the second attempt, doubled before each further one
+
+
+class Handle(Protocol):
+    """The result of a submitted call, some time."""
+
+    def result(self) -> Any:
+        """Wait for it."""
+
+
+class CodecDied(RuntimeError):
+    """The process that ran a codec's function ended, as often as it was tried."""
+
+
+class Workers(Protocol):
+    """Whoever runs the codec's functions."""
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Handle:
+        """Start a call; arguments that are handles are replaced by their results."""
+        ...
+
+
+class Threads:
+    """Workers that are threads of this process: quick to start, and a crash of theirs is everybody's."""
+
+    def __init__(self, count: int):
+        self.pool = ThreadPoolExecutor(count)
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future:
+        """Start a call."""
+        return self.pool.submit(lambda: function(*(a.result() if isinstance(a, Future) else a for a in arguments)))
 
 
 def uniform_of(seed: int, key: str, draw: int) -> float:
@@ -49,6 +80,19 @@ def scales_of(scale: ScaleConfig, seed: int, key: str) -> list[float]:
     return [min(high, low + u * (high - low)) for u in draws]
 
 
+def codec_of(config: SynthesizeConfig) -> Codec:
+    """How a run with this resolved configuration reads and writes."""
+    return Codec(
+        root=root_of(config.input, config.root).uri,
+        max_pixels=config.max_pixels,
+        embed=config.hr == "embed",
+        scaled=config.size == "scaled",
+        png_level=config.png_level,
+        seed=config.seed,
+        model_sha256=config.model_sha256,
+    )
+
+
 class Progress(NamedTuple):
     """Images finished since the last report, those of them rejected, and at the end the shard's record."""
 
@@ -57,16 +101,12 @@ class Progress(NamedTuple):
     record: Record | None = None
 
 
-class _Loaded(NamedTuple):
-    key: str
-    pixels: np.ndarray  # uint8 "H W 3"
-    sha256: str
+class _Item(NamedTuple):
+    """An image of a window: where its pixels are, and they themselves."""
+
+    handle: Handle
+    loaded: Loaded
     scales: list[float]
-
-
-class _Encoded(NamedTuple):
-    rows: list[dict[str, Any]]
-    statistics: np.ndarray  # sums of psnr, clipped, colour_shift over the rows
 
 
 class ShardMaker:
@@ -75,13 +115,14 @@ class ShardMaker:
     Args:
         degrader: on the device that computes.
         config: with `scale.low`, `scale.high` and `hr` resolved.
-        threads: for reading, decoding and encoding.
+        workers: for reading, decoding and encoding.
     """
 
-    def __init__(self, degrader: Degrader, config: SynthesizeConfig, threads: int = 2):
-        self.degrader, self.config, self.threads = degrader, config, threads
+    def __init__(self, degrader: Degrader, config: SynthesizeConfig, workers: Workers):
+        self.degrader, self.config, self.workers = degrader, config, workers
         self.device = next(degrader.parameters()).device
-        self.input, self.output = Place(config.input), Place(config.output)
+        self.output = Place(config.output)
+        self.codec = codec_of(config)
 
     def make(self, number: int, sources: Sequence[Source]) -> Iterator[Progress]:
         """Make one shard and put it, reporting as images are finished.
@@ -89,10 +130,10 @@ class ShardMaker:
         A file that cannot be used becomes a reject. Anything else, such as a failing output, is raised.
         """
         started, sums, rows, waiting = time.monotonic(), np.zeros(3), 0, []
-        with ShardWriter(self.output, number) as writer, ThreadPoolExecutor(self.threads) as pool:
-            for window in chain(self._windows(pool, sources), [[]]):
-                waiting, done = [pool.submit(self._encode, *pair) for pair in self._degrade(window)], waiting
-                results = [future.result() for future in done]
+        with ShardWriter(self.output, number, recipe_of(self.config, sources)) as writer:
+            for window in chain(self._windows(sources), [[]]):
+                waiting, done = [self._encode(*pair) for pair in self._degrade(window)], waiting
+                results = [self._encoded(*pair) for pair in done]
                 for result in results:
                     if isinstance(result, Reject):
                         writer.reject(result)
@@ -103,68 +144,52 @@ class ShardMaker:
             means = tuple((sums / rows).tolist()) if rows else (None, None, None)
             yield Progress(0, 0, writer.finish(time.monotonic() - started, *means))
 
-    def _windows(self, pool: ThreadPoolExecutor, sources: Sequence[Source]) -> Iterator[list[_Loaded | Reject]]:
-        def submit(start: int) -> list[Future]:
-            return [pool.submit(self._load, source) for source in sources[start : start + self.config.batch]]
+    def _windows(self, sources: Sequence[Source]) -> Iterator[list[_Item | Reject]]:
+        def submit(start: int) -> list[tuple[Source, Handle]]:
+            chosen = sources[start : start + self.config.batch]
+            return [(source, self.workers.submit(self.codec.load, source)) for source in chosen]
 
         ahead = submit(0)
         for start in range(0, len(sources), self.config.batch):
             window, ahead = ahead, submit(start + self.config.batch)
-            yield [future.result() for future in window]
+            yield [self._loaded(source, handle) for source, handle in window]
 
-    def _read(self, source: Source) -> tuple[bytes, str] | Reject:
-        """Bytes and version tag of a file; storage that fails is asked again, with pauses."""
-        for attempt in range(1, READ_ATTEMPTS):
-            try:
-                return self.input.read(source.key), self._etag(source)
-            except FileNotFoundError:
-                return Reject(source.key, "read", "no longer there", attempt)
-            except Exception:  # object stores raise more than OSError
-                time.sleep(READ_PAUSE * 2 ** (attempt - 1))
+    def _loaded(self, source: Source, handle: Handle) -> _Item | Reject:
         try:
-            return self.input.read(source.key), self._etag(source)
-        except Exception as error:
-            return Reject(source.key, "read", _reason(error), READ_ATTEMPTS)
+            loaded = handle.result()
+        except CodecDied as error:
+            return Reject(source.key, "decode", str(error))
+        if isinstance(loaded, Reject):
+            return loaded
+        return _Item(handle, loaded, scales_of(self.config.scale, self.config.seed, source.key))
 
-    def _etag(self, source: Source) -> str:
-        return etag_of(self.input.fs.info(self.input.path(source.key)))
-
-    def _load(self, source: Source) -> _Loaded | Reject:
-        found = self._read(source)
-        if isinstance(found, Reject):
-            return found
-        data, etag = found
-        if (len(data), etag) != (source.size, source.etag):
-            planned = f"size {source.size}, tag {source.etag}"
-            return Reject(source.key, "read", f"changed since the plan: {planned}, now size {len(data)}, tag {etag}")
-        try:
-            pixels = images.decode(data, max_pixels=self.config.max_pixels)
-        except (images.ImageError, MemoryError) as error:
-            return Reject(source.key, "decode", _reason(error))
-        scales = scales_of(self.config.scale, self.config.seed, source.key)
-        return _Loaded(source.key, pixels, hashlib.sha256(data).hexdigest(), scales)
-
-    def _degrade(self, window: Sequence[_Loaded | Reject]) -> list[tuple[_Loaded | Reject, np.ndarray | Reject | None]]:
+    def _degrade(self, window: Sequence[_Item | Reject]) -> list[tuple[_Item | Reject, np.ndarray | Reject | None]]:
         """Each place of the window with its LR images, uint8 "N H W 3", or with the reject that it became."""
         groups: dict[tuple[int, ...], list[int]] = {}
         for place, item in enumerate(window):
-            if isinstance(item, _Loaded):
-                groups.setdefault(item.pixels.shape, []).append(place)
+            if isinstance(item, _Item):
+                groups.setdefault(item.loaded.pixels.shape, []).append(place)
         results: list[np.ndarray | Reject | None] = [None] * len(window)
         for (height, width, _), places in groups.items():
             together = max(1, FORWARD_PIXELS // (height * width))
             for first in range(0, len(places), together):
                 chosen = places[first : first + together]
-                lrs = self._flow([item for item in map(window.__getitem__, chosen) if isinstance(item, _Loaded)])
+                lrs = self._flow([item for item in map(window.__getitem__, chosen) if isinstance(item, _Item)])
                 for place, lr in zip(chosen, lrs, strict=True):
                     results[place] = lr
         return list(zip(window, results, strict=True))
 
-    def _flow(self, batch: Sequence[_Loaded]) -> list[np.ndarray | Reject]:
+    def _flow(self, batch: Sequence[_Item]) -> list[np.ndarray | Reject]:
+        height, width, _ = batch[0].loaded.pixels.shape
         try:
-            hr = images.to_tensor(np.stack([item.pixels for item in batch])).to(self.device)
+            self.degrader.fit(height, width, self.config.memory)
+        except ValueError as error:
+            return [Reject(item.loaded.key, "degrade", str(error)) for item in batch]
+        try:
+            hr = images.to_tensor(np.stack([item.loaded.pixels for item in batch])).to(self.device)
             scale = torch.tensor([item.scales for item in batch], dtype=torch.float64)
-            lr = self.degrader(hr, scale, steps=self.config.solver.steps, solver=self.config.solver.solver)
+            solver = self.config.solver
+            lr = self.degrader(hr, scale, steps=solver.steps, solver=solver.solver, memory=self.config.memory)
             finite = lr.isfinite().flatten(1).all(1).tolist()
             pixels = images.to_pixels(lr)
         except (MemoryError, RuntimeError) as error:
@@ -172,67 +197,35 @@ class ShardMaker:
                 raise
             if len(batch) > 1:
                 return [result for item in batch for result in self._flow([item])]
-            height, width, _ = batch[0].pixels.shape
-            return [Reject(batch[0].key, "degrade", f"{width} x {height} pixels: out of memory on {self.device}")]
+            height, width, _ = batch[0].loaded.pixels.shape
+            return [
+                Reject(batch[0].loaded.key, "degrade", f"{width} x {height} pixels: out of memory on {self.device}")
+            ]
         return [
-            image if good else Reject(item.key, "degrade", "the result is not finite")
+            image if good else Reject(item.loaded.key, "degrade", "the result is not finite")
             for item, image, good in zip(batch, pixels, finite, strict=True)
         ]
 
-    def _encode(self, item: _Loaded | Reject, lr: np.ndarray | Reject | None) -> _Encoded | Reject:
+    def _encode(self, item: _Item | Reject, lr: np.ndarray | Reject | None) -> tuple[str, Handle | Reject]:
         if isinstance(item, Reject):
-            return item
+            return item.key, item
+        key = item.loaded.key
         if not isinstance(lr, np.ndarray):
-            return lr or Reject(item.key, "degrade", "no result")
+            return key, lr or Reject(key, "degrade", "no result")
+        times = time_of_scale(torch.tensor(item.scales, dtype=torch.float64), self.degrader.low, self.degrader.high)
+        draws = [Draw(*pair) for pair in zip(item.scales, times.tolist(), strict=True)]
+        return key, self.workers.submit(self.codec.encode, item.handle, draws, lr)
+
+    def _encoded(self, key: str, found: Handle | Reject) -> Any:
+        if isinstance(found, Reject):
+            return found
         try:
-            hr = self._hr_of(item)
-            rows = [self._row(item, draw, image, hr) for draw, image in enumerate(lr)]
-            return _Encoded(rows, np.stack([_compare(item.pixels, image) for image in lr]).sum(0))
-        except Exception as error:  # Pillow's encoders raise many kinds
-            return Reject(item.key, "encode", _reason(error))
-
-    def _hr_of(self, item: _Loaded) -> dict[str, Any]:
-        if self.config.hr == "embed":
-            return {"bytes": images.encode_png(item.pixels, self.config.png_level), "path": item.key}
-        local = self.input.local  # their URI may be relative to a folder that no reader knows
-        return {"bytes": None, "path": self.input.path(item.key) if local else self.input.uri_of(item.key)}
-
-    def _row(self, item: _Loaded, draw: int, lr: np.ndarray, hr: dict[str, Any]) -> dict[str, Any]:
-        scale = item.scales[draw]
-        if self.config.size == "scaled":
-            height, width, _ = lr.shape
-            lr = images.resize(lr, *images.shrunk_size(height, width, scale))
-        at = time_of_scale(torch.tensor(scale, dtype=torch.float64), self.degrader.low, self.degrader.high)
-        return {
-            "key": item.key,
-            "draw": draw,
-            "scale": scale,
-            "time": float(at),
-            "lr": {"bytes": images.encode_png(lr, self.config.png_level), "path": f"{item.key}.{draw}.png"},
-            "hr": hr,
-            "height": lr.shape[0],
-            "width": lr.shape[1],
-            "hr_sha256": item.sha256,
-            "seed": self.config.seed,
-            "model_sha256": self.degrader.sha256,
-        }
-
-
-def _compare(hr: np.ndarray, lr: np.ndarray) -> np.ndarray:
-    """psnr, clipped and colour_shift of one LR image, as `Record` defines them."""
-    difference = hr.astype(np.float32) - lr
-    psnr = min(99.0, 10 * math.log10(255**2 / max(float(np.square(difference).mean(dtype=np.float64)), 1e-10)))
-    clipped = float(((lr == 0) | (lr == 255)).mean())
-    shift = np.linalg.norm(difference.mean((0, 1), dtype=np.float64))
-    return np.array([psnr, clipped, shift])
+            return found.result()
+        except CodecDied as error:
+            return Reject(key, "encode", str(error))
 
 
 def _out_of_memory(error: Exception) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return any(words in str(error) for words in ("DefaultCPUAllocator", "not enough memory"))
-
-
-def _reason(error: Exception) -> str:
-    text = str(error)
-    return text if isinstance(error, images.ImageError) and text else f"{type(error).__name__}: {text}".rstrip(": ")

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
 import fsspec
+import fsspec.config
 from fsspec.implementations.local import LocalFileSystem
 
 if TYPE_CHECKING:  # torch takes seconds to import; those who only read and write files need not wait for it
@@ -43,7 +44,10 @@ class StorageError(OSError):
 
     def __init__(self, message: str, attempts: int):
         super().__init__(message)
-        self.attempts = attempts
+        self.message, self.attempts = message, attempts
+
+    def __reduce__(self):
+        return type(self), (self.message, self.attempts)
 
 
 class Source(NamedTuple):
@@ -79,6 +83,10 @@ class Place:
         self.root = root.rstrip("/")
         self.local = isinstance(self.fs, LocalFileSystem)
 
+    def is_same(self, other: "Place") -> bool:
+        """Whether both are one place, however their URIs are spelt."""
+        return self.contains(other) and other.contains(self)
+
     def contains(self, other: "Place") -> bool:
         """Whether the other place is this one or lies below it."""
         return type(self.fs) is type(other.fs) and f"{other.root}/".startswith(f"{self.root}/")
@@ -95,7 +103,7 @@ class Place:
 
     def read(self, name: str) -> bytes:
         """All bytes of a file; FileNotFoundError or another OSError names it."""
-        return self._try(name, lambda: self.fs.cat_file(self.path(name)))
+        return self._try(name, lambda: self._bytes_of(self.path(name)))
 
     def read_tagged(self, name: str) -> tuple[bytes, str]:
         """All bytes of a file, and its tag as `files` gives it."""
@@ -105,7 +113,18 @@ class Place:
             self.fs.invalidate_cache(path.rpartition("/")[0])
             info = self.fs.info(path)
             whole = {"start": 0, "end": info["size"]} if info.get("size") and not self.local else {}
-            return self.fs.cat_file(path, **whole), etag_of(info)  # given a range, s3fs needs one request
+            return self._bytes_of(path, **whole), etag_of(info)  # given a range, s3fs needs one request
+
+        return self._try(name, ask)
+
+    def source(self, name: str) -> Source:
+        """A file's key, size and tag, as `files` gives them."""
+        path = self.path(name)
+
+        def ask() -> Source:
+            self.fs.invalidate_cache(path.rpartition("/")[0])
+            info = self.fs.info(path)
+            return Source(name, int(info.get("size") or 0), etag_of(info))
 
         return self._try(name, ask)
 
@@ -163,6 +182,16 @@ class Place:
 
         return self._try(name, ask)
 
+    def answers(self) -> bool:
+        """Whether the store answers at all, be it that a file is not there."""
+        try:
+            self._try("", lambda: self.fs.info(self.path(f".{uuid.uuid4().hex}")))
+        except StorageError:
+            return False
+        except OSError:
+            pass
+        return True
+
     def delete(self, name: str) -> None:
         """Delete a file, or a folder with all below it, if it is there."""
         path = self.path(name)
@@ -190,7 +219,7 @@ class Place:
                 raise FileNotFoundError(errno.ENOENT, "no such bucket", self.uri)
             return found
 
-        return self._sources(self._try(name, ask))
+        return self._sources(self._followed(self._try(name, ask)))
 
     def match(self, pattern: str) -> list[Source]:
         """The files below this place whose keys match a pattern with `*`, `**`, `?` or `[...]`, sorted by key."""
@@ -201,8 +230,16 @@ class Place:
             self.fs.invalidate_cache()
             return self.fs.glob(f"{literal}/{pattern}", detail=True)
 
-        found = self._try(pattern, ask)
+        found = self._followed(self._try(pattern, ask))
         return self._sources({path: info for path, info in found.items() if info["type"] == "file"})
+
+    def _followed(self, found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Local links described as what they lead to, as they are when one asks for one file."""
+        for path, info in found.items():
+            if self.local and info.get("islink"):
+                with contextlib.suppress(OSError):  # it leads nowhere
+                    found[path] = self.fs.info(path)
+        return found
 
     def _sources(self, found: dict[str, dict[str, Any]]) -> list[Source]:
         prefix = self.root + "/"
@@ -212,6 +249,11 @@ class Place:
             if path.startswith(prefix) and not path.endswith("/")  # some stores list their folders as empty objects
         )
 
+    def _bytes_of(self, path: str, **part: int) -> bytes:
+        if self.local and os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+            raise OSError(f"{path}: a pipe, socket or device, not a file")  # to read one might never end
+        return self.fs.cat_file(path, **part)
+
     def _try(self, name: str, operation: Callable[[], T]) -> T:
         """The operation's result; on an object store, failures that may pass are tried again."""
         deadline, pause, attempt = time.monotonic() + PATIENCE, _FIRST_PAUSE, 0
@@ -219,12 +261,12 @@ class Place:
             attempt += 1
             try:
                 return operation()
-            except _FINAL:
-                raise
             except Exception as error:
-                if self.local:
+                if self.local or (isinstance(error, _FINAL) and self.root in str(error)):
                     raise
                 kind = type(error).__name__
+                if isinstance(error, _FINAL):
+                    raise type(error)(f"{self.uri_of(name)}: {_line(error)}") from error
                 if kind in _WRONG:
                     raise
                 message = f"{self.uri_of(name)}: {kind}: {_line(error)}"

@@ -1,9 +1,11 @@
 """HR images in a folder or an object store -> a dataset of LR images at sampled scales, on a pool of Ray actors.
 
 1. `synthesize` loads the model, resolves the configuration and compares it with the one of an unfinished run.
-2. The input is listed once and dealt into shards; this plan is written before any work starts and never changes.
-3. Ray Data streams the numbers of the missing shards to a pool of actors, with or without GPUs. Each holds a degrader
-   and turns one whole shard at a time into its objects (see `shards`), reporting finished images as it goes.
+2. The input is listed once and dealt into shards; this plan is written before any work starts. It never changes, but
+   `extend` and `retry_rejects` add shards to it.
+3. Ray Data streams the missing shards to a pool of actors, with or without GPUs. Each holds a degrader and turns one
+   whole shard at a time into its objects (see `shards`), reporting finished images as it goes. Beside GPUs, files are
+   decoded and encoded by Ray tasks on any node's CPUs (see `codec`).
 4. When every shard is done: the manifest, the card, the preview, and last `_SUCCESS` (see `dataset`).
 """
 
@@ -11,17 +13,21 @@ import contextlib
 import json
 import logging
 import os
+import resource
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import ray
 import ray.data
+import ray.exceptions
 import torch
 from ray._private import worker as ray_worker
 from ray.data import ActorPoolStrategy, DataContext
@@ -29,11 +35,12 @@ from tqdm import tqdm
 
 from degflow import dataset
 from degflow.card import card, preview
+from degflow.codec import Loaded
 from degflow.config import dump, plain
-from degflow.dataset import Record
+from degflow.dataset import Part, Plan, Record
 from degflow.degrader import Degrader
-from degflow.planning import SynthesizeConfig, continued, make_plan, resolve
-from degflow.shards import ShardMaker
+from degflow.planning import SynthesizeConfig, continued, first_part, news, recipe_of, rejected, resolve
+from degflow.shards import CodecDied, ShardMaker, Threads, codec_of
 from degflow.storage import Place, Source
 
 
@@ -47,38 +54,76 @@ def synthesize(config: SynthesizeConfig) -> None:
     degrader = Degrader.load(config.model or None)
     output = Place(config.output)
     config = continued(resolve(config, degrader), output)
-    if output.exists(dataset.SUCCESS) and not config.overwrite:
+    recipe = partial(recipe_of, config)
+    plan = Plan.empty() if config.overwrite else dataset.read_plan(output)
+    records = dataset.finished(output, plan, recipe)
+    part = _next_part(config, plan, records, output)
+    if output.exists(dataset.SUCCESS) and not config.overwrite and not part:
         print(f"{config.output}: finished already, nothing to do (overwrite=true makes it anew)")
         _name_preview(output)
         return
-    plan = {} if config.overwrite else dataset.read_plan(output)
-    records = dataset.finished(output, plan)
-    plan = plan or make_plan(config)
-    pending = {number: sources for number, sources in plan.items() if number not in records}
-    print(_describe(config, plan, len(pending)), flush=True)
     if config.dry_run:
+        plan = plan.plus(part) if part else plan
+        print(_describe(config, plan, records))
+        print(_estimate(config, plan))
         return
-    _claim(config, output, plan)
+    plan = _claim(config, output, plan, part)
+    print(_describe(config, plan, records), flush=True)
+    pending = [number for number in range(len(plan)) if number not in records]
     started = time.monotonic()
     if pending:
         with _cluster(config) as pool:
             if config.actors.threads != pool.threads:
                 config = replace(config, actors=replace(config.actors, threads=pool.threads))
                 _save(config, output)
-            _make_shards(config, degrader, pending, pool)
-        records = dataset.finished(output, plan)
-        if missing := sorted(set(plan) - set(records)):
+            _make_shards(config, degrader, plan, pending, pool)
+        records = dataset.finished(output, plan, recipe)
+        if missing := sorted(set(range(len(plan))) - set(records)):
             raise ValueError(f"{len(missing)} of {len(plan)} shards are missing; the same command makes them")
-    _finish(config, output, records)
-    _summarise(config, output, records, sum(map(len, pending.values())), time.monotonic() - started)
+    _finish(config, output, plan, records)
+    _summarise(config, output, plan, records, plan.images(pending), time.monotonic() - started)
 
 
-def _describe(config: SynthesizeConfig, plan: Mapping[int, Sequence[Source]], pending: int) -> str:
-    count, size = sum(map(len, plan.values())), sum(source.size for shard in plan.values() for source in shard)
-    done = f", {len(plan) - pending} of them done" if pending < len(plan) else ""
+def _next_part(config: SynthesizeConfig, plan: Plan, records: Mapping[int, Record], output: Place) -> Part | None:
+    """What the plan is to get: all of the input at first; later what is new, and what was rejected, as asked for."""
+    if not len(plan):
+        return first_part(config)
+    part = None
+    if config.extend:
+        part = news(config, plan)
+    elif (config.dry_run or output.exists(dataset.SUCCESS)) and (new := news(config, plan)):
+        first = ", ".join(new["key"].slice(0, 3).to_pylist()) + (", ..." if len(new) > 3 else "")
+        print(f"{len(new)} new in {config.input} since the plan was made ({first}); extend=true takes them")
+    if config.retry_rejects:
+        again = rejected(config, plan if part is None else plan.plus(part), records, output)
+        part = dataset.joined(part, again)
+    return part or None
+
+
+def _describe(config: SynthesizeConfig, plan: Plan, records: Mapping[int, Record]) -> str:
+    count = plan.images(range(len(plan)))
+    done = f", {len(records)} of them done" if records else ""
     return (
-        f"{count} images ({size / 1e6:.1f} MB) in {len(plan)} shards{done}; "
+        f"{count} images ({plan.bytes / 1e6:.1f} MB) in {len(plan)} shards{done}; "
         f"{config.scale.per_image} LR each, scales {_scales_in_words(config)}"
+    )
+
+
+def _estimate(config: SynthesizeConfig, plan: Plan, samples: int = 8) -> str:
+    """What the run will take, from some of its files, and what planning took."""
+    sources = plan.sample(samples)
+    with ThreadPoolExecutor(samples) as pool:
+        loaded = list(pool.map(codec_of(config).load, sources))
+    sizes = [item.pixels.shape[0] * item.pixels.shape[1] for item in loaded if isinstance(item, Loaded)]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    planned = f"planned with {peak:.0f} MB of memory at most; dry_run=true: nothing was started or written"
+    if not sizes:
+        return f"none of {len(sources)} sampled files is a readable image, so there is no estimate\n{planned}"
+    mean = sum(sizes) / len(sizes)
+    total = mean * plan.files * config.scale.per_image * len(sizes) / len(sources)
+    return (
+        f"some {total / 1e6:,.0f} megapixels of LR to make: of {len(sources)} sampled files {len(sizes)} are readable, "
+        f"of {mean / 1e6:.2f} megapixels in the mean\n{planned}"
     )
 
 
@@ -89,22 +134,27 @@ def _scales_in_words(config: SynthesizeConfig) -> str:
     return f"{scale.distribution} in [{scale.low:g}, {scale.high:g}]"
 
 
-def _claim(config: SynthesizeConfig, output: Place, plan: Mapping[int, Sequence[Source]]) -> None:
-    """Make the output ours before any work: the configuration, then the plan."""
+def _claim(config: SynthesizeConfig, output: Place, plan: Plan, part: Part | None) -> Plan:
+    """Make the output ours before any work: the configuration, then the plan, of which the first writer's counts."""
     try:
         if config.overwrite:
             for name in dataset.layout(output):
                 output.delete(name)
         if not output.exists(dataset.CONFIG):
             _save(config, output)
-        if not dataset.read_plan(output):
-            dataset.write_plan(output, list(plan.values()))
+        if part:
+            output.delete(dataset.SUCCESS)
+            if not dataset.write_part(output, plan.parts, part):
+                print("another driver planned at the same time: its plan counts", flush=True)
+            return dataset.read_plan(output)
+        return plan
     except OSError as error:
         raise OSError(f"output={config.output}: cannot be written ({type(error).__name__}: {error})") from error
 
 
 def _save(config: SynthesizeConfig, output: Place) -> None:
-    output.write(dataset.CONFIG, dump(replace(config, overwrite=False, dry_run=False)).encode())
+    asked = {"overwrite": False, "dry_run": False, "extend": False, "retry_rejects": False}
+    output.write(dataset.CONFIG, dump(replace(config, **asked)).encode())
 
 
 @dataclass(frozen=True)
@@ -112,6 +162,11 @@ class _Pool:
     gpus: int  # per actor
     threads: int  # per actor
     room: int  # actors that fit now
+
+    @property
+    def actor_cpus(self) -> int:
+        """CPUs that an actor takes: a GPU alone places its actor, so that the CPUs are left to the codec's tasks."""
+        return 0 if self.gpus else self.threads
 
 
 @contextlib.contextmanager
@@ -139,7 +194,7 @@ def _pool(config: SynthesizeConfig, own: bool) -> _Pool:
         raise ValueError(f"actors.threads={config.actors.threads}: Ray finds {max(cpus)} CPUs on this machine")
     shares = [c // g if gpus else c for c, g in zip(cpus, offered, strict=True) if g or not gpus]
     threads = config.actors.threads or max(1, min([4, *shares]))
-    fits = [min(c // threads, g) if gpus else c // threads for c, g in zip(cpus, offered, strict=True)]
+    fits = [g if gpus else c // threads for c, g in zip(cpus, offered, strict=True)]
     where = "this machine" if own else f"a Ray cluster (nodes with CPUs: {len(nodes)})"
     kind = "one GPU each" if gpus else "on CPUs"
     print(f"running on {where}: actors {kind}, with {threads} threads; room for {sum(fits)} now", flush=True)
@@ -151,23 +206,65 @@ def _actor_limits() -> dict[str, int]:
     return {"max_restarts": 20, "max_task_retries": 20}
 
 
+@ray.remote(max_retries=3)
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+class _Task:
+    """The result of a task; see `shards.Handle`."""
+
+    def __init__(self, reference: ray.ObjectRef):
+        self.reference = reference
+
+    def result(self) -> Any:
+        """Wait for it, and raise what the function raised."""
+        try:
+            return ray.get(self.reference)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+            raise CodecDied(f"its process died, 4 times over ({type(error).__name__})") from None
+
+
+class _Tasks:
+    """Runs the codec's functions as Ray tasks, in processes of their own; see `shards.Workers`.
+
+    Beside actors on GPUs a task takes one CPU of any node, and Ray prefers nodes without GPUs. Beside actors on CPUs
+    it takes none, for the actors may hold them all.
+    """
+
+    def __init__(self, gpus: int):
+        self.call = _call.options(num_cpus=1 if gpus else 0)
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> _Task:
+        """Start a call."""
+        return _Task(self.call.remote(function, *(a.reference if isinstance(a, _Task) else a for a in arguments)))
+
+
 class _ShardActor:
     """A Ray Data callable: one planned shard in; finished images out, with the last of them the shard's record.
 
     A failure is reported like anything else, because Ray Data rewords the exceptions that it passes on.
+
+    On CPUs an actor decodes and encodes in threads. One that was restarted makes its first shard with tasks: if a file
+    killed it, that file now kills a task, and becomes a reject.
     """
 
-    def __init__(self, degrader: ray.ObjectRef, config: SynthesizeConfig, threads: int):
+    def __init__(self, degrader: ray.ObjectRef, config: SynthesizeConfig, gpus: int, threads: int):
         torch.set_num_threads(threads)
-        device = "cuda" if ray.get_gpu_ids() else "cpu"
-        self.maker = ShardMaker(ray.get(degrader).to(device), config, threads)
+        device = "cuda" if ray.get_gpu_ids() and config.actors.device == "auto" else "cpu"
+        self.usual = _Tasks(gpus) if gpus else Threads(threads)
+        restarted = ray.get_runtime_context().was_current_actor_reconstructed
+        self.maker = ShardMaker(ray.get(degrader).to(device), config, _Tasks(gpus) if restarted else self.usual)
 
     def __call__(self, batch: Any) -> Iterator[dict[str, list[Any]]]:
         shard = batch.to_pylist()[0]
-        sources = [Source(*source) for source in zip(shard["keys"], shard["sizes"], shard["etags"], strict=True)]
+        sources = [Source(*source.values()) for source in shard["sources"]]
         try:
             for images, rejects, record in self.maker.make(shard["shard"], sources):
                 yield _report(images, rejects, record=json.dumps(asdict(record)) if record else "")
+            self.maker.workers = self.usual
         except OSError as error:
             yield _report(storage_failure=f"shard {shard['shard']}: {type(error).__name__}: {error}")
         except Exception:
@@ -179,23 +276,17 @@ def _report(images: int = 0, rejects: int = 0, **texts: str) -> dict[str, list[A
     return {name: [value] for name, value in report.items()} | {"images": [images], "rejects": [rejects]}
 
 
-def _make_shards(
-    config: SynthesizeConfig, degrader: Degrader, pending: Mapping[int, Sequence[Source]], pool: _Pool
-) -> None:
+def _make_shards(config: SynthesizeConfig, degrader: Degrader, plan: Plan, pending: list[int], pool: _Pool) -> None:
     """Stream the pending shards through the pool, and show how far they are."""
-    tasks = [
-        {"shard": number, **dict(zip(("keys", "sizes", "etags"), map(list, zip(*sources, strict=True)), strict=True))}
-        for number, sources in pending.items()
-    ]
-    total = sum(map(len, pending.values()))
+    total = plan.images(pending)
     with _quiet_ray_data(), tqdm(total=total, desc="degrading", unit="image", mininterval=_interval()) as bar:
-        reports = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
+        reports = ray.data.from_arrow([plan.task(number) for number in pending]).map_batches(
             _ShardActor,
-            fn_constructor_args=(ray.put(degrader), config, pool.threads),
-            compute=_strategy(config, len(tasks), pool.room),
+            fn_constructor_args=(ray.put(degrader), config, pool.gpus, pool.threads),
+            compute=_strategy(config, len(pending), pool.room),
             batch_size=1,
             batch_format="pyarrow",
-            num_cpus=pool.threads,
+            num_cpus=pool.actor_cpus,
             num_gpus=pool.gpus,
             ray_remote_args_fn=_actor_limits,
         )
@@ -247,41 +338,55 @@ def _quiet_ray_data() -> Iterator[None]:
         yield
 
 
-def _finish(config: SynthesizeConfig, output: Place, records: Mapping[int, Record]) -> None:
+def _finish(config: SynthesizeConfig, output: Place, plan: Plan, records: Mapping[int, Record]) -> None:
     """What makes the shards a dataset, `_SUCCESS` last."""
-    dataset.write_manifest(output, records)
-    output.write(dataset.CARD, card(records, plain(config), _scales_in_words(config)).encode())
+    dataset.write_manifest(output, plan, records)
+    totals = _totals(config, plan, records)
+    output.write(dataset.CARD, card(records, totals.rejects, plain(config), _scales_in_words(config)).encode())
     if sheet := preview(output, records, config.max_pixels):
         output.write(dataset.PREVIEW, sheet)
     for name in filter(dataset.is_leftover, dataset.layout(output)):
         output.delete(name)
-    rejects = sum(record.rejects for record in records.values())
-    files = rejects + sum(record.rows for record in records.values()) // config.scale.per_image
-    if rejects > config.max_reject_rate * files:
+    if totals.rejects > config.max_reject_rate * totals.files:
         raise ValueError(
-            f"{rejects} of {files} files were rejected, more than max_reject_rate={config.max_reject_rate}: "
-            f"{_first_rejects(output, records)}"
+            f"{totals.rejects} of {totals.files} files were rejected, more than "
+            f"max_reject_rate={config.max_reject_rate}: {_first_rejects(output, plan, records)}"
         )
     output.write(dataset.SUCCESS, b"")
 
 
-def _first_rejects(output: Place, records: Mapping[int, Record], count: int = 3) -> str:
+@dataclass(frozen=True)
+class _Totals:
+    files: int
+    used: int
+
+    @property
+    def rejects(self) -> int:
+        """Files that gave no rows."""
+        return self.files - self.used
+
+
+def _totals(config: SynthesizeConfig, plan: Plan, records: Mapping[int, Record]) -> _Totals:
+    """A file is all of its draws or one reject, however often it was taken."""
+    used = sum(record.rows for record in records.values()) // config.scale.per_image
+    return _Totals(plan.files, used)
+
+
+def _first_rejects(output: Place, plan: Plan, records: Mapping[int, Record], count: int = 3) -> str:
     shown = [
         f"{reject.key} ({reject.stage}: {reject.error})"
-        for reject in islice(dataset.rejects_of(output, records), count)
+        for reject in islice(dataset.rejects_of(output, plan, records), count)
     ]
     return "; ".join(shown) + "; the rejects folder has all"
 
 
 def _summarise(
-    config: SynthesizeConfig, output: Place, records: Mapping[int, Record], made: int, seconds: float
+    config: SynthesizeConfig, output: Place, plan: Plan, records: Mapping[int, Record], made: int, seconds: float
 ) -> None:
-    rows, rejects = (sum(getattr(record, name) for record in records.values()) for name in ("rows", "rejects"))
-    print(
-        f"{rows} LR images of {rows // config.scale.per_image} photographs in {len(records)} shards, {rejects} rejects"
-    )
-    if rejects:
-        print(f"rejected: {_first_rejects(output, records)}")
+    totals, rows = _totals(config, plan, records), sum(record.rows for record in records.values())
+    print(f"{rows} LR images of {totals.used} photographs in {len(records)} shards, {totals.rejects} rejects")
+    if totals.rejects:
+        print(f"rejected: {_first_rejects(output, plan, records)}")
     if made:
         print(f"{made} images in {seconds:.1f} s with Ray's start: {made / seconds:.2f} images/s")
     print(f"dataset: {config.output}")

@@ -10,18 +10,22 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = (  # a room may import its own layer and those after it
     {"jobs"},
-    {"training", "synthesis", "evaluation", "pairs", "benchmarking"},
-    {"objectives", "degrader", "scenes", "camera", "restoration", "planning", "shards", "card", "perceptual"},
-    {"models", "trajectory", "flow", "tiling", "storage", "dataset"},
+    {"training", "synthesis", "evaluation", "pairs", "exports", "benchmarking"},
+    {"objectives", "degrader", "scenes", "camera", "restoration", "perceptual"}
+    | {"planning", "shards", "card", "finished", "layouts"},
+    {"models", "trajectory", "flow", "tiling", "codec"},
+    {"dataset"},
+    {"listing"},
+    {"storage"},
     {"images", "config"},
 )
 FENCES = {  # a package, and the rooms that may import it
     "ray": {"synthesis"},
     "accelerate": {"training"},
     "omegaconf": {"config"},
-    "fsspec": {"storage", "pairs"},
+    "fsspec": {"storage"},
     "s3fs": set(),
-    "pyarrow": {"storage", "dataset", "pairs"},
+    "pyarrow": {"dataset", "listing", "planning", "finished"},
     "lpips": {"perceptual"},
     "scipy": {"benchmarking"},
     "cv2": {"benchmarking"},
@@ -147,6 +151,12 @@ def test_jobs_are_scripts_that_no_room_imports():
     assert not (ROOT / "jobs/__init__.py").exists()
     for path in ROOT.glob("jobs/*.py"):
         assert '__name__ == "__main__"' in path.read_text(), path
+
+
+def test_codec_processes_need_no_torch():
+    script = "import sys\nimport degflow.codec\nprint([name for name in ('torch', 'ray') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_import_degflow_is_light():

@@ -2,7 +2,6 @@ import io
 import struct
 import subprocess
 import sys
-import zlib
 
 import numpy as np
 import pytest
@@ -11,8 +10,7 @@ from PIL import Image, ImageCms
 
 from degflow import images
 from degflow.images import ImageError, decode
-
-pytestmark = pytest.mark.filterwarnings(r"ignore::UserWarning:PIL\.")  # pytest resets the filter that images sets
+from tests.oddities import chunk, file, noise, over_white, png, tiff
 
 FORMATS = {
     "jpeg": ("JPEG", {"quality": 95}),
@@ -24,37 +22,6 @@ FORMATS = {
     "lzw tiff": ("TIFF", {"compression": "tiff_lzw"}),
 }
 LOSSLESS = pytest.mark.parametrize("name", ["png", "lossless webp", "tiff", "lzw tiff"])
-
-
-def noise(height=24, width=32, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-
-
-def file(picture, kind="PNG", **options):
-    buffer = io.BytesIO()
-    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def chunk(name, data):
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-
-def png(height, width, depth, colour, rows, extra=b""):
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
-    body = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows)))
-    return b"\x89PNG\r\n\x1a\n" + header + extra + body + chunk(b"IEND", b"")
-
-
-def tiff(width, height, bits, photometric, data):
-    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, height)]
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in [*tags, (279, len(data))])
-    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", 9) + entries + b"\0\0\0\0"
-
-
-def over_white(colour, alpha):
-    share = alpha[..., None] / 255
-    return colour * share + 255 * (1 - share)
 
 
 def assert_close(pixels, expected, tolerance):
@@ -324,28 +291,6 @@ def test_a_truncated_file_is_refused(name):
     for length in (13, 30, 100, len(data) // 2, len(data) - 40):
         with pytest.raises(ImageError, match="damaged image: "):
             decode(data[:length])
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_damage_gives_pixels_or_an_image_error(name):
-    kind, options = FORMATS[name]
-    exif = Image.Exif()
-    exif[274], exif[271] = 6, "maker"
-    whole = file(noise(), kind, exif=exif, icc_profile=swapped_profile(), **options)
-    random, refused = np.random.default_rng(0), 0
-    for _ in range(150):
-        data = bytearray(whole)
-        for place in random.integers(0, len(data), random.integers(1, 12)):
-            data[place] = random.integers(256)
-        if random.random() < 0.3:
-            del data[random.integers(len(data)) :]
-        try:
-            pixels = decode(bytes(data), max_pixels=1_000_000)
-            assert pixels.dtype == np.uint8
-            assert pixels.shape[2] == 3
-        except ImageError:
-            refused += 1
-    assert refused > 10
 
 
 def test_pillow_says_nothing_about_damaged_metadata():

@@ -1,20 +1,25 @@
 import dataclasses
+import functools
 import hashlib
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from degflow import dataset, images, shards
+from degflow import dataset, images, storage
 from degflow.card import preview
+from degflow.codec import Codec, Loaded
 from degflow.config import load
-from degflow.dataset import Reject
+from degflow.dataset import Plan, Reject
 from degflow.degrader import Degrader
-from degflow.planning import ScaleConfig, SynthesizeConfig, make_plan, resolve
-from degflow.shards import ShardMaker, scales_of, uniform_of
-from degflow.storage import Place
+from degflow.planning import ScaleConfig, SynthesizeConfig, first_part, recipe_of, resolve
+from degflow.shards import ShardMaker, Threads, scales_of, uniform_of
+from degflow.storage import Place, Source
+from tests.faults import proxying
+from tests.s3 import forget_clients
 from tests.sources import keys_of, png, rejects_of, rows_of, save_model, save_photos, save_spoiled
 
 COLUMNS = ["key", "draw", "scale", "time", "lr", "hr", "height", "width", "hr_sha256", "seed", "model_sha256"]
@@ -38,15 +43,26 @@ def photos(tmp_path_factory):
     return save_photos(tmp_path_factory.mktemp("photos"))
 
 
+def plan_of(config):
+    return Plan.empty().plus(first_part(config))
+
+
+def finished_in(photos, output, model, *words):
+    """The plan and the finished shards of a run with these words."""
+    config = load(SynthesizeConfig, [f"input={photos}", f"output={output}", f"model={model}", *words])
+    config = resolve(config, Degrader.load(model))
+    return plan_of(config), dataset.finished(Place(str(output)), plan_of(config), functools.partial(recipe_of, config))
+
+
 def run(photos, output, model, *words, plan=None):
     """Every shard of a run, made in this process."""
     degrader = Degrader.load(model)
     config = load(SynthesizeConfig, [f"input={photos}", f"output={output}", f"model={model}", *words])
     config = resolve(config, degrader)
-    maker, plan = ShardMaker(degrader, config, threads=2), plan or make_plan(config)
-    for number, sources in plan.items():
-        *reports, last = maker.make(number, sources)
-        assert sum(report.images for report in reports) == len(sources)
+    maker, plan = ShardMaker(degrader, config, Threads(2)), plan or plan_of(config)
+    for number in range(len(plan)):
+        *reports, last = maker.make(number, plan[number])
+        assert sum(report.images for report in reports) == len(plan[number])
         assert sum(report.rejects for report in reports) == last.record.rejects
     return Path(output)
 
@@ -130,9 +146,10 @@ def test_bad_files_are_rejects_with_stage_and_reason(photos, model, tmp_path):
     }.items():
         assert reasons[key][0] == "decode"
         assert reason in reasons[key][1]
-    records = dataset.finished(Place(str(output)), range(3))
+    plan, records = finished_in(spoiled, output, model, "max_pixels=80000", "shard.images=4")
     assert [record.rejects for record in records.values()] == [3, 3, 3]
-    assert [reject.key for reject in dataset.rejects_of(Place(str(output)), records)] == sorted(rejects)
+    assert [reject.key for reject in dataset.rejects_of(Place(str(output)), plan, records)] == sorted(rejects)
+    assert finished_in(spoiled, output, model, "max_pixels=80001", "shard.images=4")[1] == {}
 
 
 def test_a_shard_of_rejects_alone_has_an_empty_part(photos, model, tmp_path):
@@ -140,7 +157,7 @@ def test_a_shard_of_rejects_alone_has_an_empty_part(photos, model, tmp_path):
     (tmp_path / "in" / "empty.png").write_bytes(b"")
     output = run(tmp_path / "in", tmp_path / "out", model)
     assert rows_of(output) == {}
-    record = dataset.finished(Place(str(output)), [0])[0]
+    record = finished_in(tmp_path / "in", output, model)[1][0]
     assert (record.rows, record.rejects, record.psnr, record.clipped) == (0, 1, None, None)
 
 
@@ -157,7 +174,7 @@ def test_an_image_too_large_for_the_memory_is_a_reject_and_leaves_the_others(pho
     loaded = Degrader.load(model)
     starved = Starved(loaded.autoencoder, loaded.velocity, loaded.levels)
     config = resolve(load(SynthesizeConfig, [f"input={photos}", f"output={tmp_path}", "batch=9"]), loaded)
-    list(ShardMaker(starved, config).make(0, make_plan(config)[0]))
+    list(ShardMaker(starved, config, Threads(1)).make(0, plan_of(config)[0]))
     rejects, rows = rejects_of(tmp_path), rows_of(tmp_path)
     assert len(rejects) == 6
     assert {row["stage"] for row in rejects.values()} == {"degrade"}
@@ -166,13 +183,24 @@ def test_an_image_too_large_for_the_memory_is_a_reject_and_leaves_the_others(pho
     assert len(rows) == 3
 
 
+def test_an_image_that_no_tile_of_fits_the_budget_is_a_reject(photos, model, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/large.png").write_bytes(images.encode_png(np.zeros((300, 400, 3), np.uint8)))
+    (tmp_path / "in/small.png").write_bytes((photos / "smallest.png").read_bytes())
+    output = run(tmp_path / "in", tmp_path / "out", model, "memory=0.104")
+    assert [key for key, _ in rows_of(output)] == ["small.png"]
+    rejects = rejects_of(output)
+    assert rejects["large.png"]["stage"] == "degrade"
+    assert re.fullmatch(r"memory=0\.104: 400 x 300 pixels need at least \d\.\d+ GB", rejects["large.png"]["error"])
+
+
 def test_an_unexpected_failure_is_not_a_reject(photos, model, tmp_path):
     degrader = Degrader.load(model)
     config = resolve(load(SynthesizeConfig, [f"input={photos}", f"output={tmp_path}"]), degrader)
     with pytest.raises(ValueError, match="trained range"):
         list(
-            ShardMaker(degrader, dataclasses.replace(config, scale=ScaleConfig(low=5, high=5))).make(
-                0, make_plan(config)[0]
+            ShardMaker(degrader, dataclasses.replace(config, scale=ScaleConfig(low=5, high=5)), Threads(1)).make(
+                0, plan_of(config)[0]
             )
         )
     assert list(tmp_path.iterdir()) == []
@@ -183,7 +211,7 @@ def test_a_file_changed_since_the_plan_is_a_reject(photos, model, tmp_path):
     folder.mkdir()
     for name in ("astronaut.PNG", "coffee.jpg", "cat.jpeg"):
         (folder / name).write_bytes((photos / name).read_bytes())
-    plan = make_plan(SynthesizeConfig(input=str(folder), output=str(tmp_path / "out")))
+    plan = plan_of(SynthesizeConfig(input=str(folder), output=str(tmp_path / "out")))
     (folder / "coffee.jpg").write_bytes((photos / "cat.jpeg").read_bytes())
     os.utime(folder / "cat.jpeg", (1, 1))
     output = run(folder, tmp_path / "out", model, plan=plan)
@@ -231,19 +259,27 @@ def test_output_inside_the_input_is_not_an_input(photos, tmp_path):
     (tmp_path / "out").mkdir()
     for name in ("one.png", "out/preview.png", "outer.png"):
         (tmp_path / name).write_bytes((photos / "astronaut.PNG").read_bytes())
-    plan = make_plan(SynthesizeConfig(input=str(tmp_path), output=str(tmp_path / "out")))
+    plan = plan_of(SynthesizeConfig(input=str(tmp_path), output=str(tmp_path / "out")))
     assert [source.key for source in plan[0]] == ["one.png", "outer.png"]
 
 
 def test_the_plan_comes_back_as_it_was_written(photos, tmp_path):
     expected = [source for source in Place(str(photos)).files() if source.key != "notes.txt"]
-    plan = make_plan(load(SynthesizeConfig, [f"input={photos}", f"output={tmp_path}", "shard.images=4"]))
+    plan = plan_of(load(SynthesizeConfig, [f"input={photos}", f"output={tmp_path}", "shard.images=4"]))
     place = Place(str(tmp_path))
-    assert dataset.read_plan(place) == {}
-    dataset.write_plan(place, list(plan.values()))
-    assert dataset.read_plan(place) == plan
-    assert [source for number in range(3) for source in plan[number]] == expected
-    assert [len(plan[number]) for number in range(3)] == [4, 4, 1]
+    assert len(dataset.read_plan(place)) == 0
+    assert dataset.write_part(place, 0, plan.table)
+    assert not dataset.write_part(place, 0, plan.table.slice(1))
+    read = dataset.read_plan(place)
+    assert read.table.equals(plan.table)
+    assert [source for number in range(3) for source in read[number]] == expected
+    assert [len(read[number]) for number in range(3)] == [4, 4, 1]
+    assert (read.files, read.bytes, read.parts) == (9, sum(source.size for source in expected), 1)
+    assert [Source(*source.values()) for source in read.task(1)["sources"][0].as_py()] == expected[4:8]
+    again = read.plus(read.next_part(read.table.select(["key", "size", "etag"]).slice(2, 3), 2))
+    assert [len(again[number]) for number in range(len(again))] == [4, 4, 1, 2, 1]
+    assert again.newest() == {expected[2].key: 3, expected[3].key: 3, expected[4].key: 4}
+    assert again.files == 9
 
 
 @pytest.mark.parametrize(
@@ -268,10 +304,11 @@ def test_the_plan_comes_back_as_it_was_written(photos, tmp_path):
         ("hr=none", "hr=none: must be auto, embed or reference"),
         ("max_pixels=10", "max_pixels=10: must be at least 64"),
         ("batch=0", "batch=0: must be at least 1"),
+        ("memory=0", "memory=0.0: must be above 0"),
         ("png_level=10", r"png_level=10: must lie in \[0, 9\]"),
         ("max_reject_rate=1.5", r"max_reject_rate=1.5: must lie in \[0, 1\]"),
         ("limit=-1", "limit=-1: must not be negative"),
-        ("extend=true", "extend"),
+        ("actors.device=tpu", "actors.device=tpu: must be auto or cpu"),
         ("input=", "input: must be given"),
     ],
 )
@@ -280,33 +317,31 @@ def test_broken_rules_name_key_value_and_rule(word, message):
         load(SynthesizeConfig, ["input=a", "output=b", *word.split()])
 
 
-class Failing(Place):
-    """A real place whose first reads of every file fail, as a throttling store's do."""
-
-    def __init__(self, uri, failures):
-        super().__init__(uri)
-        self.failures, self.asked = failures, 0
-
-    def read(self, name):
-        self.asked += 1
-        if self.asked <= self.failures:
-            raise OSError("503 SlowDown")
-        return super().read(name)
+CODEC = Codec("", max_pixels=10_000, embed=True, scaled=False, png_level=1, seed=0, model_sha256="")
 
 
-@pytest.mark.parametrize(("failures", "used"), [(3, True), (4, False)])
-def test_storage_that_fails_is_asked_again_a_bounded_number_of_times(tmp_path, monkeypatch, failures, used):
-    monkeypatch.setattr(shards, "READ_PAUSE", 0.001)
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/a.png").write_bytes(images.encode_png(np.full((16, 16, 3), 128, np.uint8)))
-    maker = object.__new__(ShardMaker)
-    maker.input = Failing(str(tmp_path / "in"), failures)
-    found = maker._read(maker.input.files()[0])
-    assert maker.input.asked == 4
-    if used:
-        assert found[0] == (tmp_path / "in/a.png").read_bytes()
-    else:
-        assert found == Reject("a.png", "read", "OSError: 503 SlowDown", 4)
+def test_a_store_that_fails_is_no_reject_but_a_file_that_does_is(s3, monkeypatch):
+    place = Place(s3.uri("in"))
+    place.write("a.png", images.encode_png(np.full((16, 16, 3), 128, np.uint8)))
+    source, load = place.files()[0], dataclasses.replace(CODEC, root=place.uri).load
+    assert isinstance(load(source), Loaded)
+    assert load(source._replace(size=-1, etag="")).pixels.shape == (16, 16, 3)
+    assert load(source._replace(key="b.png")) == Reject("b.png", "read", "no longer there")
+    monkeypatch.setattr(storage, "PATIENCE", 1)
+    with monkeypatch.context() as patch, proxying(s3.endpoint, broken="a.png") as (_, endpoint):
+        patch.setenv("AWS_ENDPOINT_URL", endpoint)
+        forget_clients()
+        found = load(source)
+    forget_clients()
+    assert (found.key, found.stage) == ("a.png", "read")
+    assert found.attempts >= 1
+    assert re.fullmatch(r"s3://demo/.*/a\.png: .*Service Unavailable \(attempts: \d\)", found.error)
+    s3.kill()
+    try:
+        with pytest.raises(storage.StorageError, match="EndpointConnectionError"):
+            load(source)
+    finally:
+        s3.start()
 
 
 def test_the_preview_shows_no_source_that_changed_since(model, tmp_path):
@@ -314,7 +349,7 @@ def test_the_preview_shows_no_source_that_changed_since(model, tmp_path):
     file = tmp_path / "in/a.png"
     file.write_bytes(images.encode_png(np.full((32, 32, 3), 128, np.uint8)))
     output = Place(str(run(tmp_path / "in", tmp_path / "out", model, "hr=reference")))
-    records = dataset.finished(output, [0])
+    _, records = finished_in(tmp_path / "in", tmp_path / "out", model, "hr=reference")
     assert preview(output, records, 10_000) is not None
     file.write_bytes(images.encode_png(np.full((32, 32, 3), 129, np.uint8)))
     assert preview(output, records, 10_000) is None

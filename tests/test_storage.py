@@ -317,3 +317,26 @@ def test_a_store_that_is_down_is_waited_for_and_then_named(s3, monkeypatch):
         place.read("a")
     assert caught.value.attempts >= 2
     s3.start()
+
+
+def test_local_links_are_listed_as_what_they_lead_to(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"photograph")
+    (tmp_path / "link.png").symlink_to("a.png")
+    os.utime(tmp_path / "link.png", (1, 1), follow_symlinks=False)
+    (tmp_path / "nowhere.png").symlink_to("b.png")
+    place = Place(str(tmp_path))
+    file, link, nowhere = place.files()
+    assert (link.size, link.etag) == (file.size, file.etag)
+    assert place.read_tagged("link.png") == (b"photograph", link.etag)
+    assert nowhere.key == "nowhere.png"
+    assert [found.key for found in place.match("l*.png")] == ["link.png"]
+
+
+def test_pipes_and_devices_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # to open one would wait for somebody to write
+    (tmp_path / "endless").symlink_to("/dev/zero")
+    place = Place(str(tmp_path))
+    for name in ("pipe", "endless"):
+        for read in (place.read, place.read_tagged):
+            with pytest.raises(OSError, match="a pipe, socket or device, not a file"):
+                read(name)

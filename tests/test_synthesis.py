@@ -25,7 +25,7 @@ THREE = ("shard.images=3", "actors.threads=1")
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -134,7 +134,7 @@ def test_a_killed_driver_is_continued_by_the_same_command(photos, model, finishe
     output = tmp_path / "out"
     words = [f"input={photos}", f"output={output}", f"model={model}", "shard.images=1", "actors.threads=1"]
     command = [sys.executable, JOB, *words]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment = os.environ | {"RAY_ADDRESS": "local"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(JOB.parents[1]), environment.get("PYTHONPATH")]))
     driver = subprocess.Popen([*command, "actors.max=1"], env=environment, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
@@ -217,6 +217,8 @@ def test_dry_run_writes_nothing(photos, model, tmp_path, capsys):
     said = capsys.readouterr().out
     assert re.search(r"7 images \(.*\) in 2 shards; 2 LR each, scales uniform in \[1, 4\]", said)
     assert "1 file in " in said
+    assert "some 0 megapixels of LR to make: of 7 sampled files 7 are readable, of 0.01 megapixels" in said
+    assert re.search(r"planned with \d+ MB of memory at most; dry_run=true: nothing was started", said)
     assert not (tmp_path / "out").exists()
 
 

@@ -1,0 +1,41 @@
+"""What the pool tests do inside Ray's workers (runtime_env's worker_process_setup_hook)."""
+
+import functools
+import os
+import signal
+
+import ray
+
+DEADLY = b"\x89PNG\r\n\x1a\nthis one kills its decoder"
+
+
+def fragile_decoder():
+    """A decoder that a certain file kills, as a bug in a C library would."""
+    from degflow import images
+
+    decode = images.decode
+
+    def dies(data, **rule):
+        if data == DEADLY:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return decode(data, **rule)
+
+    images.decode = dies
+
+
+def trace():
+    """Notes in the file named by DEGFLOW_TRACE on which node each function ran."""
+    from degflow.codec import Codec
+    from degflow.degrader import Degrader
+
+    def traced(function, name):
+        @functools.wraps(function)
+        def noting(*arguments, **options):
+            with open(os.environ["DEGFLOW_TRACE"], "a") as file:
+                file.write(f"{name} {ray.get_runtime_context().get_node_id()}\n")
+            return function(*arguments, **options)
+
+        return noting
+
+    Codec.load, Codec.encode = traced(Codec.load, "load"), traced(Codec.encode, "encode")
+    Degrader.forward = traced(Degrader.forward, "degrade")

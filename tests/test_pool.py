@@ -1,0 +1,82 @@
+"""Where the pool's work runs on a cluster, and what a decoder that crashes takes along."""
+
+import numpy as np
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from degflow import images
+from degflow.config import load
+from degflow.synthesis import SynthesizeConfig, synthesize
+from tests.hooks import DEADLY
+from tests.sources import rejects_of, rows_of, save_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model") / "tiny.safetensors")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder, random = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for number in range(12):
+        pixels = random.integers(0, 256, (24, 32, 3), np.uint8)
+        (folder / f"{number:02d}.png").write_bytes(images.encode_png(pixels))
+    return folder
+
+
+def run(photos, output, model, *words):
+    words = [f"input={photos}", f"output={output}", f"model={model}", "shard.images=3", "actors.threads=1", *words]
+    synthesize(load(SynthesizeConfig, words))
+
+
+@pytest.fixture
+def cluster():
+    """A head, a node with CPUs, and two nodes that advertise a GPU."""
+    ray.shutdown()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    nodes = [cluster.add_node(num_cpus=16), *(cluster.add_node(num_cpus=1, num_gpus=1) for _ in range(2))]
+    yield cluster, [node.node_id for node in nodes]
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def test_codecs_run_on_the_cpu_node_and_actors_on_the_gpu_nodes(photos, model, cluster, tmp_path):
+    cluster, (cpu, *gpus) = cluster
+    trace = tmp_path / "trace"
+    hook = {"worker_process_setup_hook": "tests.hooks.trace", "env_vars": {"DEGFLOW_TRACE": str(trace)}}
+    ray.init(address=cluster.address, log_to_driver=False, runtime_env=hook)
+    run(photos, tmp_path / "out", model, "actors.min=2", "actors.device=cpu")
+    assert len(rows_of(tmp_path / "out")) == 12
+    nodes: dict[str, set[str]] = {}
+    for line in trace.read_text().splitlines():
+        function, node = line.split()
+        nodes.setdefault(function, set()).add(node)
+    assert nodes["load"] == nodes["encode"] == {cpu}
+    assert nodes["degrade"] <= set(gpus)
+
+
+def test_a_file_that_kills_its_decoder_is_a_reject_and_the_others_are_rows(photos, model, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for photo in photos.iterdir():
+        (folder / photo.name).write_bytes(photo.read_bytes())
+    for name in ("04b.png", "07b.png"):
+        (folder / name).write_bytes(DEADLY)
+    ray.shutdown()
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"worker_process_setup_hook": "tests.hooks.fragile_decoder"},
+    )
+    try:
+        run(folder, tmp_path / "out", model, "actors.max=1", "max_reject_rate=0.5")
+    finally:
+        ray.shutdown()
+    assert len(rows_of(tmp_path / "out")) == 12
+    rejects = rejects_of(tmp_path / "out")
+    assert {key: row["stage"] for key, row in rejects.items()} == {"04b.png": "decode", "07b.png": "decode"}
+    assert all("its process died" in row["error"] for row in rejects.values())
