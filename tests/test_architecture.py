@@ -25,7 +25,7 @@ FENCES = {  # a package, and the rooms that may import it
     "omegaconf": {"config"},
     "fsspec": {"storage"},
     "s3fs": set(),
-    "pyarrow": {"dataset", "listing", "planning", "finished"},
+    "pyarrow": {"benchmarking", "dataset", "listing", "planning", "finished"},
     "lpips": {"perceptual"},
     "scipy": {"benchmarking"},
     "cv2": {"benchmarking"},
