@@ -32,13 +32,13 @@ class BenchmarkConfig:
     input: str = option("examples/photographs", "folder or URI with photographs to cut the test images from")
     model: str = option("", "degrader file; empty: the one that ships")
     parts: tuple[str, ...] = option(PARTS, "which tables to make")
-    sizes: tuple[int, ...] = option((256, 512), "sides of the square images of the comparison")
+    sizes: tuple[int, ...] = option((256,), "sides of the square images of the comparison")
     scales: int = option(30, "scales of a sweep")
     repeats: int = option(3, "alternating repeats of everything timed")
     compile: bool = option(True, "measure with torch.compile as well")
     large: tuple[int, int] = option((4000, 3000), "width and height of the large image")
     memory: float = option(2.0, "GB for the large image")
-    actors: tuple[int, ...] = option((1, 2, 4, 8), "sizes of the pool of logical actors")
+    actors: tuple[int, ...] = option((1, 4), "sizes of the pool of logical actors")
     full_width: bool = option(True, "accuracy of the full-width architecture with random weights as well")
     threads: int = option(0, "CPU threads; 0: all cores")
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
@@ -113,7 +113,7 @@ class _Bench:
         self.config, self.degrader, self.photos, self.device = config, degrader, photos, device
 
     def accuracy(self) -> Iterator[Table]:
-        side, count = (64, 3) if self.config.quick else (96, 9)
+        side, count = (64, 3) if self.config.quick else (96, 5)
         crops = self._crops(side)[: 1 if self.config.quick else None]
         yield benchmarking.accuracy(self.degrader, crops, count)
         if self.config.full_width:
