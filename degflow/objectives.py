@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from degflow.models import ResidualAutoencoder, VelocityNetwork
+from degflow.models.dropout import sample_keys
 from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear, next_knot, taylor_step
 
 
@@ -28,12 +29,13 @@ class RAEObjective(nn.Module):
         super().__init__()
         self.network = autoencoder
 
-    def forward(self, images: Tensor, draw: Tensor) -> Losses:
+    def forward(self, images: Tensor, draw: Tensor, number: Tensor | None = None) -> Losses:
         """Losses of a batch.
 
         Args:
             images: uint8 "B K 3 H W", HR first.
             draw: "B" in [0, 1); picks each sample's level.
+            number: the samples' numbers; nothing here depends on them.
         """
         image = to_float(images)
         level = (draw * images.shape[1]).long().clamp(max=images.shape[1] - 1)
@@ -50,13 +52,21 @@ class RAEObjective(nn.Module):
 class LFMObjective(nn.Module):
     """Stage 2: conditional flow matching on the path through the latents, and Taylor-guided LPIPS.
 
+    The mean of the losses of a step's parts, of equal size, is the loss of the whole batch: dropout, and which samples
+    get the LPIPS term, depend on a sample's number alone.
+
     Args:
         autoencoder: the trained autoencoder; frozen here.
         velocity: the network to train.
         path: `NaturalCubicSpline` or `PiecewiseLinear` over the levels' times.
         perceptual: LPIPS ("B 3 H W", "B 3 H W") -> "B", or None to do without.
         weight: of the LPIPS term.
-        perceptual_samples: how many samples of each batch get the LPIPS term; 0 means all.
+        perceptual_samples: how many samples of each step get the LPIPS term, evenly spread over it; 0 means all.
+        batch: samples per step, over all processes; needed with perceptual_samples.
+        seed: decides dropout, with a sample's number.
+        lag: in [0, 1), 0 in the paper. The network also sees points behind the path, by up to this share of the way
+            back to the HR latent, and learns the path's velocity there. An integration that has fallen behind meets
+            such points; without them it takes them for those of a scene that moves little, and falls back further.
     """
 
     def __init__(
@@ -67,14 +77,20 @@ class LFMObjective(nn.Module):
         perceptual: nn.Module | None = None,
         weight: float = 0.1,
         perceptual_samples: int = 0,
+        batch: int = 0,
+        seed: int = 0,
+        lag: float = 0.0,
     ):
         super().__init__()
+        if perceptual_samples > batch:
+            raise ValueError(f"perceptual_samples={perceptual_samples}: must not exceed batch={batch}")
         self.autoencoder = autoencoder.eval().requires_grad_(False)
         self.network = velocity
         self.path = path
         self.perceptual = perceptual.requires_grad_(False) if perceptual is not None else None
         self.weight = weight
-        self.perceptual_samples = perceptual_samples
+        self.perceptual_samples, self.batch, self.seed = perceptual_samples, batch, seed
+        self.lag = lag
 
     def train(self, mode: bool = True) -> "LFMObjective":
         """Set the velocity network's mode; the frozen parts stay in eval mode."""
@@ -83,12 +99,13 @@ class LFMObjective(nn.Module):
         self.training = mode
         return self
 
-    def forward(self, images: Tensor, draw: Tensor) -> Losses:
+    def forward(self, images: Tensor, draw: Tensor, number: Tensor) -> Losses:
         """Losses of a batch.
 
         Args:
             images: uint8 "B K 3 H W", HR first.
             draw: "B" in [0, 1); the samples' times.
+            number: int64 "B"; step * batch + place in the step's batch.
         """
         image, time = to_float(images), draw.float()
         with torch.no_grad():
@@ -97,17 +114,31 @@ class LFMObjective(nn.Module):
             values = torch.cat((latent[:, None], lower.unflatten(0, (len(image), -1))), 1).float()
             with torch.autocast(values.device.type, enabled=False):  # it would round the path to half precision
                 point = self.path.at(values, time)
-        velocity = self.network(point.position, time).float()
+        behind = self.lag * (draw * 2**20 % 1).float()[:, None, None, None]  # of the bits that the time hardly shows
+        start = point.position + behind * (values[:, 0] - point.position)
+        velocity = self.network(start, time, sample_keys(self.seed, number)).float()
         flow = F.mse_loss(velocity, point.velocity)
         if self.perceptual is None or self.weight == 0:
             return Losses(flow, {"cfm": flow.detach()})
-        count = self.perceptual_samples or len(image)
         after, gap = next_knot(self.path.knots, time)
-        landed = taylor_step(point, velocity, gap)[:count]
-        generated = self.autoencoder.decode(landed, tuple(skip[:count] for skip in skips)).float()
-        target = image[torch.arange(len(image), device=image.device), after][:count]
-        lpips = self.perceptual(generated, target).mean()
+        landed = taylor_step(point, velocity, gap)
+        target = image[torch.arange(len(image), device=image.device), after]
+        lpips = self._perceptual(landed, skips, target, number)
         return Losses(flow + self.weight * lpips, {"cfm": flow.detach(), "lpips": lpips.detach()})
+
+    def _perceptual(self, latent: Tensor, skips: tuple[Tensor, ...], target: Tensor, number: Tensor) -> Tensor:
+        """Mean LPIPS of the decoded latents to the targets, over the samples that get it."""
+        assert self.perceptual is not None
+        share = 1.0
+        if self.perceptual_samples:
+            place = number % self.batch
+            chosen = (place * self.perceptual_samples % self.batch < self.perceptual_samples).nonzero()[:, 0]
+            if not len(chosen):
+                return latent.new_zeros(())
+            # A part of the step's batch may hold more or fewer of them than its share.
+            share = len(chosen) / len(number) * self.batch / self.perceptual_samples
+            latent, target, skips = latent[chosen], target[chosen], tuple(skip[chosen] for skip in skips)
+        return self.perceptual(self.autoencoder.decode(latent, skips).float(), target).mean() * share
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -109,16 +109,21 @@ class SceneImages:
     Args:
         config: tree, levels and cache.
         quiet: no progress bar.
+        share: (n, N): process n of the N that fill one cache; each begins with its own N-th of the scenes, and finds
+            most of the others' done by them.
 
     Raises:
         ValueError: a scene's files differ in size, or one is smaller than the crop; the message names the file.
     """
 
-    def __init__(self, config: SceneConfig, quiet: bool = False):
+    def __init__(self, config: SceneConfig, quiet: bool = False, share: tuple[int, int] = (0, 1)):
         self.config = config
         self.place = Place(config.data)
         self.scenes, self.missing = find_scenes(config.data, list(config.levels))
-        self.pixels = [self._load(scene) for scene in tqdm(self.scenes, "decoding scenes", disable=quiet)]
+        count, first = len(self.scenes), len(self.scenes) * share[0] // share[1]
+        turns = [(first + n) % count for n in range(count)]
+        loaded = {n: self._load(self.scenes[n]) for n in tqdm(turns, "decoding scenes", disable=quiet)}
+        self.pixels = [loaded[n] for n in range(count)]
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -199,7 +204,7 @@ class AlignedCrops(Dataset[dict[str, Tensor]]):
 
         Returns:
             images: uint8 "K 3 crop crop", HR first. draw: float64 in [0, 1), from which an objective picks a level or
-            a time.
+            a time. number: int64, the index.
         """
         epoch, place = divmod(index, len(self.scenes))
         pixels = self.scenes.pixels[_order(len(self.scenes), self.seed, epoch)[place]]
@@ -211,7 +216,8 @@ class AlignedCrops(Dataset[dict[str, Tensor]]):
         if random.random() < 0.5:
             crop = crop[:, :, ::-1]
         tensor = torch.from_numpy(np.ascontiguousarray(crop.transpose(0, 3, 1, 2)))
-        return {"images": tensor, "draw": torch.tensor(random.random(), dtype=torch.float64)}
+        draw = torch.tensor(random.random(), dtype=torch.float64)
+        return {"images": tensor, "draw": draw, "number": torch.tensor(index)}
 
 
 @lru_cache(maxsize=4)

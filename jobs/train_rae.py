@@ -3,8 +3,9 @@
     accelerate launch jobs/train_rae.py config=configs/small_rae.yaml \\
         scenes.data=runs/scenes/Canon/Train output=runs/rae
 
-ends in output/rae.safetensors. Stopped at any time, the same command goes on from the last checkpoint. Watch
-`decode(encode(LR))` against LR in the validation lines: a decoder that ignores the latent stays at the PSNR of HR.
+ends in output/rae.safetensors. Stopped at any time, the same command goes on from the last checkpoint; SIGTERM and
+SIGUSR1 save one and leave with exit code 75 (the launcher turns every code but 0 into 1). Watch `decode(encode(LR))`
+against LR in the validation lines: a decoder that ignores the latent stays at the PSNR of HR.
 """
 
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from degflow.config import option, plain, required, run
 from degflow.models import AutoencoderConfig, ResidualAutoencoder
 from degflow.objectives import RAEObjective, to_float
 from degflow.scenes import AlignedCrops, SceneConfig, SceneImages
-from degflow.training import FitConfig, Validation, fit
+from degflow.training import FitConfig, Validation, fit, is_main_process, local_share
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,10 @@ class TrainRAEConfig:
 
 def main(config: TrainRAEConfig) -> None:
     """Train, then write rae.safetensors."""
-    scenes = SceneImages(config.scenes)
-    print(scenes.describe())
+    main = is_main_process()
+    scenes = SceneImages(config.scenes, quiet=not main, share=local_share())
+    if main:
+        print(scenes.describe())
     watched = replace(config.scenes, data=config.validation) if config.validation else config.scenes
     crops = evaluation.validation_crops(SceneImages(watched, quiet=True) if config.validation else scenes)
     torch.manual_seed(config.fit.seed)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Install degflow with what its tests need into .venv (made here, or reused) and run them; arguments go to pytest.
+# Tests that need root and Debian's Slurm are left out: `bash .ci/run` installs it and runs them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || python3 -m venv .venv

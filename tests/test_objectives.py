@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch import nn
 
@@ -6,6 +7,7 @@ from degflow.objectives import LFMObjective, RAEObjective, to_float
 from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear
 
 KNOTS = (0.0, 1 / 3, 1.0)
+NUMBERS = torch.arange(4)
 
 
 def crops(count=4, side=16):
@@ -25,7 +27,7 @@ class Oracle(nn.Module):
         super().__init__()
         self.path, self.values, self.offset = path, values, offset
 
-    def forward(self, latent, time):
+    def forward(self, latent, time, key):
         return self.path.at(self.values, time).velocity + self.offset
 
 
@@ -67,13 +69,13 @@ def test_rae_loss_is_the_l1_of_the_drawn_level_decoded_with_hr_skips():
 def test_an_oracle_velocity_has_zero_flow_loss_on_either_path():
     for path_type in (NaturalCubicSpline, PiecewiseLinear):
         objective, images = oracle_objective(path_type)
-        losses = objective(images=images, draw=torch.tensor([0.0, 0.2, 0.5, 0.999]))
+        losses = objective(images=images, draw=torch.tensor([0.0, 0.2, 0.5, 0.999]), number=NUMBERS)
         assert float(losses.total) < 1e-10
 
 
 def test_flow_loss_is_the_mean_squared_velocity_error():
     objective, images = oracle_objective(offset=0.5)
-    losses = objective(images=images, draw=torch.rand(4))
+    losses = objective(images=images, draw=torch.rand(4), number=NUMBERS)
     torch.testing.assert_close(losses.total, torch.tensor(0.25), rtol=1e-4, atol=0)
 
 
@@ -81,7 +83,7 @@ def test_perceptual_term_compares_the_next_levels_image_with_its_own_decoding_un
     perceptual = Recorder()
     objective, images = oracle_objective(perceptual=perceptual, weight=0.1)
     draw = torch.tensor([0.0, 0.2, 0.4, 0.9])
-    losses = objective(images=images, draw=draw)
+    losses = objective(images=images, draw=draw, number=NUMBERS)
     image, next_level = to_float(images), torch.tensor([1, 1, 2, 2])
     target = image[torch.arange(4), next_level]
     assert torch.equal(perceptual.reference, target)
@@ -91,13 +93,44 @@ def test_perceptual_term_compares_the_next_levels_image_with_its_own_decoding_un
     torch.testing.assert_close(losses.total, 0.1 * losses.parts["lpips"] + losses.parts["cfm"])
 
 
-def test_perceptual_samples_limits_the_term_and_weight_zero_leaves_it_out():
+def test_perceptual_samples_spread_over_the_step_and_weight_zero_leaves_the_term_out():
     perceptual = Recorder()
-    objective, images = oracle_objective(perceptual=perceptual, perceptual_samples=2)
-    objective(images=images, draw=torch.rand(4))
-    assert len(perceptual.image) == 2
+    objective, images = oracle_objective(perceptual=perceptual, perceptual_samples=2, batch=4)
+    draw = torch.tensor([0.0, 0.2, 0.4, 0.9])
+    for numbers, chosen in ((NUMBERS, [0, 2]), (NUMBERS + 401, [1, 3])):
+        losses = objective(images=images, draw=draw, number=numbers)
+        target = to_float(images)[torch.arange(4), torch.tensor([1, 1, 2, 2])][chosen]
+        assert torch.equal(perceptual.reference, target)
+        mean = (perceptual.image - target).square().mean()
+        torch.testing.assert_close(losses.parts["lpips"], mean, rtol=1e-6, atol=0)
     objective, images = oracle_objective(perceptual=perceptual, weight=0.0)
-    assert "lpips" not in objective(images=images, draw=torch.rand(4)).parts
+    assert "lpips" not in objective(images=images, draw=torch.rand(4), number=NUMBERS).parts
+    with pytest.raises(ValueError, match="perceptual_samples=5: must not exceed batch=4"):
+        oracle_objective(perceptual=perceptual, perceptual_samples=5, batch=4)
+
+
+@pytest.mark.parametrize("samples", [0, 1, 3, 6])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_parts_of_a_batch_have_its_loss_and_its_gradient_on_average(samples, size):
+    images, draw, number = crops(6), torch.rand(6, generator=torch.Generator().manual_seed(1)), torch.arange(12, 18)
+    torch.manual_seed(0)
+    velocity = VelocityNetwork(VelocityConfig(width=16, multipliers=(1, 1), blocks=1, dropout=0.3))
+    path = NaturalCubicSpline(KNOTS)
+    objective = LFMObjective(autoencoder(), velocity, path, Recorder(), 0.5, samples, batch=6, seed=3).train()
+
+    def losses(parts):
+        velocity.zero_grad()
+        results = [objective(images=images[part], draw=draw[part], number=number[part]) for part in parts]
+        (sum(result.total for result in results) / len(results)).backward()
+        grads = torch.cat([parameter.grad.flatten() for parameter in velocity.parameters()])
+        return {name: sum(result.parts[name] for result in results) / len(results) for name in ("cfm", "lpips")}, grads
+
+    whole, grads = losses([torch.arange(6)])
+    parts, their_grads = losses(torch.arange(6).split(size))
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=0)
+    assert float((their_grads - grads).norm() / grads.norm()) < 1e-5
+    objective.seed = 4
+    assert abs(float(losses([torch.arange(6)])[0]["cfm"] / whole["cfm"]) - 1) > 1e-3  # another seed, other masks
 
 
 def test_only_the_velocity_network_is_trained_and_the_frozen_parts_stay_in_eval_mode():
@@ -107,7 +140,7 @@ def test_only_the_velocity_network_is_trained_and_the_frozen_parts_stay_in_eval_
     objective.train()
     assert velocity.training
     assert not network.training
-    objective(images=images, draw=torch.rand(4)).total.backward()
+    objective(images=images, draw=torch.rand(4), number=NUMBERS).total.backward()
     assert all(parameter.grad is not None for parameter in velocity.parameters())
     assert all(parameter.grad is None for parameter in network.parameters())
 
@@ -119,6 +152,32 @@ def test_mixed_precision_does_not_round_the_path():
         objective.network.values = values
         seen = []
         objective.network.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
-        objective(images=images, draw=torch.tensor([0.1, 0.2, 0.5, 0.7]))
+        objective(images=images, draw=torch.tensor([0.1, 0.2, 0.5, 0.7]), number=NUMBERS)
     exact = objective.path.at(values, torch.tensor([0.1, 0.2, 0.5, 0.7])).position
     torch.testing.assert_close(seen[0], exact, rtol=1e-6, atol=1e-6)
+
+
+class Onlooker(Oracle):
+    """Keeps the points at which it is asked."""
+
+    def forward(self, latent, time, key):
+        self.point = latent
+        return super().forward(latent, time, key)
+
+
+@pytest.mark.parametrize("lag", [0.0, 0.4])
+def test_points_lag_behind_the_path_by_a_share_of_the_way_back(lag):
+    network, images = autoencoder(), crops()
+    path, values = NaturalCubicSpline(KNOTS), latents_of(network, images)
+    onlooker = Onlooker(path, values)
+    draw = torch.rand(4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    losses = LFMObjective(network, onlooker, path, lag=lag)(images=images, draw=draw, number=NUMBERS)
+    assert losses.parts["cfm"] < 1e-10  # the target is the path's velocity, wherever the point is
+    position = path.at(values, draw.float()).position
+    moved = (onlooker.point - position).flatten(1)
+    back = (values[:, 0] - position).flatten(1)
+    share = (moved * back).sum(1) / back.square().sum(1)
+    assert torch.allclose(moved, share[:, None] * back, atol=1e-5)
+    assert share.min() >= -1e-6
+    assert share.max() <= lag + 1e-6
+    assert (share.std() > 0.02) == bool(lag)

@@ -260,6 +260,18 @@ def test_a_cache_gives_the_same_samples_and_is_reused(tree, tmp_path):
     np.testing.assert_array_equal(again.pixels[2], plain.pixels[2])
 
 
+def test_processes_that_share_a_cache_begin_with_a_part_each(tree, tmp_path, monkeypatch):
+    order, decode = [], SceneImages._decode
+    monkeypatch.setattr(SceneImages, "_decode", lambda self, scene: order.append(scene.name) or decode(self, scene))
+    names = ["Canon_001", "Canon_002", "Canon_010"]
+    for share, first in (((0, 3), 0), ((1, 3), 1), ((2, 3), 2), ((1, 2), 1)):
+        order.clear()
+        settings = SceneConfig(data=tree.uri, levels=LEVELS, crop=16, cache=str(tmp_path / f"{share}"))
+        shared = SceneImages(settings, quiet=True, share=share)
+        assert order == names[first:] + names[:first]
+        assert [int(pixels[0, 0, 0, 2]) for pixels in shared.pixels] == [0, 10, 20]
+
+
 def test_a_cache_notices_changed_files_and_settings(tree, tmp_path):
     cache = str(tmp_path / "cache")
     opened(tree, cache=cache)

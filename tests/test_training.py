@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from degflow.models import AutoencoderConfig, ResidualAutoencoder
+from degflow.models.dropout import SampleDropout, sample_keys
 from degflow.objectives import Losses, RAEObjective
-from degflow.training import FitConfig, RankSampler, Validation, fit, learning_rate
+from degflow.training import EXIT_CODE, FitConfig, RankSampler, Validation, fit, learning_rate
 
 ROOT = Path(__file__).parents[1]
 BASE = FitConfig(steps=12, batch=8, learning_rate=3e-3, workers=0, log_every=1, save_every=4, ema=0.9)
@@ -37,24 +38,25 @@ class Toy(nn.Module):
         super().__init__()
         self.config = config
         self.first, self.second = nn.Linear(6, config.width), nn.Linear(config.width, 1)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = SampleDropout(config.dropout)
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, x):
+    def forward(self, x, key=None):
         if self.training:
             self.seen += len(x)
-        return self.second(self.dropout(self.first(x).relu()))[:, 0]
+        return self.second(self.dropout(self.first(x).relu(), key))[:, 0]
 
 
 class ToyObjective(nn.Module):
-    def __init__(self, dropout=0.0, width=16, frozen=1.0):
+    def __init__(self, dropout=0.0, width=16, frozen=1.0, seed=0):
         super().__init__()
+        self.seed = seed
         torch.manual_seed(0)
         self.network = Toy(ToyConfig(width, dropout))
         self.frozen = nn.Parameter(torch.tensor(frozen), requires_grad=False)
 
-    def forward(self, x, y):
-        loss = nn.functional.mse_loss(self.network(x).float(), self.frozen * y)
+    def forward(self, x, y, number):
+        loss = nn.functional.mse_loss(self.network(x, sample_keys(self.seed, number)).float(), self.frozen * y)
         return Losses(loss, {"loss": loss.detach()})
 
 
@@ -70,7 +72,7 @@ class ToySamples(torch.utils.data.Dataset):
             raise self.how
         x = np.random.default_rng((7, index)).standard_normal(6).astype(np.float32)
         y = np.float32(math.nan if index == self.bad else x.sum() / 2)
-        return {"x": torch.from_numpy(x), "y": torch.tensor(y)}
+        return {"x": torch.from_numpy(x), "y": torch.tensor(y), "number": torch.tensor(index)}
 
 
 class Crops(torch.utils.data.Dataset):
@@ -155,7 +157,8 @@ def start_toy(output, *launcher, stderr=None, **changes):
     words = [f"{name}={value}" for name, value in changes.items()]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, *launcher, __file__, str(output), *words]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=stderr, text=True, start_new_session=True)
 
 
 def wait_for(path, process, seconds=60):
@@ -169,13 +172,28 @@ def wait_for(path, process, seconds=60):
 # Interruption and resume
 
 
-def test_a_killed_training_goes_on_bit_for_bit(tmp_path):
-    changes = {"dropout": 0.3, "steps": 30, "save_every": 7}
-    process = start_toy(tmp_path / "killed", delay=0.02, **changes)
-    wait_for(tmp_path / "killed/checkpoints/step-00000014.pt", process)
+def test_a_warned_and_killed_training_goes_on_bit_for_bit(tmp_path):
+    changes = {"dropout": 0.3, "steps": 60, "save_every": 10, "keep": 9, "timeout": 60}
+    slow = {**changes, "delay": 0.02, "workers": 2, "save_every": 1000}
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        before = steps_kept(tmp_path / "killed")[-1] if (tmp_path / "killed/checkpoints").exists() else 0
+        process = start_toy(tmp_path / "killed", stderr=subprocess.STDOUT, **slow)
+        said = [process.stdout.readline()]
+        while not said[-1].startswith(f"step {before + 3} of 60"):
+            said.append(process.stdout.readline())
+            assert said[-1], said
+        os.killpg(process.pid, number)  # to the loader's workers too
+        rest, _ = process.communicate(timeout=60)
+        step = steps_kept(tmp_path / "killed")[-1]
+        assert rest.splitlines()[-1] == f"{number.name}: stopped and saved after step {step}; the same command goes on"
+        assert process.returncode == EXIT_CODE == 75
+        assert before + 3 <= step < before + 20
+
+    process = start_toy(tmp_path / "killed", **changes, delay=0.02)
+    wait_for(tmp_path / "killed/checkpoints/step-00000040.pt", process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert steps_kept(tmp_path / "killed")[-1] < 28
+    assert steps_kept(tmp_path / "killed")[-1] < 60
 
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 150))
@@ -183,15 +201,15 @@ def test_a_killed_training_goes_on_bit_for_bit(tmp_path):
     os.close(theirs)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert re.search(r"resuming after step (14|21)", said)
+    assert re.search(r"resuming after step (40|50)", said)
     shown = read_terminal(ours)
-    assert re.search(r"30/30 .*loss [0-9.e-]+, [0-9.]+ images/s", shown), shown
+    assert re.search(r"60/60 .*loss [0-9.e-]+, [0-9.]+ images/s", shown), shown
 
     toy_job(tmp_path / "straight", **changes)
-    assert_same(checkpoint(tmp_path / "killed", 30), checkpoint(tmp_path / "straight", 30))
+    assert_same(checkpoint(tmp_path / "killed", 60), checkpoint(tmp_path / "straight", 60))
     for name in ("loss", "learning_rate"):
         steps, values = curve(tmp_path / "killed", f"train/{name}")
-        assert steps == list(range(1, 31))
+        assert steps == list(range(1, 61))
         np.testing.assert_array_equal(values, curve(tmp_path / "straight", f"train/{name}")[1])
 
 
@@ -235,7 +253,9 @@ def test_workers_and_a_finished_training_change_nothing(tmp_path):
 def test_dropout_follows_the_seed_and_the_step(tmp_path):
     losses = {}
     for seed in (0, 1, 10**9):
-        train(tmp_path / str(seed), replace(BASE, seed=seed, learning_rate=1e-12, batch=1), ToyObjective(0.5))
+        train(
+            tmp_path / str(seed), replace(BASE, seed=seed, learning_rate=1e-12, batch=1), ToyObjective(0.5, seed=seed)
+        )
         losses[seed] = curve(tmp_path / str(seed))[1]
     assert len({tuple(values) for values in losses.values()}) == 3
 
@@ -336,8 +356,8 @@ def test_accumulation_gives_the_curve_of_the_large_batch(tmp_path, problem):
     name = {"toy": "train/loss", "rae": "train/l1"}[problem]
     results = []
     for accumulate in (1, 2, 8):
-        objective = ToyObjective() if problem == "toy" else rae_objective()
-        train(tmp_path / str(accumulate), replace(BASE, accumulate=accumulate), objective, PROBLEMS[problem][1]())
+        objective, samples = PROBLEMS[problem]
+        train(tmp_path / str(accumulate), replace(BASE, accumulate=accumulate), objective(), samples())
         results.append((curve(tmp_path / str(accumulate), name)[1], checkpoint(tmp_path / str(accumulate), 12)))
     for values, state in results[1:]:
         np.testing.assert_allclose(values, results[0][0], rtol=2e-5)
@@ -346,12 +366,12 @@ def test_accumulation_gives_the_curve_of_the_large_batch(tmp_path, problem):
 
 def test_two_processes_give_the_curve_of_one(tmp_path):
     launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
-    process = start_toy(tmp_path / "two", *launcher, stderr=subprocess.STDOUT, accumulate=2)
-    said, _ = process.communicate(timeout=90)
+    process = start_toy(tmp_path / "two", *launcher, stderr=subprocess.STDOUT, accumulate=2, dropout=0.3)
+    said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert "refused: fit.batch=6: must be a multiple of processes x fit.accumulate = 2 x 2" in said
     assert said.count("step 12 of 12") == 1
-    train(tmp_path / "one")
+    train(tmp_path / "one", objective=ToyObjective(0.3))
     two, one = checkpoint(tmp_path / "two", 12), checkpoint(tmp_path / "one", 12)
     assert int(two["network"].pop("seen")) * 2 == int(one["network"].pop("seen"))
     torch.testing.assert_close(two["network"], one["network"], rtol=1e-3, atol=2e-5)
@@ -386,7 +406,9 @@ def test_the_first_step_is_adam_of_the_clipped_gradient(tmp_path):
     objective = ToyObjective()
     before = {name: parameter.clone() for name, parameter in objective.network.named_parameters()}
     samples = [ToySamples()[n] for n in range(8)]
-    objective(**{key: torch.stack([sample[key] for sample in samples]) for key in ("x", "y")}).total.backward()
+    objective(
+        **{key: torch.stack([sample[key] for sample in samples]) for key in ("x", "y", "number")}
+    ).total.backward()
     grads = [parameter.grad for parameter in objective.network.parameters()]
     norm = torch.cat([grad.flatten() for grad in grads]).norm()
     assert norm > 10 * config.clip
@@ -461,8 +483,8 @@ def test_bf16_keeps_float32_weights(tmp_path):
 
 
 def test_compile_keeps_the_names_and_the_curve(tmp_path):
-    train(tmp_path / "compiled", replace(BASE, compile=True))
-    train(tmp_path / "eager")
+    train(tmp_path / "compiled", replace(BASE, compile=True), ToyObjective(0.3))
+    train(tmp_path / "eager", objective=ToyObjective(0.3))
     compiled, eager = checkpoint(tmp_path / "compiled", 12), checkpoint(tmp_path / "eager", 12)
     assert compiled["network"].keys() == eager["network"].keys()
     np.testing.assert_allclose(curve(tmp_path / "compiled")[1], curve(tmp_path / "eager")[1], rtol=1e-4)

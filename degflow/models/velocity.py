@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from degflow.config import option
+from degflow.models.dropout import SampleDropout, number_layers
 
 
 @dataclass(frozen=True)
@@ -93,19 +94,19 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.embed = nn.Linear(4 * config.width, outputs)
         self.norm2 = _norm(outputs)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = SampleDropout(config.dropout)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs or resample else nn.Identity()
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """ "B C H W" and the embedding -> "B C' H W", H and W doubled or halved by `resample`."""
+    def forward(self, x: Tensor, embedding: Tensor, key: Tensor | None = None) -> Tensor:
+        """ "B C H W", the embedding and the samples' keys -> "B C' H W", H and W doubled or halved by `resample`."""
         y = F.silu(self.norm1(x))
         if self.resample == "up":
             x, y = (F.interpolate(part, scale_factor=2.0, mode="nearest") for part in (x, y))
         elif self.resample == "down":
             x, y = (F.avg_pool2d(part, 2) for part in (x, y))
         y = self.conv1(y) + self.embed(F.silu(embedding))[:, :, None, None]
-        y = self.conv2(self.dropout(F.silu(self.norm2(y))))
+        y = self.conv2(self.dropout(F.silu(self.norm2(y)), key))
         return (self.skip(x) + y) / math.sqrt(2)
 
 
@@ -183,13 +184,15 @@ class VelocityNetwork(nn.Module):
         self.head = nn.Conv2d(channels, config.latent_channels, 3, padding=1)
         self.linear = LinearTerms(config) if config.linear_terms else None
         self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        number_layers(self)
 
-    def forward(self, latent: Tensor, time: Tensor) -> Tensor:
+    def forward(self, latent: Tensor, time: Tensor, key: Tensor | None = None) -> Tensor:
         """Velocity.
 
         Args:
             latent: "B C_z H W"; H and W multiples of 2^(levels - 1).
             time: "B" in [0, 1].
+            key: int64 "B", decides each sample's dropout (see `sample_keys`); needed in training mode alone.
 
         Returns:
             dz/dt, "B C_z H W".
@@ -198,11 +201,11 @@ class VelocityNetwork(nn.Module):
         x = self.stem(latent)
         kept = [x]
         for block in self.down:
-            x = block(x, embedding)
+            x = block(x, embedding, key)
             kept.append(x)
         before, attention, after = self.middle
-        x = after(attention(before(x, embedding)), embedding)
+        x = after(attention(before(x, embedding, key)), embedding, key)
         for block in self.up:
-            x = block(x if block.resample else torch.cat((x, kept.pop()), 1), embedding)
+            x = block(x if block.resample else torch.cat((x, kept.pop()), 1), embedding, key)
         velocity = self.head(F.silu(self.head_norm(x)))
         return velocity if self.linear is None else velocity + self.linear(latent, embedding)

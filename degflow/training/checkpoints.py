@@ -1,0 +1,101 @@
+"""Training checkpoints: `checkpoints/step-N.pt`, each one object that is there whole or not at all."""
+
+import io
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from degflow.storage import Place
+
+# What may change between a run and its continuation.
+_FREE = re.compile(
+    r"fit\.(workers|log_every|validate_every|save_every|keep|resume|compile|accumulate|timeout)"
+    r"|scenes\.cache|output|validation|half"
+)
+
+
+class Checkpoints:
+    """The checkpoints of one output.
+
+    Args:
+        place: the output.
+        keep: how many of the newest stay.
+    """
+
+    def __init__(self, place: Place, keep: int):
+        self.place, self.keep = place, keep
+
+    def names(self) -> list[str]:
+        """Their names, oldest first; all of them are complete, because each was put whole."""
+        keys = [source.key for source in self.place.files("checkpoints")]
+        return [key for key in keys if re.fullmatch(r"checkpoints/step-\d+\.pt", key)]
+
+    def write(self, step: int, state: dict[str, Any]) -> None:
+        """Put a checkpoint, then drop the oldest beyond `keep`.
+
+        Raises:
+            OSError: it cannot be written, e.g. on a full disk; those before stay, and nothing of it is left.
+        """
+        name, buffer = f"checkpoints/step-{step:08d}.pt", io.BytesIO()
+        torch.save(state, buffer)
+        try:
+            self.place.write(name, buffer.getvalue())
+        except OSError as error:
+            size = f"{len(buffer.getvalue()) / 2**20:.1f} MiB"
+            raise OSError(f"{self.place.uri_of(name)}: cannot be written ({size}): {error}") from error
+        for old in self.names()[: -self.keep]:
+            self.place.delete(old)
+
+    def clear(self) -> int:
+        """Drop all; returns how many there were."""
+        names = self.names()
+        for name in names:
+            self.place.delete(name)
+        return len(names)
+
+    def read(self, name: str, settings: dict[str, Any], frozen: str) -> dict[str, Any]:
+        """Read a checkpoint of the same run.
+
+        Args:
+            name: one of `names`.
+            settings: the run's configuration, as plain values; what does not change the result may differ.
+            frozen: fingerprint of the weights beside the trained network.
+
+        Raises:
+            ValueError: unreadable, or of another configuration or other frozen weights.
+        """
+        uri, state = self.place.uri_of(name), read_checkpoint(self.place, name)
+        advice = "use the same configuration, another output, or fit.resume=never"
+        if differing := sorted(_differences(state["settings"], settings)):
+            raise ValueError(f"{uri}: was made with another {', '.join(differing)}; {advice}")
+        if state["frozen"] != frozen:
+            raise ValueError(f"{uri}: was made with other frozen weights under the same file names; {advice}")
+        return state
+
+
+def read_checkpoint(place: Place, name: str) -> dict[str, Any]:
+    """Read what `Checkpoints.write` wrote; nothing in the file can run code."""
+    try:
+        state = torch.load(io.BytesIO(place.read(name)), map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{place.uri_of(name)}: no such file") from None
+    except OSError:
+        raise
+    except Exception as error:  # torch.load raises UnpicklingError, RuntimeError, EOFError, KeyError, ... on damage
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise ValueError(f"{place.uri_of(name)}: not a readable training checkpoint ({reason})") from None
+    wanted = {"step", "network", "ema", "optimizer", "scaler", "settings", "frozen"}
+    if not isinstance(state, dict) or not wanted <= state.keys():
+        raise ValueError(f"{place.uri_of(name)}: not a training checkpoint (those are called checkpoints/step-N.pt)")
+    return state
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key in old.keys() | new.keys():
+        a, b, name = old.get(key), new.get(key), f"{prefix}{key}"
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from _differences(a, b, f"{name}.")
+        elif a != b and not _FREE.fullmatch(name):
+            yield f"{name} ({a} then, {b} now)"

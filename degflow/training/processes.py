@@ -1,0 +1,74 @@
+"""The processes of a training: what the launcher says, what they agree on, and what is said when one is lost."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from torch import Tensor, distributed
+
+
+def is_main_process() -> bool:
+    """Whether this process prints and writes; known before `fit`, from the launcher's environment."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def local_share() -> tuple[int, int]:
+    """(n, N): this is process n of the N of its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def join(precision: str, timeout: int) -> Accelerator:
+    """Meet the other processes.
+
+    Args:
+        precision: no, fp16 or bf16.
+        timeout: seconds after which waiting for another process is an error.
+
+    Raises:
+        ValueError: a launch that `fit` does not serve.
+    """
+    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))
+    with lost(timeout):
+        accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[patience])
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"accelerate launch --gradient_accumulation_steps={accelerator.gradient_accumulation_steps}: "
+            "leave it at 1 and set fit.accumulate"
+        )
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"accelerate launch with {accelerator.distributed_type.value}: only data parallelism (DDP) works"
+        )
+    return accelerator
+
+
+def largest(accelerator: Accelerator, number: int) -> int:
+    """The largest of the processes' numbers, the same in all of them."""
+    if accelerator.num_processes == 1:
+        return number
+    return max(everyones(accelerator, number))
+
+
+def everyones(accelerator: Accelerator, number: int) -> list[int]:
+    """Every process's number."""
+    return cast(Tensor, accelerator.gather(torch.tensor([number], device=accelerator.device))).tolist()
+
+
+@contextlib.contextmanager
+def lost(timeout: int) -> Iterator[None]:
+    """Say what a broken connection means: the exchange with the other processes raises RuntimeErrors of its own."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, distributed.DistError) and "gloo" not in str(error).lower():
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise ConnectionError(
+            f"another process of this training ended, or did not answer within fit.timeout={timeout} s; "
+            f"its own message says why ({type(error).__name__}: {reason})"
+        ) from error

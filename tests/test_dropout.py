@@ -1,0 +1,67 @@
+import pytest
+import torch
+
+from degflow.models.dropout import SampleDropout, number_layers, sample_keys
+
+NUMBERS = torch.arange(64)
+
+
+def masks(p=0.3, seed=0, numbers=NUMBERS, layer=0, shape=(8, 16, 16)):
+    """1 where an element is kept, "B *shape"."""
+    dropout = SampleDropout(p)
+    dropout.layer = layer
+    x = torch.ones(len(numbers), *shape)
+    out = dropout(x, sample_keys(seed, numbers))
+    assert set(out.unique().tolist()) <= {0.0, float(torch.tensor(1.0) / (1 - p))}
+    return (out > 0).float()
+
+
+def correlation(a, b):
+    a, b = a.flatten() - a.mean(), b.flatten() - b.mean()
+    return float((a * b).mean() / (a.std() * b.std()))
+
+
+@pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
+def test_elements_are_dropped_at_the_rate_that_was_asked_for(p):
+    kept = masks(p)
+    error = (p * (1 - p)) ** 0.5  # standard deviation of one element
+    assert abs(float(kept.mean()) - (1 - p)) < 5 * error / kept.numel() ** 0.5
+    rows, columns = kept.flatten(1).mean(1), kept.mean(0)  # neither a sample nor a place is special
+    assert float((rows - (1 - p)).abs().max()) < 5 * error / kept[0].numel() ** 0.5
+    assert 0.8 < float(columns.std()) / (error / len(kept) ** 0.5) < 1.2
+
+
+def test_samples_layers_seeds_and_neighbours_are_independent():
+    kept = masks()
+    limit = 5 / kept.numel() ** 0.5
+    for other in (
+        masks(layer=1),
+        masks(seed=1),
+        masks(seed=2**32),
+        masks(numbers=NUMBERS + 1),
+        masks(numbers=NUMBERS + 2**32),
+        kept.roll(1, 1),
+        kept.roll(1, 2),
+        kept.roll(1, 3),
+    ):
+        assert abs(correlation(kept, other)) < limit
+
+
+def test_a_mask_does_not_depend_on_the_other_samples_nor_on_the_global_generator():
+    kept = masks()
+    torch.manual_seed(123)
+    assert torch.equal(masks(numbers=NUMBERS[[40, 7]]), kept[[40, 7]])
+
+
+def test_in_eval_mode_and_at_zero_it_is_the_identity_and_training_without_keys_is_refused():
+    x = torch.randn(2, 3)
+    assert SampleDropout(0.5).eval()(x, None) is x
+    assert SampleDropout(0.0)(x, None) is x
+    with pytest.raises(ValueError, match=r"dropout=0.5: a forward pass in training mode needs the samples' keys"):
+        SampleDropout(0.5)(x, None)
+
+
+def test_layers_are_numbered():
+    network = torch.nn.Sequential(SampleDropout(0.1), torch.nn.Sequential(torch.nn.ReLU(), SampleDropout(0.1)))
+    number_layers(network)
+    assert [network[0].layer, network[1][1].layer] == [0, 1]
