@@ -62,7 +62,9 @@ def training(
     ways = {
         "stage 1": _stepper(rae, lambda images, draw: rae(images, draw).total, images, draws),
         "stage 1, careless": _stepper(rae, lambda images, draw: careless_rae(rae, images, draw), images, draws),
-        "stage 2": _stepper(lfm, lambda images, draw: lfm(images, draw).total, images, draws),
+        "stage 2": _stepper(
+            lfm, lambda images, draw: lfm(images, draw, torch.arange(len(draw), device=device)).total, images, draws
+        ),
         "stage 2, careless": _stepper(loose, lambda images, draw: careless_lfm(loose, images, draw), images, draws),
     }
     for way in ways.values():
