@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from degflow import images
 from degflow.config import parse, plain
-from degflow.flow import integrate
+from degflow.flow import STEPS, integrate
 from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork
 from degflow.storage import load_checkpoint, save_checkpoint
 from degflow.tiling import Grid, cheapest, finest
@@ -55,7 +55,7 @@ class Degrader(nn.Module):
 
     @torch.inference_mode()
     def forward(
-        self, hr: Tensor, scale: Tensor, *, steps: int = 2, solver: str = "rk4", memory: float = MEMORY
+        self, hr: Tensor, scale: Tensor, *, steps: int = STEPS, solver: str = "rk4", memory: float = MEMORY
     ) -> Tensor:
         """Degrade a batch.
 
@@ -146,6 +146,14 @@ class Degrader(nn.Module):
             raise ValueError(f"memory={memory:g}: {width} x {height} pixels need at least {least / 1e9 + 0.005:.2f} GB")
         _, grid, keep = min(ways, key=lambda way: way[0])
         return 1, grid, keep
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """torch.compile the three networks (not what cuts and joins tiles); takes torch.compile's arguments.
+
+        It pays for many images of few sizes: a new size costs a compilation, which takes minutes on a busy CPU.
+        """
+        for network in (self.autoencoder.encoder, self.autoencoder.decoder, self.velocity):
+            network.compile(*args, **options)
 
     def check_scales(self, low: float, high: float) -> None:
         """Raise ValueError unless [low, high] lies in the trained range."""

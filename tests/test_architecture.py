@@ -25,8 +25,10 @@ FENCES = {  # a package, and the rooms that may import it
     "omegaconf": {"config"},
     "fsspec": {"storage"},
     "s3fs": set(),
-    "pyarrow": {"dataset", "listing", "planning", "finished"},
+    "pyarrow": {"benchmarking", "dataset", "listing", "planning", "finished"},
     "lpips": {"perceptual"},
+    "scipy": {"benchmarking"},
+    "cv2": {"benchmarking"},
 }
 TORCH_ONLY = {"trajectory", "flow", "tiling", "models"}
 APART = {("training", "synthesis"), ("synthesis", "training")}

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import numpy as np
@@ -168,3 +169,12 @@ def test_a_damaged_degrader_file_is_named(degrader, tmp_path, change):
     save_checkpoint(uri, dict(list(tensors.items())[1:]), description)
     with pytest.raises(ValueError, match=r"d\.safetensors: a damaged degrader"):
         Degrader.load(uri)
+
+
+def test_compiling_changes_no_image_and_no_name_in_the_file(degrader):
+    hr, scale = pictures(1, 40, 48), torch.tensor([2.5])
+    wanted = degrader(hr, scale)
+    compiled = copy.deepcopy(degrader)
+    compiled.compile(backend="eager")  # no C++ compiler needed; the tracing is what is tested
+    torch.testing.assert_close(compiled(hr, scale), wanted, rtol=0, atol=1e-5)
+    assert compiled.state_dict().keys() == degrader.state_dict().keys()

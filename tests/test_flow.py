@@ -61,6 +61,21 @@ def test_dense_output_reads_one_integration_at_many_times():
         torch.testing.assert_close(out[:, n], problems.rotated(start(), times[:, n]), rtol=0, atol=2e-3)
 
 
+def test_dense_output_goes_as_far_as_the_last_time_needs():
+    seen = []
+
+    def velocity(z, time):
+        seen.append(time.tolist())
+        return problems.rotation(z, time)
+
+    times = torch.tensor([[0.1, 0.25], [0.0, 0.7], [0.0, 0.0]], dtype=torch.float64)
+    out = integrate(velocity, start(), times, steps=4, solver="euler")
+    assert seen == [[n / 4] * 3 for n in range(4)]
+    assert torch.equal(out, integrate(problems.rotation, start(), times.sort(1).values, steps=4, solver="euler"))
+    farther = torch.cat((times, torch.ones(3, 1, dtype=torch.float64)), 1)
+    assert torch.equal(out, integrate(problems.rotation, start(), farther, steps=4, solver="euler")[:, :2])
+
+
 def test_a_dense_result_does_not_depend_on_the_other_times():
     many = torch.tensor([[0.2, 0.9, 0.5]] * 3, dtype=torch.float64)
     together = integrate(problems.rotation, start(), many, steps=3, solver="heun")

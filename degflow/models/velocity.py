@@ -79,7 +79,7 @@ class TimeEmbedding(nn.Module):
         """Times "B" in [0, 1] -> "B 4*width"."""
         half = self.width // 2
         rates = torch.exp(torch.arange(half, device=time.device) * (-math.log(10000) / (half - 1)))
-        angles = (time.float() * self.factor)[:, None] * rates
+        angles = (time * self.factor if time.dtype == torch.float64 else time.float() * self.factor)[:, None] * rates
         waves = torch.cat((angles.sin(), angles.cos()), 1).to(self.first.weight.dtype)
         return self.second(F.silu(self.first(waves)))
 
@@ -183,6 +183,7 @@ class VelocityNetwork(nn.Module):
         self.head_norm = _norm(channels)
         self.head = nn.Conv2d(channels, config.latent_channels, 3, padding=1)
         self.linear = LinearTerms(config) if config.linear_terms else None
+        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         number_layers(self)
 
     def forward(self, latent: Tensor, time: Tensor, key: Tensor | None = None) -> Tensor:

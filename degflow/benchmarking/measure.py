@@ -1,0 +1,99 @@
+"""Times, peaks of memory, and the tables they go into."""
+
+import ctypes
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Table(NamedTuple):
+    """A Markdown table with a title and what was measured."""
+
+    title: str
+    about: str
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+    def markdown(self) -> str:
+        """The title, the text and the table."""
+        lines = [f"## {self.title}", "", self.about, "", _row(self.header), "|---" * len(self.header) + "|"]
+        return "\n".join(lines + [_row(row) for row in self.rows])
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+class Timing(NamedTuple):
+    """A way's seconds, repeat by repeat, its largest peak of memory in bytes (NaN: unknown), and its last result."""
+
+    seconds: list[float]
+    peak: float
+    result: Any
+
+    @property
+    def median(self) -> float:
+        """Median seconds."""
+        return statistics.median(self.seconds)
+
+    def faster_than(self, other: "Timing") -> float:
+        """Median over the repeats of the other's time over this one's."""
+        return statistics.median(b / a for a, b in zip(self.seconds, other.seconds, strict=True))
+
+
+def alternate(ways: Mapping[str, Callable[[int], Any]], repeats: int, device: str = "cpu") -> dict[str, Timing]:
+    """Time each way `repeats` times, taking turns; a way is called with the number of the repeat."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    peaks, results = dict.fromkeys(ways, 0.0), dict[str, Any]()
+    for repeat in range(repeats):
+        for name, way in ways.items():
+            before = forget_peak(device)
+            begun = time.perf_counter()
+            results[name] = way(repeat)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - begun)
+            peaks[name] = max(peaks[name], peak(device) - before)
+    return {name: Timing(seconds[name], peaks[name], results[name]) for name in ways}
+
+
+def forget_peak(device: str) -> float:
+    """Give free memory back, start a new peak, and return the bytes in use now (NaN: unknown)."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return float(torch.cuda.memory_allocated())
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):  # not Linux, not glibc, or not allowed
+        return float("nan")
+    return peak(device)
+
+
+def peak(device: str) -> float:
+    """The largest number of bytes in use since `forget_peak`."""
+    if device == "cuda":
+        return float(torch.cuda.max_memory_allocated())
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return float("nan")
+    return 1024.0 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+
+
+def machine(device: str) -> str:
+    """One line: the processor, its cores and threads used, the accelerator, versions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    gpu = f", {torch.cuda.get_device_name()}" if device == "cuda" else ", no GPU"
+    load = f"load {os.getloadavg()[0]:.1f} at the start"
+    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads{gpu}; torch {torch.__version__}; {load}"

@@ -1,0 +1,172 @@
+"""What is around the networks: image codecs, and the Ray job beside a bare loop."""
+
+import io
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from degflow import dataset, images
+from degflow.benchmarking.measure import Table, alternate
+from degflow.degrader import Degrader
+from degflow.flow import STEPS
+
+ROOT = Path(__file__).parents[2]
+
+
+def codecs(photographs: Sequence[np.ndarray], repeats: int) -> Table:
+    """Megabytes of pixels per second and core, and bytes per pixel, of each way to write PNG and to read a file."""
+    files = {
+        "JPEG": [_saved(p, "JPEG", quality=95) for p in photographs],
+        "PNG": [_saved(p, "PNG") for p in photographs],
+    }
+    ways: dict[str, Callable[[int], list[Any]]] = {}
+    for level in (1, 3, 6, 9):
+        ways[f"PNG, Pillow level {level}"] = lambda _, level=level: [images.encode_png(p, level) for p in photographs]
+    if cv2 := _opencv():
+        cv2.setNumThreads(1)
+        for level in (1, 3, 6):
+            flags = [cv2.IMWRITE_PNG_COMPRESSION, level]
+            ways[f"PNG, OpenCV level {level}"] = lambda _, flags=flags: [
+                cv2.imencode(".png", p[..., ::-1], flags)[1] for p in photographs
+            ]
+    for kind, data in files.items():
+        ways[f"read {kind}"] = lambda _, data=data: [images.decode(one) for one in data]
+    timings = alternate(ways, repeats)
+    size = sum(p.nbytes for p in photographs)
+    rows = []
+    for name, timing in timings.items():
+        written = sum(map(len, timing.result)) if name.startswith("PNG") else sum(map(len, files[name.split()[1]]))
+        rows.append((name, f"{size / timing.median / 1e6:.0f}", f"{written / (size / 3):.2f}"))
+    missing = "" if cv2 else " OpenCV is not installed here, and left out."
+    about = f"{len(photographs)} photographs, {size / 3e6:.1f} MP, one core, medians of {repeats} repeats.{missing}"
+    return Table("Codecs", about, ("", "MB/s of pixels", "bytes per pixel"), rows)
+
+
+def _saved(pixels: np.ndarray, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _opencv() -> Any:
+    try:
+        import cv2  # pyright: ignore[reportMissingImports] # optional
+    except ImportError:
+        return None
+    return cv2
+
+
+def job(degrader: Degrader, model: str, photographs: Sequence[np.ndarray], repeats: int, threads: int) -> Table:
+    """LR images per second of the Ray job's shards beside a loop that does nothing but call the degrader.
+
+    Args:
+        degrader: the model. model: its file, empty for the one that ships.
+        photographs: uint8 "H W 3", of one size.
+        repeats: bare loop, job, bare loop, job, ...
+        threads: CPUs of the actor and of the loop.
+    """
+    tensors = [images.to_tensor(p)[None] for p in photographs]
+    scale = torch.tensor([[(degrader.low + degrader.high) / 2]], dtype=torch.float64)
+    at, bare, shards = f"scale.values=[{float(scale)}]", [], []
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "photographs")
+        source.mkdir()
+        for n, pixels in enumerate(photographs):
+            (source / f"{n:03d}.jpg").write_bytes(_saved(pixels, "JPEG", quality=95))
+        for repeat in range(repeats):
+            degrader(tensors[0], scale)
+            begun = time.perf_counter()
+            for hr in tensors:
+                degrader(hr, scale)
+            bare.append(len(tensors) / (time.perf_counter() - begun))
+            output = f"{folder}/out{repeat}"
+            words = [f"input={source}", f"output={output}", f"model={model}", "scale.distribution=list", at, "batch=1"]
+            words += [f"solver.steps={STEPS}"]
+            words += [f"actors.threads={threads}", "actors.max=1", "actors.gpus=0", f"shard.images={len(photographs)}"]
+            _run_job([str(ROOT / "jobs/synthesize.py")], words)
+            shards.append(_rate(Path(output, dataset.MANIFEST)))
+    share = statistics.median(b / a for a, b in zip(bare, shards, strict=True))
+    cost = _cpu_seconds(photographs)
+    height, width, _ = photographs[0].shape
+    row = (f"{width} x {height}", *(f"{statistics.median(rates):.2f}" for rates in (bare, shards)), f"{share:.0%}")
+    about = (
+        f"LR images per second of a loop over tensors in memory, and of a shard of the job (read, decode, degrade, "
+        f"compare, encode HR and LR), {len(photographs)} photographs, {threads} CPUs for either, medians of {repeats} "
+        "alternating repeats. On CPUs the job's other stages take their time from the networks; CPU s is what they "
+        "take for an image, so a device that makes N images/s keeps N times as many cores busy."
+    )
+    header = ("image", "bare loop", "Ray job", "share", "CPU s")
+    return Table("Bare loop and Ray job", about, header, [(*row, f"{cost:.3f}")])
+
+
+def _cpu_seconds(photographs: Sequence[np.ndarray]) -> float:
+    """CPU seconds of reading a JPEG and writing HR and LR as PNG, per photograph."""
+    files = [_saved(pixels, "JPEG", quality=95) for pixels in photographs]
+    begun = time.process_time()
+    for data in files:
+        pixels = images.decode(data)
+        for _ in range(2):
+            images.encode_png(pixels)
+    return (time.process_time() - begun) / len(files)
+
+
+def _run_job(command: Sequence[str], words: Sequence[str], **environment: str) -> None:
+    inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    path = os.pathsep.join(filter(None, (str(ROOT), inherited.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, *command, *words],
+        env=inherited | {"PYTHONPATH": path} | environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-2000:]}")
+
+
+def _rate(manifest: Path) -> float:
+    """Rows per second of a dataset's shards."""
+    from pyarrow import parquet
+
+    columns = parquet.read_table(manifest, columns=["rows", "seconds"]).to_pydict()
+    return sum(columns["rows"]) / sum(columns["seconds"])
+
+
+def actors(counts: Sequence[int], seconds: float, images_per_shard: int) -> Table:
+    """Throughput of a pool of logical actors whose degrader only sleeps: what the pipeline itself loses as it grows.
+
+    Args:
+        counts: sizes of the pool.
+        seconds: what the stand-in sleeps for an image.
+        images_per_shard: images; each actor gets four shards.
+    """
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for count in counts:
+            source, output = Path(folder, f"in{count}"), Path(folder, f"out{count}")
+            source.mkdir()
+            data = _saved(np.full((16, 16, 3), 128, np.uint8), "JPEG")
+            for n in range(4 * count * images_per_shard):
+                (source / f"{n:05d}.jpg").write_bytes(data)
+            words = [f"input={source}", f"output={output}", "actors.threads=1", "actors.gpus=0", f"actors.max={count}"]
+            words += [f"actors.min={count}", f"shard.images={images_per_shard}", "batch=1"]
+            environment = {"RAY_OVERRIDE_RESOURCES": f'{{"CPU": {count}}}', "DEGFLOW_STAND_IN_SECONDS": str(seconds)}
+            _run_job(["-m", "degflow.benchmarking.stand_in"], words, **environment)
+            ends = sorted(file.stat().st_mtime for file in (output / "data").iterdir())
+            rate = (len(ends) - count) * images_per_shard / (ends[-1] - ends[count - 1])
+            rows.append((str(count), f"{rate:.1f}", f"{count / seconds:.1f}", f"{rate * seconds / count:.0%}"))
+    about = (
+        f"A STAND-IN: the degrader sleeps {seconds:g} s for an image and returns it, and Ray is told of as many CPUs "
+        f"as there are actors ({os.cpu_count()} are real). Images per second after each actor's first shard."
+    )
+    return Table("Scaling with actors (stand-in)", about, ("actors", "images/s", "if nothing were lost", "share"), rows)

@@ -1,0 +1,42 @@
+"""`python -m degflow.benchmarking.stand_in KEY=VALUE ...`: the synthesis job with a degrader that sleeps."""
+
+import os
+import sys
+import time
+from typing import Any
+
+from torch import Tensor
+
+from degflow.config import load
+from degflow.degrader import Degrader
+from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork
+from degflow.planning import SynthesizeConfig
+
+
+class StandIn(Degrader):
+    """Sleeps for each image, and returns it as every scale's."""
+
+    def __init__(self, seconds: float):
+        autoencoder = ResidualAutoencoder(AutoencoderConfig(base_width=8))
+        super().__init__(autoencoder, VelocityNetwork(VelocityConfig(width=8, blocks=1)), {"1": 1.0, "4": 4.0})
+        self.seconds = seconds
+
+    def forward(self, hr: Tensor, scale: Tensor, **options: Any) -> Tensor:
+        """ "B 3 H W" and "B N" -> "B N 3 H W"."""
+        time.sleep(self.seconds * len(hr))
+        return hr[:, None].expand(-1, scale.shape[1], -1, -1, -1)
+
+
+def main() -> None:
+    """Run the job; only the driver's `Degrader.load` is replaced, actors get the object that it gives."""
+    from degflow import synthesis
+    from degflow.benchmarking import stand_in
+
+    # By its importable name: this file runs as __main__, which actors could not unpickle.
+    degrader = stand_in.StandIn(float(os.environ["DEGFLOW_STAND_IN_SECONDS"]))
+    synthesis.Degrader.load = classmethod(lambda *_: degrader)  # type: ignore[method-assign]
+    synthesis.synthesize(load(SynthesizeConfig, sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()
