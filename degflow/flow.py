@@ -9,9 +9,7 @@ from torch import Tensor
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Solver = Literal["euler", "midpoint", "heun", "rk4"]
 SOLVERS: tuple[str, ...] = get_args(Solver)
-STEPS = (
-    3  # of rk4: within 60 dB of the exact solution in the LR images of the degrader that ships, see jobs/benchmark.py
-)
+STEPS = 3  # of rk4: within 60 dB of the exact solution in the LR images of the degrader that ships
 
 
 def integrate(velocity: Velocity, z0: Tensor, end_time: Tensor, *, steps: int = STEPS, solver: str = "rk4") -> Tensor:

@@ -120,7 +120,7 @@ class Level(nn.Module):
         """ "B C H W" -> "B C' H W", or half of H and W where the level reduces."""
         x = self.reduce(x)
         for gate, block in zip(self.gates, self.blocks, strict=True):
-            x = torch.addcmul(x, gate, block(x))
+            x = x + gate * block(x)
         return x
 
 
@@ -136,32 +136,8 @@ class Expand(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """ "B coarse H W" and the skip "B fine 2H 2W" -> "B fine 2H 2W"."""
-        x = F.pixel_shuffle(_per_pixel(x, *self._folded()), 2)
-        return x + _per_pixel(skip, self._weights(self.merge)[:, x.shape[1] :]) if self.hr_skips else x
-
-    def _folded(self) -> tuple[Tensor, Tensor]:
-        """One matrix and bias for widen, narrow and merge's part of x: nothing between them is not linear."""
-        widen, narrow, merge = map(self._weights, (self.widen, self.narrow, self.merge))
-        inner = merge[:, : len(narrow)] @ narrow
-        # The shuffle takes four neighbouring outputs for one channel, so each position has a matrix of its own.
-        weight = torch.einsum("fc,cpx->fpx", inner, widen.unflatten(0, (-1, 4)))
-        widen_bias, narrow_bias, merge_bias = (self._bias(conv) for conv in (self.widen, self.narrow, self.merge))
-        bias = torch.einsum("fc,cp->fp", inner, widen_bias.unflatten(0, (-1, 4)))
-        rest = merge[:, : len(narrow)] @ narrow_bias + merge_bias
-        return weight.flatten(0, 1), (bias + rest[:, None]).flatten()
-
-    @staticmethod
-    def _weights(conv: nn.Conv2d) -> Tensor:
-        return conv.weight[:, :, 0, 0]
-
-    @staticmethod
-    def _bias(conv: nn.Conv2d) -> Tensor:
-        return conv.bias  # type: ignore[return-value] # they all have one
-
-
-def _per_pixel(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A 1x1 convolution, "B C H W" in channels_last, as one matrix product."""
-    return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+        x = self.narrow(F.pixel_shuffle(self.widen(x), 2))
+        return self.merge(torch.cat((x, skip), 1) if self.hr_skips else x)
 
 
 class Encoder(nn.Module):

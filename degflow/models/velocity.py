@@ -183,7 +183,6 @@ class VelocityNetwork(nn.Module):
         self.head_norm = _norm(channels)
         self.head = nn.Conv2d(channels, config.latent_channels, 3, padding=1)
         self.linear = LinearTerms(config) if config.linear_terms else None
-        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         number_layers(self)
 
     def forward(self, latent: Tensor, time: Tensor, key: Tensor | None = None) -> Tensor:
