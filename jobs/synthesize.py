@@ -1,7 +1,7 @@
 """HR images -> a dataset of LR images at randomly sampled, continuous degradation scales.
 
     python jobs/synthesize.py input=photos output=runs/dataset
-    ray job submit --working-dir . -- python jobs/synthesize.py input=s3://bucket/photos output=s3://bucket/dataset
+    ray job submit --runtime-env cluster/ray/runtime_env.yaml -- python jobs/synthesize.py input=s3://... output=s3://...
 
 It joins a running Ray cluster (RAY_ADDRESS) or starts a Ray on this machine. The same command continues a run that was
 stopped, and leaves a finished dataset alone.
