@@ -55,7 +55,7 @@ class Codec:
         """Read and decode a file.
 
         Raises:
-            StorageError: the store itself does not answer, for this file or any other.
+            StorageError: the store itself does not answer, for this file or any other, or refuses us altogether.
         """
         place = Place(self.root)
         try:
@@ -65,10 +65,10 @@ class Codec:
             return Reject(source.key, "read", "no longer there")
         except images.ImageError as error:
             return Reject(source.key, "read", str(error))
-        except StorageError as error:
-            if not place.answers():
-                raise
-            return Reject(source.key, "read", str(error), error.attempts)
+        except (StorageError, PermissionError) as error:
+            if not place.local and not place.answers():
+                raise StorageError(str(error), getattr(error, "attempts", 1)) from None
+            return Reject(source.key, "read", str(error), getattr(error, "attempts", 1))
         except Exception as error:  # object stores raise more than OSError
             return Reject(source.key, "read", _reason(error))
         if source.size not in (-1, len(data)) or source.etag not in ("", etag):

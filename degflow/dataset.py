@@ -184,9 +184,14 @@ def part_name(folder: str, number: int) -> str:
 
 
 def layout(output: Place) -> list[str]:
-    """Every object of this layout that is there, in the order to delete them; leftovers of killed writes included."""
+    """Every object of this layout that is there, in the order to delete them; leftovers of killed writes included.
+
+    So that what a kill leaves is still this job's: _SUCCESS goes first, the newest parts before older ones, and the
+    configuration last.
+    """
     names = [file.key for file in output.files() if _is_ours(file.key) or is_leftover(file.key)]
-    return sorted(names, key=lambda name: (name != SUCCESS, name == CONFIG, name))
+    names.sort(reverse=True)
+    return sorted(names, key=lambda name: (name != SUCCESS, name == CONFIG))
 
 
 def is_leftover(name: str) -> bool:
@@ -213,6 +218,19 @@ def read_plan(output: Place) -> Plan:
     """The plan; of nothing when nothing is planned yet."""
     tables = [_read(output, file.key).cast(PLAN_ROW) for file in output.files(PLAN) if _PART.fullmatch(file.key)]
     return Plan(pa.concat_tables(tables), len(tables)) if tables else Plan.empty()
+
+
+def count_parts(output: Place) -> int:
+    """How many parts the plan has."""
+    return sum(bool(_PART.fullmatch(file.key)) for file in output.files(PLAN))
+
+
+def parts_in_manifest(output: Place) -> int:
+    """How many shards the manifest lists; 0 where there is none."""
+    try:
+        return len(_read(output, MANIFEST))
+    except FileNotFoundError:
+        return 0
 
 
 class ShardWriter:
@@ -255,7 +273,13 @@ class ShardWriter:
         self._buffer, self._buffered = [], 0
 
     def finish(self, seconds: float, psnr: float | None, clipped: float | None, colour_shift: float | None) -> Record:
-        """Put the rejects with the record, then the data: from then on the shard is done."""
+        """Put the rejects with the record, then the data: from then on the shard is done.
+
+        One that another driver has put meanwhile, by the same recipe, stays as it is; its record is returned.
+        """
+        found = _record(self.output, self.number)
+        if found and found.recipe == self.recipe and _size_there(self.output, found.part) == found.bytes:
+            return found
         self._flush()
         self._parquet.close()
         size = self._spool.tell()
@@ -277,18 +301,16 @@ class ShardWriter:
         rejects = pa.Table.from_pylist([reject._asdict() for reject in self._rejects], schema=schema)
         self.output.write(part_name(REJECTS, self.number), _serialise(rejects))
         spool = f"/dev/fd/{self._spool.fileno()}"
-        if not self.output.upload(spool, record.part, new=True) and not _is_there(self.output, record):
+        if not self.output.upload(spool, record.part, new=True) and self.output.sha256(record.part) != digest:
             self.output.upload(spool, record.part)  # what is there is no shard of this recipe, or cut short
         return record
 
 
-def _is_there(output: Place, record: Record) -> bool:
-    """Whether the data part that is there holds the bytes that the record describes."""
-    with output.open(record.part) as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest() == record.sha256
+def _size_there(output: Place, part: str) -> int:
+    try:
+        return output.source(part).size
+    except FileNotFoundError:
+        return -1
 
 
 def finished(output: Place, plan: Plan, recipe: Callable[[Sequence[Source]], str]) -> dict[int, Record]:

@@ -109,7 +109,7 @@ def _inventory(uri: str) -> pa.Table:
     data = place.read(name)
     try:
         table = _read(uri, data)
-    except (pa.ArrowInvalid, pa.ArrowKeyError, pa.ArrowTypeError) as error:
+    except pa.ArrowException as error:
         raise ValueError(f"input={uri}: not a readable inventory ({' '.join(str(error).split())})") from None
     if "key" not in table.column_names:
         raise ValueError(f"input={uri}: an inventory has a column named key; this one has {table.column_names}")
@@ -117,10 +117,10 @@ def _inventory(uri: str) -> pa.Table:
         columns = [
             table["key"].cast(pa.string()),
             _column(table, "size", pa.int64(), -1),
-            _column(table, "etag", pa.string(), ""),
+            pc.utf8_trim(_column(table, "etag", pa.string(), ""), '"'),  # as S3's answers quote them
         ]
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"input={uri}: a column of another type ({error})") from None
+    except (KeyError, pa.ArrowException) as error:
+        raise ValueError(f"input={uri}: key, size or etag is there twice, or of another type ({error})") from None
     table = pa.table(columns, SOURCE)
     if table["key"].null_count:
         raise ValueError(f"input={uri}: {table['key'].null_count} rows without a key")

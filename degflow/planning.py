@@ -213,9 +213,12 @@ def _stored(config: SynthesizeConfig, output: Place) -> SynthesizeConfig | None:
     try:
         return parse(SynthesizeConfig, read(output.read(dataset.CONFIG).decode()))
     except FileNotFoundError:
-        if _is_empty(config, output):
-            return None
-        raise ValueError(elsewhere) from None
+        names = _names_in(config, output)
+        if dataset.CONFIG in names:  # another driver has just written it
+            return _stored(config, output)
+        if names:
+            raise ValueError(elsewhere) from None
+        return None
     except NotADirectoryError:
         raise ValueError(f"output={config.output}: is a file, or lies in one") from None
     except OSError as error:
@@ -224,9 +227,9 @@ def _stored(config: SynthesizeConfig, output: Place) -> SynthesizeConfig | None:
         raise ValueError(f"{elsewhere} (its config.yaml: {error})") from None
 
 
-def _is_empty(config: SynthesizeConfig, output: Place) -> bool:
+def _names_in(config: SynthesizeConfig, output: Place) -> list[str]:
     try:
-        return not output.files()
+        return [file.key for file in output.files() if not dataset.is_leftover(file.key)]
     except FileNotFoundError as error:
         raise FileNotFoundError(f"output={config.output}: cannot be written ({error})") from error
 
@@ -244,6 +247,15 @@ def recipe_of(config: SynthesizeConfig, sources: Sequence[Source]) -> str:
     decisive = {name: value for name, value in _flat(plain(config)) if name not in (*FREE, "input", "root")}
     text = json.dumps([decisive, [list(source) for source in sources]], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def is_still_wanted(config: SynthesizeConfig, sources: Sequence[Source]) -> bool:
+    """Whether the output's configuration is still this one: a driver with overwrite=true may have come since."""
+    try:
+        stored = parse(SynthesizeConfig, read(Place(config.output).read(dataset.CONFIG).decode()))
+    except FileNotFoundError:
+        return True
+    return recipe_of(stored, sources) == recipe_of(config, sources)
 
 
 def first_part(config: SynthesizeConfig) -> Part:
@@ -273,7 +285,9 @@ def _list(config: SynthesizeConfig) -> Listing:
 def news(config: SynthesizeConfig, plan: Plan) -> Part:
     """The files that came to the input since the plan was made, as its next part."""
     listed = _list(config).sources
-    return plan.next_part(listed.filter(pc.invert(pc.is_in(listed["key"], plan.table["key"]))), config.shard.images)
+    new = listed.filter(pc.invert(pc.is_in(listed["key"], plan.table["key"])))
+    room = max(0, config.limit - plan.files) if config.limit else len(new)
+    return plan.next_part(new.slice(0, room), config.shard.images)
 
 
 def rejected(config: SynthesizeConfig, plan: Plan, records: Mapping[int, Record], output: Place) -> Part:

@@ -22,7 +22,7 @@ from degflow.codec import Codec, Draw, Loaded
 from degflow.dataset import Record, Reject, ShardWriter
 from degflow.degrader import Degrader
 from degflow.listing import root_of
-from degflow.planning import ScaleConfig, SynthesizeConfig, recipe_of
+from degflow.planning import ScaleConfig, SynthesizeConfig, is_still_wanted, recipe_of
 from degflow.storage import Place, Source
 from degflow.trajectory import time_of_scale
 
@@ -142,6 +142,8 @@ class ShardMaker:
                         sums, rows = sums + result.statistics, rows + len(result.rows)
                 yield Progress(len(results), sum(isinstance(result, Reject) for result in results))
             means = tuple((sums / rows).tolist()) if rows else (None, None, None)
+            if not is_still_wanted(self.config, sources):
+                raise OSError(f"output={self.config.output}: another run has taken its place (overwrite=true)")
             yield Progress(0, 0, writer.finish(time.monotonic() - started, *means))
 
     def _windows(self, sources: Sequence[Source]) -> Iterator[list[_Item | Reject]]:

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -73,7 +74,7 @@ class Place:
     def __init__(self, uri: str):
         if not uri:
             raise ValueError("an empty URI names no place")
-        if re.match(r"[a-z0-9+.]+://[^/@]*:[^/@]*@", uri, re.IGNORECASE):
+        if re.match(r"[a-z0-9+.]+://[^/@]*:[^/@]*@|s3a?://(?!arn:)[^/@:]*:[^@]*@", uri, re.IGNORECASE):
             raise ValueError(
                 "a URI must not hold a password (configurations and datasets keep URIs); use the environment"
             )
@@ -153,7 +154,7 @@ class Place:
         path = self.path(name)
         if self.local:
             with open(file, "rb") as source:
-                return _place(path, new, lambda target: shutil.copyfileobj(source, target, 1 << 20))
+                return _place(path, new, lambda target: (source.seek(0), shutil.copyfileobj(source, target, 1 << 20)))
         return self._put(name, new, lambda **mode: self.fs.put_file(file, path, **mode))
 
     def _put(self, name: str, new: bool, put: Callable[..., Any]) -> bool:
@@ -162,10 +163,14 @@ class Place:
                 put(**({"mode": "create"} if new else {}))
             except FileExistsError:
                 return False
+            except FileNotFoundError as error:
+                if _code(error) != "NoSuchUpload":
+                    raise
+                raise ConnectionError("the store has ended the upload") from error  # so that it is tried again
             except OSError as error:
                 if new and error.errno == errno.ENOSYS:  # a store without conditional writes
                     put()
-                elif new and _code(error) in ("PreconditionFailed", "412", "ConditionalRequestConflict"):
+                elif new and _code(error) in ("PreconditionFailed", "412"):
                     return False
                 else:
                     raise
@@ -183,14 +188,26 @@ class Place:
         return self._try(name, ask)
 
     def answers(self) -> bool:
-        """Whether the store answers at all, be it that a file is not there."""
+        """Whether the store answers at all, be it that a file is not there, and does not refuse us altogether."""
         try:
             self._try("", lambda: self.fs.info(self.path(f".{uuid.uuid4().hex}")))
-        except StorageError:
+        except (StorageError, PermissionError):
             return False
         except OSError:
             pass
         return True
+
+    def sha256(self, name: str) -> str:
+        """Digest of a file, read piece by piece."""
+
+        def ask() -> str:
+            with self.fs.open(self.path(name), "rb") as file:
+                digest = hashlib.sha256()
+                while chunk := file.read(1 << 24):
+                    digest.update(chunk)
+            return digest.hexdigest()
+
+        return self._try(name, ask)
 
     def delete(self, name: str) -> None:
         """Delete a file, or a folder with all below it, if it is there."""
@@ -256,7 +273,7 @@ class Place:
 
     def _try(self, name: str, operation: Callable[[], T]) -> T:
         """The operation's result; on an object store, failures that may pass are tried again."""
-        deadline, pause, attempt = time.monotonic() + PATIENCE, _FIRST_PAUSE, 0
+        deadline, pause, attempt = math.inf, _FIRST_PAUSE, 0
         while True:
             attempt += 1
             try:
@@ -272,6 +289,7 @@ class Place:
                 message = f"{self.uri_of(name)}: {kind}: {_line(error)}"
                 if kind in _REFUSED:
                     raise PermissionError(message) from None
+                deadline = min(deadline, time.monotonic() + PATIENCE)  # counts from the first failure
                 if time.monotonic() + pause > deadline:
                     raise StorageError(f"{message} (attempts: {attempt})", attempt) from None
                 _log.info("%s; trying again", message)
@@ -355,6 +373,13 @@ def load_checkpoint(uri: str, *kinds: str) -> "tuple[dict[str, Tensor], dict[str
 
 def _place(path: str, new: bool, fill: Callable[[BinaryIO], Any]) -> bool:
     """Write a local file under a hidden name, and give it its own when all is written; see `Place.write`."""
+    try:
+        return _place_once(path, new, fill)
+    except FileNotFoundError:  # another driver that finished took the hidden file for a leftover
+        return _place_once(path, new, fill)
+
+
+def _place_once(path: str, new: bool, fill: Callable[[BinaryIO], Any]) -> bool:
     folder, base = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
     short = base.encode()[:200].decode(errors="ignore")

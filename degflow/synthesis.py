@@ -58,7 +58,7 @@ def synthesize(config: SynthesizeConfig) -> None:
     plan = Plan.empty() if config.overwrite else dataset.read_plan(output)
     records = dataset.finished(output, plan, recipe)
     part = _next_part(config, plan, records, output)
-    if output.exists(dataset.SUCCESS) and not config.overwrite and not part:
+    if not config.overwrite and not part and _is_finished(output, plan, records):
         print(f"{config.output}: finished already, nothing to do (overwrite=true makes it anew)")
         _name_preview(output)
         return
@@ -69,19 +69,29 @@ def synthesize(config: SynthesizeConfig) -> None:
         return
     plan = _claim(config, output, plan, part)
     print(_describe(config, plan, records), flush=True)
-    pending = [number for number in range(len(plan)) if number not in records]
-    started = time.monotonic()
-    if pending:
-        with _cluster(config) as pool:
-            if config.actors.threads != pool.threads:
-                config = replace(config, actors=replace(config.actors, threads=pool.threads))
-                _save(config, output)
-            _make_shards(config, degrader, plan, pending, pool)
+    started, made = time.monotonic(), 0
+    while True:
+        pending = [number for number in range(len(plan)) if number not in records]
+        if pending:
+            with _cluster(config) as pool:
+                if config.actors.threads != pool.threads:
+                    config = replace(config, actors=replace(config.actors, threads=pool.threads))
+                    _save(config, output)
+                _make_shards(config, degrader, plan, pending, pool)
+            records, made = dataset.finished(output, plan, recipe), made + plan.images(pending)
+            if missing := sorted(set(range(len(plan))) - set(records)):
+                same = "the same command without overwrite=true" if config.overwrite else "the same command"
+                raise ValueError(f"{len(missing)} of {len(plan)} shards are missing; {same} makes them")
+        if _finish(config, output, plan, records):
+            break
+        plan = dataset.read_plan(output)  # another driver has extended it
         records = dataset.finished(output, plan, recipe)
-        if missing := sorted(set(range(len(plan))) - set(records)):
-            raise ValueError(f"{len(missing)} of {len(plan)} shards are missing; the same command makes them")
-    _finish(config, output, plan, records)
-    _summarise(config, output, plan, records, plan.images(pending), time.monotonic() - started)
+    _summarise(config, output, plan, records, made, time.monotonic() - started)
+
+
+def _is_finished(output: Place, plan: Plan, records: Mapping[int, Record]) -> bool:
+    there = output.exists(dataset.SUCCESS) and len(records) == len(plan)
+    return there and dataset.parts_in_manifest(output) == len(plan)
 
 
 def _next_part(config: SynthesizeConfig, plan: Plan, records: Mapping[int, Record], output: Place) -> Part | None:
@@ -101,7 +111,7 @@ def _next_part(config: SynthesizeConfig, plan: Plan, records: Mapping[int, Recor
 
 
 def _describe(config: SynthesizeConfig, plan: Plan, records: Mapping[int, Record]) -> str:
-    count = plan.images(range(len(plan)))
+    count = plan.files
     done = f", {len(records)} of them done" if records else ""
     return (
         f"{count} images ({plan.bytes / 1e6:.1f} MB) in {len(plan)} shards{done}; "
@@ -139,22 +149,26 @@ def _claim(config: SynthesizeConfig, output: Place, plan: Plan, part: Part | Non
     try:
         if config.overwrite:
             for name in dataset.layout(output):
-                output.delete(name)
-        if not output.exists(dataset.CONFIG):
+                if name != dataset.CONFIG:
+                    output.delete(name)
             _save(config, output)
+        elif not _save(config, output, new=True):
+            continued(config, output)
         if part:
             output.delete(dataset.SUCCESS)
             if not dataset.write_part(output, plan.parts, part):
                 print("another driver planned at the same time: its plan counts", flush=True)
-            return dataset.read_plan(output)
+            plan = dataset.read_plan(output)
+            if not len(plan):
+                raise OSError("another driver is overwriting it")
         return plan
     except OSError as error:
         raise OSError(f"output={config.output}: cannot be written ({type(error).__name__}: {error})") from error
 
 
-def _save(config: SynthesizeConfig, output: Place) -> None:
+def _save(config: SynthesizeConfig, output: Place, new: bool = False) -> bool:
     asked = {"overwrite": False, "dry_run": False, "extend": False, "retry_rejects": False}
-    output.write(dataset.CONFIG, dump(replace(config, **asked)).encode())
+    return output.write(dataset.CONFIG, dump(replace(config, **asked)).encode(), new=new)
 
 
 @dataclass(frozen=True)
@@ -192,6 +206,8 @@ def _pool(config: SynthesizeConfig, own: bool) -> _Pool:
         raise ValueError(f"actors.gpus={config.actors.gpus}: Ray finds no GPU on this machine")
     if own and config.actors.threads > max(cpus):
         raise ValueError(f"actors.threads={config.actors.threads}: Ray finds {max(cpus)} CPUs on this machine")
+    if not gpus and cpus and config.actors.threads > max(cpus):
+        print(f"actors.threads={config.actors.threads}: no node has so many CPUs now; waiting for one that has")
     shares = [c // g if gpus else c for c, g in zip(cpus, offered, strict=True) if g or not gpus]
     threads = config.actors.threads or max(1, min([4, *shares]))
     fits = [g if gpus else c // threads for c, g in zip(cpus, offered, strict=True)]
@@ -338,13 +354,18 @@ def _quiet_ray_data() -> Iterator[None]:
         yield
 
 
-def _finish(config: SynthesizeConfig, output: Place, plan: Plan, records: Mapping[int, Record]) -> None:
-    """What makes the shards a dataset, `_SUCCESS` last."""
+def _finish(config: SynthesizeConfig, output: Place, plan: Plan, records: Mapping[int, Record]) -> bool:
+    """What makes the shards a dataset, `_SUCCESS` last; False, and not that, when the plan has grown meanwhile."""
+    if dataset.count_parts(output) != plan.parts:
+        return False
     dataset.write_manifest(output, plan, records)
     totals = _totals(config, plan, records)
     output.write(dataset.CARD, card(records, totals.rejects, plain(config), _scales_in_words(config)).encode())
-    if sheet := preview(output, records, config.max_pixels):
-        output.write(dataset.PREVIEW, sheet)
+    try:
+        if sheet := preview(output, records, config.max_pixels):
+            output.write(dataset.PREVIEW, sheet)
+    except Exception as error:  # a picture is not worth failing a finished dataset for
+        print(f"no preview: {type(error).__name__}: {error}")
     for name in filter(dataset.is_leftover, dataset.layout(output)):
         output.delete(name)
     if totals.rejects > config.max_reject_rate * totals.files:
@@ -352,7 +373,10 @@ def _finish(config: SynthesizeConfig, output: Place, plan: Plan, records: Mappin
             f"{totals.rejects} of {totals.files} files were rejected, more than "
             f"max_reject_rate={config.max_reject_rate}: {_first_rejects(output, plan, records)}"
         )
+    if dataset.count_parts(output) != plan.parts:
+        return False
     output.write(dataset.SUCCESS, b"")
+    return True
 
 
 @dataclass(frozen=True)

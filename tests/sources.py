@@ -68,7 +68,9 @@ def keys_of(photos):
 
 def rows_of(output):
     rows = [row for part in sorted((output / "data").iterdir()) for row in pq.read_table(part).to_pylist()]
-    return {(row["key"], row["draw"]): row for row in rows}
+    found = {(row["key"], row["draw"]): row for row in rows}
+    assert len(found) == len(rows)
+    return found
 
 
 def rejects_of(output):

@@ -36,7 +36,7 @@ def cluster():
     """A head, a node with CPUs, and two nodes that advertise a GPU."""
     ray.shutdown()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    nodes = [cluster.add_node(num_cpus=16), *(cluster.add_node(num_cpus=1, num_gpus=1) for _ in range(2))]
+    nodes = [cluster.add_node(num_cpus=8), *(cluster.add_node(num_cpus=1, num_gpus=1) for _ in range(2))]
     yield cluster, [node.node_id for node in nodes]
     ray.shutdown()
     cluster.shutdown()
@@ -47,7 +47,7 @@ def test_codecs_run_on_the_cpu_node_and_actors_on_the_gpu_nodes(photos, model, c
     trace = tmp_path / "trace"
     hook = {"worker_process_setup_hook": "tests.hooks.trace", "env_vars": {"DEGFLOW_TRACE": str(trace)}}
     ray.init(address=cluster.address, log_to_driver=False, runtime_env=hook)
-    run(photos, tmp_path / "out", model, "actors.min=2", "actors.device=cpu")
+    run(photos, tmp_path / "out", model, "actors.min=2", "actors.device=cpu", "batch=1")
     assert len(rows_of(tmp_path / "out")) == 12
     nodes: dict[str, set[str]] = {}
     for line in trace.read_text().splitlines():

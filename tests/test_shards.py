@@ -12,7 +12,7 @@ import torch
 from degflow import dataset, images, storage
 from degflow.card import preview
 from degflow.codec import Codec, Loaded
-from degflow.config import load
+from degflow.config import dump, load
 from degflow.dataset import Plan, Reject
 from degflow.degrader import Degrader
 from degflow.planning import ScaleConfig, SynthesizeConfig, first_part, recipe_of, resolve
@@ -353,3 +353,24 @@ def test_the_preview_shows_no_source_that_changed_since(model, tmp_path):
     assert preview(output, records, 10_000) is not None
     file.write_bytes(images.encode_png(np.full((32, 32, 3), 129, np.uint8)))
     assert preview(output, records, 10_000) is None
+
+
+def test_a_finished_shard_of_the_same_recipe_is_left_alone_and_one_of_another_replaced(photos, model, tmp_path):
+    output = run(photos, tmp_path, model, "limit=2")
+    part, words = output / "data/part-000000.parquet", ["limit=2"]
+    before = part.stat().st_mtime_ns
+    first = finished_in(photos, output, model, *words)[1][0]
+    run(photos, output, model, *words)
+    assert part.stat().st_mtime_ns == before
+    assert finished_in(photos, output, model, *words)[1][0] == first
+    run(photos, output, model, *words, "seed=3")
+    assert finished_in(photos, output, model, *words)[1] == {}
+    assert {row["seed"] for row in rows_of(output).values()} == {3}
+
+
+def test_a_shard_of_a_run_whose_place_was_taken_is_not_put(photos, model, tmp_path):
+    other = resolve(load(SynthesizeConfig, [f"input={photos}", f"output={tmp_path}", "seed=9"]), Degrader.load(model))
+    (tmp_path / "config.yaml").write_text(dump(other))
+    with pytest.raises(OSError, match="another run has taken its place"):
+        run(photos, tmp_path, model, "limit=2")
+    assert not (tmp_path / "data").exists()
