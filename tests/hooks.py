@@ -24,9 +24,12 @@ def fragile_decoder():
 
 
 def trace():
-    """Notes in the file named by DEGFLOW_TRACE on which node each function ran."""
+    """Notes in the file named by DEGFLOW_TRACE on which node each function ran.
+
+    Imports no torch: every process of a node runs this as it starts.
+    """
     from degflow.codec import Codec
-    from degflow.degrader import Degrader
+    from degflow.dataset import ShardWriter
 
     def traced(function, name):
         @functools.wraps(function)
@@ -38,4 +41,4 @@ def trace():
         return noting
 
     Codec.load, Codec.encode = traced(Codec.load, "load"), traced(Codec.encode, "encode")
-    Degrader.forward = traced(Degrader.forward, "degrade")
+    ShardWriter.__init__ = traced(ShardWriter.__init__, "actor")  # an actor makes one for each of its shards

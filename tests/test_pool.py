@@ -54,7 +54,7 @@ def test_codecs_run_on_the_cpu_node_and_actors_on_the_gpu_nodes(photos, model, c
         function, node = line.split()
         nodes.setdefault(function, set()).add(node)
     assert nodes["load"] == nodes["encode"] == {cpu}
-    assert nodes["degrade"] <= set(gpus)
+    assert nodes["actor"] <= set(gpus)
 
 
 def test_a_file_that_kills_its_decoder_is_a_reject_and_the_others_are_rows(photos, model, tmp_path):
