@@ -1,5 +1,8 @@
 """Where the pool's work runs on a cluster, and what a decoder that crashes takes along."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import ray
@@ -31,6 +34,12 @@ def run(photos, output, model, *words):
     synthesize(load(SynthesizeConfig, words))
 
 
+def hooked(name, **variables):
+    """A runtime environment whose processes call a function of tests.hooks as they start."""
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    return {"worker_process_setup_hook": f"tests.hooks.{name}", "env_vars": {"PYTHONPATH": path, **variables}}
+
+
 @pytest.fixture
 def cluster():
     """A head, a node with CPUs, and two nodes that advertise a GPU."""
@@ -45,8 +54,7 @@ def cluster():
 def test_codecs_run_on_the_cpu_node_and_actors_on_the_gpu_nodes(photos, model, cluster, tmp_path):
     cluster, (cpu, *gpus) = cluster
     trace = tmp_path / "trace"
-    hook = {"worker_process_setup_hook": "tests.hooks.trace", "env_vars": {"DEGFLOW_TRACE": str(trace)}}
-    ray.init(address=cluster.address, log_to_driver=False, runtime_env=hook)
+    ray.init(address=cluster.address, log_to_driver=False, runtime_env=hooked("trace", DEGFLOW_TRACE=str(trace)))
     run(photos, tmp_path / "out", model, "actors.min=2", "actors.device=cpu", "batch=1")
     assert len(rows_of(tmp_path / "out")) == 12
     nodes: dict[str, set[str]] = {}
@@ -70,7 +78,7 @@ def test_a_file_that_kills_its_decoder_is_a_reject_and_the_others_are_rows(photo
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
-        runtime_env={"worker_process_setup_hook": "tests.hooks.fragile_decoder"},
+        runtime_env=hooked("fragile_decoder"),
     )
     try:
         run(folder, tmp_path / "out", model, "actors.max=1", "max_reject_rate=0.5")
