@@ -187,11 +187,11 @@ def test_an_image_that_no_tile_of_fits_the_budget_is_a_reject(photos, model, tmp
     (tmp_path / "in").mkdir()
     (tmp_path / "in/large.png").write_bytes(images.encode_png(np.zeros((300, 400, 3), np.uint8)))
     (tmp_path / "in/small.png").write_bytes((photos / "smallest.png").read_bytes())
-    output = run(tmp_path / "in", tmp_path / "out", model, "memory=0.104")
+    output = run(tmp_path / "in", tmp_path / "out", model, "memory=0.154")
     assert [key for key, _ in rows_of(output)] == ["small.png"]
     rejects = rejects_of(output)
     assert rejects["large.png"]["stage"] == "degrade"
-    assert re.fullmatch(r"memory=0\.104: 400 x 300 pixels need at least \d\.\d+ GB", rejects["large.png"]["error"])
+    assert re.fullmatch(r"memory=0\.154: 400 x 300 pixels need at least \d\.\d+ GB", rejects["large.png"]["error"])
 
 
 def test_an_unexpected_failure_is_not_a_reject(photos, model, tmp_path):

@@ -105,7 +105,7 @@ def image(count, height, width):
 def budgets(degrader, height, width):
     """The largest memory for each way of tiling that this size can have: skips kept, and encoded again."""
     found = {}
-    for step in range(400, 99, -1):
+    for step in range(450, 149, -1):
         try:
             _, grid, keep = degrader.fit(height, width, step / 1000)
         except ValueError:
@@ -146,7 +146,7 @@ def test_a_scale_for_each_image_is_tiled_too():
 
 def test_a_batch_that_does_not_fit_is_done_in_parts():
     degrader, hr, scale = make(), image(3, 128, 192), torch.tensor([1.5, 3.0, 4.0])
-    memory = next(m / 1000 for m in range(111, 250) if degrader.fit(128, 192, m / 1000)[0] == 2)
+    memory = next(m / 1000 for m in range(161, 300) if degrader.fit(128, 192, m / 1000)[0] == 2)
     torch.testing.assert_close(degrader(hr, scale, memory=memory), degrader(hr, scale), rtol=0, atol=1e-5)
 
 
@@ -186,8 +186,8 @@ for memory in (0.35, 0.7):  # in tiles, whole
 """
 
 
-def test_the_memory_asked_for_is_kept_but_for_the_allocators_rounding():
+def test_the_memory_asked_for_is_not_exceeded():
     done = subprocess.run([sys.executable, "-c", PEAK], cwd=ROOT, capture_output=True, text=True, check=True)
     tiled, whole = map(float, done.stdout.split())
-    assert 0.1 < tiled < 1.15 * 0.35  # the allocator rounds up, by 2 to 8% where it was measured
+    assert 0.1 < tiled < 0.35
     assert 0.4 < whole < 0.7  # the measurement sees what tiling saves
