@@ -54,16 +54,18 @@ class Perceptual(nn.Module):
 
 
 def _import_lpips() -> Any:
-    if torch.version.cuda is None and not hasattr(torch.ops.torchvision, "nms"):
-        _declare_torchvision_operators()
+    mend_torchvision()
     import lpips
 
     return lpips
 
 
-def _declare_torchvision_operators() -> None:
-    # A torchvision built for CUDA beside a CPU-only torch fails at import, because its C++ operators cannot be loaded.
-    # lpips needs none of them; declaring the schemas that the import looks up is enough.
+def mend_torchvision() -> None:
+    """Let a torchvision that was built for CUDA be imported beside a CPU-only torch."""
+    # It would fail, because its C++ operators cannot be loaded. Its users here need none of them; declaring the
+    # schemas that the import looks up is enough.
+    if torch.version.cuda is not None or hasattr(torch.ops.torchvision, "nms"):
+        return
     spec = importlib.util.find_spec("torchvision")
     folders = list(spec.submodule_search_locations or []) if spec else []
     try:

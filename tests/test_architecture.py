@@ -27,12 +27,14 @@ FENCES = {  # a package, and the rooms that may import it
     "s3fs": set(),
     "pyarrow": {"benchmarking", "dataset", "listing", "planning", "finished"},
     "lpips": {"perceptual"},
+    "spandrel": {"restoration"},
     "scipy": {"benchmarking"},
     "cv2": {"benchmarking"},
 }
 TORCH_ONLY = {"trajectory", "flow", "tiling", "models"}
 APART = {("training", "synthesis"), ("synthesis", "training")}
 SLOW = ("ray", "accelerate", "lpips", "torchvision", "pyarrow", "tensorboard", "datasets", "s3fs", "skimage", "scipy")
+SLOW += ("spandrel",)
 
 
 def room_of(path):

@@ -12,7 +12,7 @@ from degflow.storage import Place
 # What may change between a run and its continuation.
 _FREE = re.compile(
     r"fit\.(workers|log_every|validate_every|save_every|keep|resume|compile|accumulate|timeout)"
-    r"|scenes\.cache|output|validation|half"
+    r"|(scenes\.)?cache|memory|output|validation|half|test(_\w+|\..+)?"
 )
 
 

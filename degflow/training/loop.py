@@ -125,9 +125,11 @@ def _train(
 
 
 def learning_rate(step: int, config: FitConfig) -> float:
-    """Linear warm-up, then a cosine from learning_rate to final_learning_rate, at a step counted from 0."""
+    """Linear warm-up, then the schedule, at a step counted from 0."""
     if step < config.warmup:
         return config.learning_rate * (step + 1) / config.warmup
+    if config.schedule == "halve":
+        return config.learning_rate / 2 ** sum(8 * step >= eighths * config.steps for eighths in (4, 6, 7))
     progress = (step - config.warmup) / max(1, config.steps - 1 - config.warmup)
     low, high = config.final_learning_rate, config.learning_rate
     return low + (high - low) * (1 + math.cos(math.pi * min(1.0, progress))) / 2

@@ -1,4 +1,4 @@
-"""The keys of a training: `fit.*` of both stages."""
+"""The keys of a training: `fit.*` of every training job."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,9 +13,12 @@ class FitConfig:
     steps: int = option(200_000, "optimiser steps")
     batch: int = option(16, "samples per step, over all processes")
     accumulate: int = option(1, "micro-batches per step in each process")
-    learning_rate: float = option(1e-4, "at the first step; cosine to final_learning_rate at the last")
-    final_learning_rate: float = option(1e-7, "at the last step")
-    warmup: int = option(0, "steps of linear warm-up before the cosine")
+    learning_rate: float = option(1e-4, "at the first step")
+    schedule: Literal["cosine", "halve"] = option(
+        "cosine", "cosine to final_learning_rate at the last step, or halve at 1/2, 3/4 and 7/8 of the steps"
+    )
+    final_learning_rate: float = option(1e-7, "at the last step of the cosine")
+    warmup: int = option(0, "steps of linear warm-up before the schedule")
     beta1: float = option(0.9, "Adam's first-moment decay")
     beta2: float = option(0.999, "Adam's second-moment decay")
     clip: float = option(1.0, "largest gradient norm; 0 does not clip")

@@ -1,0 +1,199 @@
+"""Pairs of LR and HR images -> random aligned crops for SR networks.
+
+1. `find_pairs` reads a source: one split of a RealSR-like tree at chosen levels, or a finished synthesized dataset, row
+   by row from its shards. Either way it keeps the decoded pixels, in memory or in memory-mapped files.
+2. `PairCrops` draws from one source or several in given shares, and cuts the same place out of both images. Sample
+   number n is a function of (seed, n) alone, so neither workers nor processes nor an interruption change what a
+   training sees.
+"""
+
+import hashlib
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from degflow import dataset, images
+from degflow.finished import FinishedDataset
+from degflow.restoration.liif import pixel_centres
+from degflow.scenes import HR_LABEL, SceneConfig, SceneImages
+from degflow.storage import Place
+
+SHRINK = 4  # LIIF's LR crops have this part of the crop's side
+
+
+class Pair(NamedTuple):
+    """A degraded image and what it was, uint8 "H W 3" both."""
+
+    name: str
+    scale: float
+    lr: np.ndarray
+    hr: np.ndarray
+
+
+def find_pairs(
+    uri: str,
+    levels: Mapping[str, float],
+    crop: int,
+    *,
+    resize_lr: bool = False,
+    cache: str = "",
+    memory: float = 8.0,
+    quiet: bool = False,
+    share: tuple[int, int] = (0, 1),
+) -> list[Pair]:
+    """Read a source.
+
+    Args:
+        uri: one split of a RealSR-like tree, or a synthesized dataset, which is known by its `_SUCCESS`.
+        levels: of a tree, folder label -> scale of the LR images to take.
+        crop: smallest side that an image may have.
+        resize_lr: bring LR images smaller than HR to its grid by bicubic.
+        cache: local folder for decoded images, shared by all processes; empty: memory of each process.
+        memory: GB (1e9 bytes) of a synthesized dataset's decoded images that may be held without a cache.
+        quiet: no progress bar.
+        share: as for `SceneImages`.
+
+    Raises:
+        ValueError: nothing to read there, or images that do not suit; the message names the first of them.
+    """
+    if Place(uri).exists(dataset.SUCCESS):
+        return _from_shards(FinishedDataset(uri), crop, resize_lr, _Keeper(uri, cache, memory), quiet)
+    if HR_LABEL in levels or not levels:
+        raise ValueError(f"levels={dict(levels)}: must name at least one level of LR images, and not HR's {HR_LABEL}")
+    config = SceneConfig(uri, {HR_LABEL: 1.0, **levels}, resize_lr, crop, cache)
+    scenes, scales = SceneImages(config, quiet, share), list(levels.values())
+    return [
+        Pair(f"{scene.name} x{label}", scale, pixels[1 + n], pixels[0])
+        for scene, pixels in zip(scenes.scenes, scenes.pixels, strict=True)
+        for n, (label, scale) in enumerate(zip(levels, scales, strict=True))
+    ]
+
+
+def _from_shards(source: FinishedDataset, crop: int, resize_lr: bool, keeper: "_Keeper", quiet: bool) -> list[Pair]:
+    pairs, rows = [], sum(part.rows for part in source.parts)
+    with tqdm(total=rows, desc="decoding pairs", disable=quiet) as bar:
+        for part in source.parts:
+            for _, row in source.rows(part):
+                name = f"{source.uri}: {row['key']}, draw {row['draw']}"
+                hr, lr = source.hr_of(row), source.lr_of(row)
+                size = f"{lr.shape[1]} x {lr.shape[0]} pixels, its HR image {hr.shape[1]} x {hr.shape[0]}"
+                if lr.shape != hr.shape:
+                    if not resize_lr:
+                        raise ValueError(f"{name}: {size}; datasets of size=scaled need resize_lr=true")
+                    lr = images.resize(lr, *hr.shape[:2])
+                if min(hr.shape[:2]) < crop:
+                    raise ValueError(f"{name}: {hr.shape[1]} x {hr.shape[0]} pixels, smaller than crop={crop}")
+                pairs.append(Pair(name, row["scale"], keeper.keep(lr), keeper.keep(hr)))
+                bar.update()
+    if not pairs:
+        raise ValueError(f"{source.uri}: no rows in this dataset")
+    return pairs
+
+
+class _Keeper:
+    """Holds decoded images once each, in memory up to a bound or in memory-mapped files."""
+
+    def __init__(self, uri: str, cache: str, memory: float):
+        self.uri, self.cache, self.memory = uri, cache, memory
+        self.held: dict[bytes, np.ndarray] = {}
+        self.bytes = 0
+
+    def keep(self, pixels: np.ndarray) -> np.ndarray:
+        """The same pixels, as they are held: HR images of several draws are held once."""
+        shape = np.array(pixels.shape).tobytes()
+        digest = hashlib.blake2b(shape + np.ascontiguousarray(pixels).tobytes(), digest_size=16)
+        if digest.digest() not in self.held:
+            self.held[digest.digest()] = (
+                self._mapped(pixels, digest.hexdigest()) if self.cache else self._counted(pixels)
+            )
+        return self.held[digest.digest()]
+
+    def _counted(self, pixels: np.ndarray) -> np.ndarray:
+        self.bytes += pixels.nbytes
+        if self.bytes > self.memory * 1e9:
+            raise ValueError(
+                f"memory={self.memory:g}: {self.uri} has more GB of decoded images than that; "
+                "raise it, or set cache=FOLDER to keep them on a disk"
+            )
+        return pixels
+
+    def _mapped(self, pixels: np.ndarray, name: str) -> np.ndarray:
+        path = Path(self.cache) / f"{name}.npy"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(f".{uuid.uuid4().hex}.npy")
+            try:
+                np.save(temporary, pixels)
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+class PairCrops(Dataset[dict[str, Tensor]]):
+    """Sample n -> a random crop of a random pair, in one of the eight orientations.
+
+    Args:
+        sources: pairs of each source.
+        weights: shares of the samples, one for each source.
+        crop: side in pixels.
+        seed: with n, decides source, pair, place and orientation.
+        queries: 0, or the number of pixels that LIIF is asked for; its LR crop has crop / 4 pixels a side and is a
+            crop of crop / 4 * scale HR pixels that was shrunk (bicubic, antialiased).
+    """
+
+    def __init__(
+        self, sources: Sequence[Sequence[Pair]], weights: Sequence[float], crop: int, seed: int, queries: int = 0
+    ):
+        self.sources, self.crop, self.seed, self.queries = sources, crop, seed, queries
+        self.bounds = np.cumsum(weights) / np.sum(weights)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Sample `index` of an endless sequence.
+
+        Returns:
+            lr, hr: uint8 "3 crop crop". For LIIF lr is "3 h h", hr the colours "3 Q" at `coordinates`, float32
+            "Q 2", and `cell`, float32 "2", the size of HR's pixels.
+        """
+        random = np.random.default_rng((self.seed, 2, index))
+        source = self.sources[
+            int(np.searchsorted(self.bounds, random.random(), side="right").clip(0, len(self.sources) - 1))
+        ]
+        pair = source[int(random.integers(len(source)))]
+        small = self.crop // SHRINK
+        side = round(small * pair.scale) if self.queries else self.crop
+        lr, hr = _same_place(pair, side, random)
+        if not self.queries:
+            return {"lr": _tensor(lr), "hr": _tensor(hr)}
+        count = min(self.queries, side * side)
+        chosen = torch.from_numpy(random.choice(side * side, self.queries, replace=count < self.queries))
+        return {
+            "lr": _tensor(images.resize(np.ascontiguousarray(lr), small, small)),
+            "hr": _tensor(hr).flatten(1)[:, chosen],
+            "coordinates": pixel_centres(side, side)[chosen],
+            "cell": torch.full((2,), 2 / side),
+        }
+
+
+def _same_place(pair: Pair, side: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    height, width = pair.hr.shape[:2]
+    top, left = int(random.integers(height - side + 1)), int(random.integers(width - side + 1))
+    turned, mirrored = int(random.integers(4)), bool(random.integers(2))
+
+    def cut(pixels: np.ndarray) -> np.ndarray:
+        pixels = np.rot90(pixels[top : top + side, left : left + side], turned)
+        return pixels[:, ::-1] if mirrored else pixels
+
+    return cut(pair.lr), cut(pair.hr)
+
+
+def _tensor(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
