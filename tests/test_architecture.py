@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = (  # a room may import its own layer and those after it
     {"jobs"},
-    {"training", "synthesis", "evaluation", "pairs", "exports", "benchmarking"},
+    {"training", "synthesis", "evaluation", "pairs", "exports", "benchmarking", "protocol"},
     {"objectives", "degrader", "scenes", "camera", "restoration", "perceptual"}
     | {"planning", "shards", "card", "finished", "layouts"},
     {"models", "trajectory", "flow", "tiling", "codec"},

@@ -115,7 +115,7 @@ def test_a_network_file_describes_itself(name, tmp_path):
     loaded, lr = restoration.load(file), torch.rand(1, 3, 20, 26) * 2 - 1
     assert loaded.config == model.config
     assert torch.equal(loaded.restore(lr, 2.5), model.restore(lr, 2.5))
-    with pytest.raises(ValueError, match="pyproject.toml: not a degflow checkpoint"):
+    with pytest.raises(ValueError, match=r"pyproject.toml: not a degflow checkpoint"):
         restoration.load(str(ROOT / "pyproject.toml"))
 
 

@@ -85,7 +85,7 @@ def test_what_does_not_suit_is_named(tree, dataset, tmp_path):
         find_pairs(str(tree), LEVELS, 64, quiet=True)
     with pytest.raises(ValueError, match=r"no scene has every level of \['1', '2', '3'\].*expected 2/ID_HR.png"):
         find_pairs(str(tree), {"2": 2.0, "3": 3.0}, 32, quiet=True)
-    with pytest.raises(ValueError, match="levels=.*: must name at least one level of LR images, and not HR's 1"):
+    with pytest.raises(ValueError, match=r"levels=.*: must name at least one level of LR images, and not HR's 1"):
         find_pairs(str(tree), {"1": 1.0, "2": 2.0}, 32, quiet=True)
     photos, model = save_coordinates(tmp_path / "photos", 1), save_model(tmp_path / "m")
     scaled = finish(photos, tmp_path / "scaled", model, "size=scaled", "scale.low=2", "scale.high=2")

@@ -1,0 +1,180 @@
+"""The configuration of the experiment, and the cells that it asks for."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from degflow.config import option, required
+from degflow.degrader import SHIPPED
+
+
+@dataclass(frozen=True)
+class ProtocolConfig:
+    """Keys of protocol."""
+
+    output: str = required("local folder for the cells and the tables")
+    data: str = option("", "RealSR-like root that holds CAMERA/Train and CAMERA/Test")
+    photographs: str = option("", "in place of data: photographs that the simulated cameras capture")
+    simulate: list[str] = option([], "words for simulate_scenes")
+    cameras: tuple[str, str] = option(("Canon", "Nikon"), "A, which trains the degrader, and B, whose HR it degrades")
+    resize_lr: bool = option(False, "bring LR images smaller than HR (RealSR V3) to HR's grid by bicubic")
+    degrader: str = option(
+        "", "degrader file that takes the place of the first of degraders, or shipped; empty: it is trained"
+    )
+    degraders: dict[str, list[str]] = option(
+        {"DegFlow": []},
+        "name -> words that set it apart: autoencoder.* for train_rae, scenes.* for both trainings, levels=... for "
+        "evaluate, scale.* for synthesize, all others for train_lfm",
+    )
+    rae: list[str] = option(["config=configs/paper_rae.yaml"], "words for train_rae")
+    flow: list[str] = option([], "words for a train_lfm that goes before, from which lfm starts; empty: none")
+    lfm: list[str] = option(["config=configs/paper_lfm.yaml"], "words for train_lfm")
+    evaluate: list[str] = option(["levels={1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0}"], "words for evaluate")
+    synthesize: list[str] = option(["scale.low=2", "scale.high=4"], "words for synthesize")
+    rows: dict[str, list[str]] = option(
+        {"real x3": ["3"], "real x2, x4": ["2", "4"], "generated x2..x4": ["DegFlow"]},
+        "label -> training set of the SR networks: levels of real pairs, or names of degraders; {} trains none",
+    )
+    real: list[str] = option(["Canon"], "cameras whose Train has the real pairs of the rows")
+    networks: dict[str, list[str]] = option(
+        {name: [f"network.name={name}"] for name in ("swinir", "hat", "mambair")}, "name -> words for train_sr"
+    )
+    sr: list[str] = option(["config=configs/paper_sr.yaml"], "words for train_sr, before the network's")
+    seeds: dict[str, int] = option({}, "network -> how many seeds; one for those not named")
+    test_level: str = option("3", "folder label of the test images")
+    launch: list[str] = option([], "how trainings start, e.g. [accelerate,launch,--multi_gpu]; empty: this Python")
+
+    def __post_init__(self):
+        if len(set(self.cameras)) != 2:
+            raise ValueError(f"cameras={list(self.cameras)}: must be two")
+        if wrong := set(self.real) - set(self.cameras) or (not self.real and {"nothing"}):
+            raise ValueError(f"real={self.real}: must be of cameras={list(self.cameras)}, not {sorted(wrong)[0]}")
+        if not self.degraders or not self.networks:
+            raise ValueError("degraders, networks: each needs at least one entry")
+        for kind in ("degraders", "rows", "networks"):
+            if wrong := [name for name in getattr(self, kind) if not re.fullmatch(r"[\w.,+ -]+", name)]:
+                raise ValueError(f"{kind}: {wrong[0]!r} must be of letters, digits, spaces and . , + - _")
+        if len({slug(row) for row in self.rows}) < len(self.rows):
+            raise ValueError(f"rows: {list(self.rows)} must differ in letters and digits, which name their folders")
+        for row, parts in self.rows.items():
+            if not parts or any(not re.fullmatch(r"\d+(\.\d+)?", part) for part in set(parts) - set(self.degraders)):
+                raise ValueError(f"rows: {row!r}: {parts} must be level labels and names of degraders")
+        if wrong := [n for n, count in self.seeds.items() if n not in self.networks or count < 1]:
+            raise ValueError(f"seeds={self.seeds}: {wrong[0]!r} must be one of networks, with a count of at least 1")
+
+
+class Cell(NamedTuple):
+    """One run of a job."""
+
+    name: str
+    job: str
+    words: list[str]
+
+
+def cells(config: ProtocolConfig) -> list[Cell]:
+    """Everything that is to be run, in order."""
+    planned = []
+    if config.photographs:
+        cameras = ",".join(camera.lower() for camera in config.cameras)
+        words = [f"input={config.photographs}", f"output={root(config)}", f"cameras=[{cameras}]", *config.simulate]
+        planned.append(Cell("scenes", "simulate_scenes", words))
+    models: dict[str, str] = {}
+    autoencoders: dict[tuple[str, ...], str] = {}
+    for name, own in config.degraders.items():
+        if config.degrader and not models:
+            models[name] = SHIPPED if config.degrader == "shipped" else config.degrader
+        else:
+            trained = list(degrader_cells(config, name, own, autoencoders))
+            planned += trained
+            models[name] = f"{config.output}/{trained[-1].name}/degrader.safetensors"
+        planned += list(use_cells(config, name, own, models[name]))
+    runs = [(seed, n) for n in config.networks for seed in range(config.seeds.get(n, 1))]
+    for seed, network in sorted(runs, key=lambda run: run[0]):
+        planned += [sr_cell(config, network, row, seed) for row in config.rows]
+    return planned
+
+
+def root(config: ProtocolConfig) -> str:
+    """Where the cameras' scenes are."""
+    return config.data or f"{config.output}/scenes"
+
+
+def degrader_cells(
+    config: ProtocolConfig, name: str, own: list[str], autoencoders: dict[tuple[str, ...], str]
+) -> Iterator[Cell]:
+    """Stage 1, unless an earlier degrader has the same, and stage 2."""
+    data = [f"scenes.data={root(config)}/{config.cameras[0]}/Train"]
+    data += ["scenes.resize_lr=true"] if config.resize_lr else []
+    levels = [word for word in own if word.startswith("scenes.")]
+    first = tuple(config.rae + levels + [word for word in own if word.startswith("autoencoder.")])
+    second = levels + [word for word in own if not word.startswith(("scenes.", "autoencoder.", "levels=", "scale."))]
+    if first not in autoencoders:
+        autoencoders[first] = f"{config.output}/rae/{name}/rae.safetensors"
+        yield Cell(f"rae/{name}", "train_rae", [*data, f"output={config.output}/rae/{name}", *first])
+    given = [*data, f"rae={autoencoders[first]}"]
+    start: list[str] = []
+    if config.flow:
+        output = f"{config.output}/flow/{name}"
+        yield Cell(f"flow/{name}", "train_lfm", [*given, f"output={output}", *config.flow, *second])
+        start = [f"fit.start_from={output}/degrader.safetensors"]
+    yield Cell(f"lfm/{name}", "train_lfm", [*given, f"output={config.output}/lfm/{name}", *start, *config.lfm, *second])
+
+
+def use_cells(config: ProtocolConfig, name: str, own: list[str], model: str) -> Iterator[Cell]:
+    """The degrader against captured LR of both cameras; and B's HR degraded by it, if a row wants it."""
+    levels = [word for word in own if word.startswith("levels=")]
+    resize = ["resize_lr=true"] if config.resize_lr else []
+    for camera in config.cameras:
+        output = f"fidelity/{name}/{camera}"
+        data = [f"model={model}", f"data={root(config)}/{camera}/Test", f"output={config.output}/{output}"]
+        yield Cell(output, "evaluate", [*data, *resize, *config.evaluate, *levels])
+    if any(name in parts for parts in config.rows.values()):
+        label = first_level(config)
+        output, scales = f"generated/{name}", [word for word in own if word.startswith("scale.")]
+        data = [f"input={root(config)}/{config.cameras[1]}/Train/{label}/*_HR.png"]
+        yield Cell(
+            output,
+            "synthesize",
+            [f"model={model}", *data, f"output={config.output}/{output}", *config.synthesize, *scales],
+        )
+
+
+def first_level(config: ProtocolConfig) -> str:
+    """The folder whose HR files are degraded: the first level that a row names, as every level has the same."""
+    labels = [part for parts in config.rows.values() for part in parts if part not in config.degraders]
+    return min(labels, key=float, default=config.test_level)
+
+
+def sr_cell(config: ProtocolConfig, network: str, row: str, seed: int) -> Cell:
+    """One SR training with its tests."""
+    labels = [part for part in config.rows[row] if part not in config.degraders]
+    sources = {name: f"{config.output}/generated/{name}" for name in config.rows[row] if name in config.degraders}
+    if labels:
+        sources |= {camera: f"{root(config)}/{camera}/Train" for camera in config.real}
+    name = sr_name(network, row, seed)
+    words = [
+        f"train={_dict(sources)}",
+        f"test={_dict({camera: f'{root(config)}/{camera}/Test' for camera in config.cameras})}",
+        f"test_level={config.test_level}",
+        f"output={config.output}/{name}",
+        f"fit.seed={seed}",
+        *([f"levels={_dict({label: float(label) for label in labels})}"] if labels else []),
+        *(["resize_lr=true"] if config.resize_lr else []),
+    ]
+    return Cell(name, "train_sr", [*words, *config.sr, *config.networks[network]])
+
+
+def sr_name(network: str, row: str, seed: int) -> str:
+    """Name of the cell, and of its folder."""
+    return f"sr/{network}/{slug(row)}/{seed}"
+
+
+def slug(row: str) -> str:
+    """A row's label as the name of a folder."""
+    return re.sub("[^A-Za-z0-9]+", "-", row)
+
+
+def _dict(values: Mapping[str, Any]) -> str:
+    return "{" + ", ".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in values.items()) + "}"

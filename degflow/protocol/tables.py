@@ -1,0 +1,171 @@
+"""What came out: SR networks by training set beside the published numbers, and the degraders' fidelity."""
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from degflow.protocol.plan import ProtocolConfig, sr_name
+from degflow.storage import Place
+
+SOURCE = "DegFlow, AAAI 2026, table 1 (RealSR x3)"
+PUBLISHED = {  # PSNR, SSIM, LPIPS
+    "real x3": {
+        "swinir": (30.69, 0.8647, 0.3217),
+        "hat": (30.71, 0.8645, 0.3221),
+        "mambair": (30.62, 0.8636, 0.3208),
+    },
+    "real x2, x4": {
+        "swinir": (30.23, 0.8597, 0.3255),
+        "hat": (30.39, 0.8607, 0.3248),
+        "mambair": (30.39, 0.8660, 0.3240),
+    },
+    "generated x2..x4": {
+        "swinir": (30.78, 0.8658, 0.3193),
+        "hat": (30.86, 0.8668, 0.3186),
+        "mambair": (30.86, 0.8686, 0.3152),
+    },
+}
+
+
+class Result(NamedTuple):
+    """Means over the test images of one camera, of one SR run."""
+
+    network: str
+    row: str
+    seed: int
+    camera: str
+    image: str
+    psnr: float
+    ssim: float
+    lpips: float
+
+
+def results(config: ProtocolConfig, place: Place) -> Iterator[Result]:
+    """Of every finished SR cell."""
+    for network in config.networks:
+        for row in config.rows:
+            for seed in range(config.seeds.get(network, 1)):
+                name = sr_name(network, row, seed)
+                if not place.exists(f"cells/{name}.json"):
+                    continue
+                scores = list(csv.DictReader(io.StringIO(place.read(f"{name}/measurements.csv").decode())))
+                for camera in config.cameras:
+                    for image in ("restored", "LR"):
+                        rows = [score for score in scores if (score["tree"], score["image"]) == (camera, image)]
+                        means = (float(np.mean([float(score[key]) for score in rows])) for key in Result._fields[5:])
+                        yield Result(network, row, seed, camera, image, *means)
+
+
+def write_tables(config: ProtocolConfig, place: Place) -> None:
+    """table.md and results.csv from what is finished."""
+    found, text = list(results(config, place)), io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows((Result._fields, *found))
+    place.write("results.csv", text.getvalue().encode())
+    a, b = config.cameras
+    simulated = "simulated cameras, not RealSR" if config.photographs else config.data
+    parts = [
+        f"# SR networks by what they were trained on\n\nTested on x{config.test_level} of {a} and {b} ({simulated}): "
+        "PSNR in dB / SSIM / LPIPS, mean of the two cameras, ± standard deviation over seeds. Real pairs: "
+        f"{' and '.join(config.real)}, generated pairs: HR of {b}. Published: {SOURCE}.",
+        *([sr_table(config, found)] if config.rows else []),
+        *([differences(config, found)] if found else []),
+        *(["## Each camera", camera_table(config, found)] if found else []),
+        *fidelity_tables(config, place),
+    ]
+    place.write("table.md", ("\n\n".join(parts) + "\n").encode())
+
+
+def runs_of(found: Sequence[Result], network: str, row: str, image: str = "restored", camera: str = "") -> np.ndarray:
+    """PSNR, SSIM, LPIPS of each seed, "seeds 3", of one camera or in the mean of both."""
+    chosen = [r for r in found if (r.network, r.row, r.image) == (network, row, image) and camera in ("", r.camera)]
+    seeds = sorted({r.seed for r in chosen})
+    return np.array([np.mean([r[5:] for r in chosen if r.seed == seed], 0) for seed in seeds]).reshape(-1, 3)
+
+
+def cell_text(runs: np.ndarray) -> str:
+    """Means over the seeds, and their spread where there are several."""
+    if not len(runs):
+        return "–"
+    runs = runs[:, np.isfinite(runs).all(0)]  # LPIPS may have been left out
+    forms = ("{:.2f}", "{:.4f}", "{:.4f}")[: runs.shape[1]]
+    words = [form.format(mean) for form, mean in zip(forms, runs.mean(0), strict=True)]
+    if len(runs) == 1:
+        return " / ".join(words)
+    spread = [form.format(value) for form, value in zip(forms, runs.std(0, ddof=1), strict=True)]
+    return " / ".join(f"{word} ± {s}" for word, s in zip(words, spread, strict=True)) + f" ({len(runs)} seeds)"
+
+
+def sr_table(config: ProtocolConfig, found: Sequence[Result]) -> str:
+    """A row per training set, and for each network what was measured and what was published."""
+    titles = [title for network in config.networks for title in (network, f"{network}, published")]
+    lines = ["| trained on | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
+    same = [runs_of(found, network, row, "LR") for network in config.networks for row in config.rows]
+    unchanged = next((runs[:1] for runs in same if len(runs)), np.empty((0, 3)))
+    lines.append("| (LR as it is) | " + " | ".join([cell_text(unchanged), "–"] * len(config.networks)) + " |")
+    for row in config.rows:
+        texts = []
+        for network in config.networks:
+            published = PUBLISHED.get(row, {}).get(network)
+            texts += [cell_text(runs_of(found, network, row)), cell_text(np.array([published] if published else []))]
+        lines.append(f"| {row} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def differences(config: ProtocolConfig, found: Sequence[Result]) -> str:
+    """How far the generated rows are above the real ones, in dB, beside the spread over seeds."""
+    lines = ["| PSNR gained, dB | " + " | ".join(config.networks) + " |", "|---" * (len(config.networks) + 1) + "|"]
+    made = [row for row, parts in config.rows.items() if set(parts) & set(config.degraders)]
+    for row in made:
+        for other in [other for other in config.rows if other not in made]:
+            texts = []
+            for network in config.networks:
+                a, b = (runs_of(found, network, name)[:, 0] for name in (row, other))
+                count = min(len(a), len(b))
+                gained = a[:count] - b[:count]
+                spread = f" ± {gained.std(ddof=1):.2f}" if count > 1 else ""
+                texts.append(f"{gained.mean():+.2f}{spread}" if count else "–")
+            lines.append(f"| {row} over {other} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def camera_table(config: ProtocolConfig, found: Sequence[Result]) -> str:
+    """Each camera's own means."""
+    titles = [f"{network}, {camera}" for network in config.networks for camera in config.cameras]
+    lines = ["| trained on | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
+    for row in config.rows:
+        texts = [
+            cell_text(runs_of(found, network, row, camera=camera))
+            for network in config.networks
+            for camera in config.cameras
+        ]
+        lines.append(f"| {row} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def fidelity_tables(config: ProtocolConfig, place: Place) -> Iterator[str]:
+    """Generated against captured LR of each camera, a row per degrader, from the tables of evaluate."""
+    for camera in config.cameras:
+        rows = {}
+        for name in config.degraders:
+            if place.exists(f"cells/fidelity/{name}/{camera}.json"):
+                rows[name] = generated_scores(place.read(f"fidelity/{name}/{camera}/table.md").decode())
+        if rows:
+            levels = list(next(iter(rows.values())))
+            lines = ["| degrader | " + " | ".join(levels) + " |", "|---" * (len(levels) + 1) + "|"]
+            lines += [f"| {name} | {' | '.join(row.get(x, '–') for x in levels)} |" for name, row in rows.items()]
+            yield f"## Generated against captured LR of {camera}\n\nPSNR / SSIM / LPIPS.\n\n" + "\n".join(lines)
+
+
+def generated_scores(table: str) -> dict[str, str]:
+    """The column "generated" of evaluate's first table by scale."""
+    scores: dict[str, str] = {}
+    for line in table.splitlines():
+        texts = [text.strip() for text in line.strip("|").split("|")]
+        if scores and not line.startswith("| x"):
+            break
+        if line.startswith("| x"):
+            scores[texts[0]] = texts[1]
+    return scores
