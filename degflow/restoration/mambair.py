@@ -142,7 +142,7 @@ class MambaIR(nn.Module):
         self.first = nn.Conv2d(inputs, config.width, 3, padding=1)
         self.groups = nn.Sequential(*(Group(config, depth) for depth in config.depths))
         self.norm = nn.LayerNorm(config.width)
-        self.conv = nn.Conv2d(config.width, config.width, 3, padding=1)
+        self.conv_after_body = nn.Conv2d(config.width, config.width, 3, padding=1)
         self.tail = nn.Sequential(
             nn.Conv2d(config.width, _FEATURES, 3, padding=1), nn.LeakyReLU(), upsampler(_FEATURES, outputs, one_step)
         )
@@ -151,7 +151,7 @@ class MambaIR(nn.Module):
         """ "B inputs H W" -> "B outputs 4H 4W"."""
         x = self.first(x)
         deep = self.norm(self.groups(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return self.tail(x + self.conv(deep))
+        return self.tail(x + self.conv_after_body(deep))
 
 
 def upsampler(features: int, outputs: int, one_step: bool) -> nn.Sequential:

@@ -255,11 +255,15 @@ def _body(config: NetworkConfig) -> nn.Module:
 
 
 def _silence(body: nn.Module) -> None:
-    """Let the last layer start at zero, so that training starts from the LR image."""
-    last = [module for module in body.modules() if isinstance(module, (nn.Conv2d, nn.Linear))][-1]
-    nn.init.zeros_(last.weight)
-    assert last.bias is not None
-    nn.init.zeros_(last.bias)
+    """Let the last layer start at zero, so that training starts from the LR image, and the deep features' as well.
+
+    What the deep features add is of unit spread (their last step is a LayerNorm), ten times that of the shallow ones;
+    in short trainings their noise hides what there is to learn.
+    """
+    layers = [module for module in body.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    for layer in (layers[-1], getattr(body, "conv_after_body", None)):
+        for parameter in layer.parameters() if layer else ():
+            nn.init.zeros_(parameter)
 
 
 def _spandrel(name: str) -> Any:
