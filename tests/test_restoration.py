@@ -99,6 +99,19 @@ def test_a_fixed_scale_network_keeps_any_size_and_trains_every_weight(name, upsa
     assert one.abs().max() <= 1
 
 
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_networks_train_in_bfloat16(name):
+    model, lr = network(name), torch.randint(256, (2, 3, 32, 32)).byte()
+    where = {"coordinates": torch.rand(2, 50, 2) * 2 - 1, "cell": torch.full((2, 2), 0.05)} if name == "liif" else {}
+    hr = lr.flatten(2)[..., :50] if where else lr
+    plain = RestorationObjective(model)(lr, hr, **where).total.item()
+    with torch.autocast("cpu", torch.bfloat16):
+        total = RestorationObjective(model)(lr, hr, **where).total
+        total.backward()
+    assert total.item() == pytest.approx(plain, rel=0.05)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_with_residual_training_starts_at_the_lr_image():
     lr = torch.rand(1, 3, 24, 32) * 2 - 1
     for name in ("swinir", "hat", "mambair", "rcan"):
