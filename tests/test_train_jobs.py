@@ -270,7 +270,10 @@ def fails(name, capsys, **keys):
     return end.value.code, capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / "configs").glob("*_[rlf][afl]*.yaml")))
+STAGES = [path.name for path in (ROOT / "configs").iterdir() if path.stem.endswith(("_rae", "_flow", "_lfm"))]
+
+
+@pytest.mark.parametrize("file", sorted(STAGES))
 def test_every_configuration_that_ships_is_one_of_its_job(file):
     name = "train_rae" if file.endswith("_rae.yaml") else "train_lfm"
     loaded = config.load(
