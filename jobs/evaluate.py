@@ -21,14 +21,14 @@ from degflow.evaluation.realism import SMALLEST
 from degflow.flow import STEPS
 from degflow.images import encode_png
 from degflow.perceptual import Perceptual
-from degflow.scenes import SceneConfig, SceneImages, check_levels
+from degflow.scenes import HR_LABEL, SceneConfig, SceneImages, check_levels
 from degflow.storage import Place
 
 REALISM = (
     "Spectrum: mean absolute difference in dB of the radial power spectra of Y. Noise: standard deviation, in levels "
-    "of Y, of what a plane leaves in the flattest tenth of the 16 x 16 blocks, and its correlation between neighbours "
-    "(-0.01 for white noise); best is what the captured LR has. Residuals: KL divergence, captured from LR "
-    "image, of the histograms of LR - HR in Y."
+    "of Y, of what a plane leaves in the flattest 5% of the 16 x 16 blocks, and its correlation between neighbours "
+    "(-0.01 for white noise), medians of the scenes; best is what the captured LR has. Residuals: KL divergence, "
+    "captured from LR image, of the histograms of LR - HR in Y."
 )
 
 
@@ -59,7 +59,7 @@ class EvaluateConfig:
 
     def __post_init__(self):
         check_levels(self.levels)
-        levels = [label for label in self.levels if label != "1"]
+        levels = [label for label in self.levels if label != HR_LABEL]
         rules = (
             ("crop", self.crop == 0 or self.crop >= SMALLEST, f"must be 0 (whole images) or at least {SMALLEST}"),
             ("baselines", set(self.baselines) <= set(evaluation.BASELINES), f"must be of {evaluation.BASELINES}"),
@@ -123,7 +123,7 @@ def _measured(
         "are PSNR against HR.",
         evaluation.fidelity_table(measurements),
     ]
-    if baselines.names:
+    if config.baselines:
         texts += [f"## Baselines\n\n{_about(config, baselines)}", evaluation.baselines_table(measurements, sigmas)]
     texts += [f"## Realism\n\n{REALISM}", evaluation.realism_table(measurements)]
     return measurements, "\n\n".join(texts)
@@ -153,13 +153,14 @@ def _swept(
     parts = evaluation.sweep(degrader, scenes, config.levels, config.sweep, config.crop, **solver)
     points = [point for part in tqdm(parts, "sweeping", len(scenes), unit="scene") for point in part]
     best = evaluation.best_times(points, config.levels, degrader.low, degrader.high)
-    curve = evaluation.mean_curve(points)
+    curves = {label: evaluation.mean_curve(points, label) for label in config.levels}
+    curve = curves[HR_LABEL]
     texts = (
         "## Best-matching t\n\nThe t at which the generated LR has the highest PSNR-Y to the captured one.",
         evaluation.best_time_table(best, config.optical, degrader.low, degrader.high),
-        f"## Curve\n\nPSNR-Y against HR, at {len(curve)} scales: "
+        f"## Curve\n\nPSNR-Y of the LR generated at {len(curve)} scales. Against HR it "
         f"{'falls' if evaluation.falls(curve) else 'DOES NOT fall'} monotonically.",
-        evaluation.curve_table(curve),
+        evaluation.curve_table(curves),
     )
     return points, best, "\n\n".join(texts)
 

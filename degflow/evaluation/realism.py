@@ -4,14 +4,14 @@ All on Y in 16..235 with 4 pixels shaved, as PSNR. Against the captured LR image
 
 - `spectrum_distance`: mean over 32 rings of radial frequency, from 0 to 0.5 cycles per pixel, of the absolute
   difference in dB of the mean power (Hann window).
-- `noise`: in the blocks where the scene is flattest, the level and the lag-1 autocorrelation of what a plane leaves.
+- `noise`: in the blocks where the scene is flattest, the level and the lag-1 autocorrelation of what a plane leaves. A
+  scene that is nowhere flat shows its texture in it: what counts is that both images agree.
 - `residual_divergence`: KL divergence in nats, captured from generated, of the histograms of LR - HR: the marginal KL
   divergence of camera noise models (Abdelhamed et al., "Noise Flow", ICCV 2019), counts smoothed by one as in Kousha
   et al., "Modeling sRGB camera noise with normalizing flows", CVPR 2022.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from degflow.evaluation.metrics import shaved_luma
@@ -19,7 +19,7 @@ from degflow.evaluation.metrics import shaved_luma
 RINGS = 32
 BLOCK = 16  # a side: 4 x 4 sensor pixels of a x4 level
 SMALLEST = BLOCK + 8  # sides of an image, with the shaved borders
-FLAT = 0.1  # of the blocks
+FLAT = 0.05  # of the blocks
 REACH = 64  # of the residuals' histogram in levels; what lies beyond counts in its first and last bin
 # Y's variance from rounding R, G and B to 8 bits: no difference counts below it.
 ROUNDING = (65.481**2 + 128.553**2 + 24.966**2) / 255**2 / 12
@@ -52,16 +52,15 @@ def spectrum_distance(image: Tensor, reference: Tensor) -> Tensor:
 
 
 def flat_blocks(hr: Tensor) -> Tensor:
-    """Where a scene is flat: indices of the 10% (4 at least) of the 16 x 16 blocks of "1 3 H W" with the least texture.
+    """Where a scene is flat: indices of the 5% (4 at least) of the 16 x 16 blocks of "1 3 H W" with the least texture.
 
-    Texture is what a plane leaves of the HR image, averaged over each block and those around it. HR's noise is not that
-    of an LR image, so that choosing by it does not choose an LR image's quietest blocks. Blocks near black or white,
-    where noise is clipped, come last.
+    Texture is what a plane leaves of the HR image. A captured LR image has other noise than HR, so this does not choose
+    the blocks where it happens to be quiet (for HR itself it does). Blocks near black or white, where noise is clipped,
+    come last.
     """
-    blocks, rows, columns = _blocks(hr)
-    texture = _off_plane(blocks[0]).square().mean((1, 2)).view(1, 1, rows, columns)
-    texture = F.avg_pool2d(texture, 3, 1, 1, count_include_pad=False).flatten()
-    brightness = (blocks[0].mean((1, 2)) - 16) / 219
+    blocks = _blocks(hr)[0]
+    texture = _off_plane(blocks).square().mean((1, 2))
+    brightness = (blocks.mean((1, 2)) - 16) / 219
     clipped = (brightness < 0.05) | (brightness > 0.95)
     order = torch.where(clipped, texture + texture.max() + 1, texture).argsort(stable=True)
     return order[: max(4, round(FLAT * len(order)))]
@@ -75,7 +74,7 @@ def noise(image: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
         correlation: "B" float64, autocorrelation of neighbours, right and below, the median of the blocks; white noise
             has -0.01 (the plane's share), noise interpolated to a finer grid comes near 1. NaN without any noise.
     """
-    residual = _off_plane(_blocks(image)[0][:, blocks])
+    residual = _off_plane(_blocks(image)[:, blocks])
     energy = residual.square().mean((2, 3))
     level = (energy * (BLOCK**2 / (BLOCK**2 - 3))).sqrt().median(1).values
     right = (residual[..., 1:] * residual[..., :-1]).mean((2, 3))
@@ -103,10 +102,9 @@ def _histogram(residual: Tensor) -> Tensor:
     return counts / counts.sum(1, keepdim=True)
 
 
-def _blocks(image: Tensor) -> tuple[Tensor, int, int]:
-    """Y in whole blocks, "B 3 H W" -> "B N 16 16", and how many are below and beside each other."""
-    y = shaved_luma(image, BLOCK).unfold(1, BLOCK, BLOCK).unfold(2, BLOCK, BLOCK)
-    return y.flatten(1, 2), y.shape[1], y.shape[2]
+def _blocks(image: Tensor) -> Tensor:
+    """Y in whole blocks, "B 3 H W" -> "B N 16 16"."""
+    return shaved_luma(image, BLOCK).unfold(1, BLOCK, BLOCK).unfold(2, BLOCK, BLOCK).flatten(1, 2)
 
 
 def _off_plane(blocks: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from degflow.evaluation.baselines import BASELINES
 from degflow.evaluation.curve import BestTime
 from degflow.evaluation.fidelity import METHODS, TITLES, Measurement, methods_of
+from degflow.scenes import HR_LABEL
 
 _FORMS = (("psnr", "{:.2f}"), ("ssim", "{:.4f}"), ("lpips", "{:.4f}"))
 
@@ -45,21 +46,20 @@ def baselines_table(measurements: Sequence[Measurement], sigmas: Mapping[str, fl
 
 
 def realism_table(measurements: Sequence[Measurement]) -> str:
-    """A row per level and method, and one for the captured LR: means of `realism`'s measures."""
+    """A row per level and method, and one for the captured LR: `realism`'s measures, in the mean.
+
+    Of noise and its correlation the median, for a scene that is nowhere flat shows its texture in them.
+    """
     rows = []
     for label in _labels(measurements):
         captured = _of(measurements, label, "generated")
-        noise = (_mean(captured, "captured_noise", "{:.2f}"), _mean(captured, "captured_correlation", "{:.2f}"))
+        noise = (_middle(captured, "captured_noise"), _middle(captured, "captured_correlation"))
         rows.append((f"x{label}", "captured LR", "0", *noise, "0"))
         for method in methods_of(measurements):
             if found := _of(measurements, label, method):
-                forms = (
-                    ("spectrum", "{:.2f}"),
-                    ("noise", "{:.2f}"),
-                    ("correlation", "{:.2f}"),
-                    ("divergence", "{:.3f}"),
-                )
-                rows.append((f"x{label}", TITLES[method], *(_mean(found, name, form) for name, form in forms)))
+                noise = (_middle(found, "noise"), _middle(found, "correlation"))
+                means = (_mean(found, "spectrum", "{:.2f}"), _mean(found, "divergence", "{:.3f}"))
+                rows.append((f"x{label}", TITLES[method], means[0], *noise, means[1]))
     return _markdown(("scale", "LR image", "spectrum, dB", "noise", "its correlation", "residuals, nats"), rows)
 
 
@@ -91,11 +91,18 @@ def best_time_table(best: Sequence[BestTime], optical: Mapping[str, float], low:
     return _markdown((*titles, "PSNR at its own t", "PSNR at the best t"), rows)
 
 
-def curve_table(curve: Mapping[float, float], count: int = 11) -> str:
-    """One row of scales and one of PSNR against HR, some `count` of the curve's."""
-    shown = list(curve.items())[:: max(1, math.ceil(len(curve) / count))]
-    titles, values = [f"x{scale:.2f}" for scale, _ in shown], [f"{value:.2f}" for _, value in shown]
-    return _markdown(("scale", *titles), [("PSNR to HR", *values)])
+def curve_table(curves: Mapping[str, Mapping[float, float]], count: int = 11) -> str:
+    """A column for some `count` scales, a row for each level's curve.
+
+    Args:
+        curves: level label -> `mean_curve`, all of the same scales.
+        count: columns at most.
+    """
+    scales = list(next(iter(curves.values())))
+    shown = scales[:: math.ceil(len(scales) / count)]
+    titles = {label: "to HR" if label == HR_LABEL else f"to captured x{label}" for label in curves}
+    rows = [(titles[label], *(f"{curve[scale]:.2f}" for scale in shown)) for label, curve in curves.items()]
+    return _markdown(("scale", *(f"x{scale:.2f}" for scale in shown)), rows)
 
 
 def falls(curve: Mapping[float, float]) -> bool:
@@ -124,9 +131,13 @@ def _scores(rows: Sequence[Measurement]) -> str:
 
 
 def _mean(rows: Sequence[Measurement], name: str, form: str) -> str:
-    """Over the rows that have the value: an image without noise has no correlation."""
+    return form.format(float(np.mean([getattr(row, name) for row in rows])))
+
+
+def _middle(rows: Sequence[Measurement], name: str) -> str:
+    """The median of the rows that have the value: an image without noise has no correlation."""
     values = [value for row in rows if not math.isnan(value := getattr(row, name))]
-    return form.format(float(np.mean(values)) if values else math.nan)
+    return f"{float(np.median(values)) if values else math.nan:.2f}"
 
 
 def _markdown(titles: Sequence[Any], rows: Iterable[Sequence[str]]) -> str:
