@@ -285,7 +285,7 @@ def test_the_table_of_best_times_sets_them_beside_the_levels_and_the_optical_sca
 
 def test_the_table_of_the_curve_shows_a_few_of_its_points():
     curve = {1 + n / 10: 40.0 - n for n in range(31)}
-    lines = evaluation.curve_table({"1": curve, "2": {scale: 30.0 for scale in curve}}).splitlines()
+    lines = evaluation.curve_table({"1": curve, "2": dict.fromkeys(curve, 30.0)}).splitlines()
     assert lines[0] == "| scale | " + " | ".join(f"x{1 + n / 10:.2f}" for n in range(0, 31, 3)) + " |"
     assert lines[2] == "| to HR | " + " | ".join(f"{40 - n:.2f}" for n in range(0, 31, 3)) + " |"
     assert lines[3] == "| to captured x2 | " + " | ".join(["30.00"] * 11) + " |"
