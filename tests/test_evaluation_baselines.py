@@ -208,8 +208,9 @@ def test_the_random_pipeline_follows_from_seed_scene_and_level(degrader, photos)
     captured = images.to_tensor(np.stack([photos[0]] * 3))
 
     def made(seed=0, scene="a", label="2"):
-        return Baselines(degrader, LEVELS, {}, ("random",), seed).images(scene, captured, label)["random"]
+        levels = {"1": 1.0, label: 2.0, "4": 4.0}
+        return Baselines(degrader, levels, {}, ("random",), seed).images(scene, captured, label)["random"]
 
     assert torch.equal(made(), made())
-    for other in ({"seed": 1}, {"scene": "b"}, {"label": "4"}):
+    for other in ({"seed": 1}, {"scene": "b"}, {"label": "two"}):
         assert not torch.equal(made(), made(**other))

@@ -166,6 +166,9 @@ def test_residuals_are_to_hr_and_beyond_the_reach_they_count_in_the_end_bins():
     shift = [gray(hr + offset) for offset in (-70.0, -64.0, 70.0)]
     assert float(residual_divergence(shift[0], shift[1], gray(hr))) == 0
     assert float(residual_divergence(shift[0], shift[2], gray(hr))) > 3
+    for sign in (-1, 1):  # within the reach they do not
+        near, far = gray(hr + 40.0 * sign), gray(hr + 63.0 * sign)
+        assert float(residual_divergence(near, far, gray(hr))) > 3
     other = gray(hr[::-1].copy())
     assert float(residual_divergence(other, gray(hr), gray(hr))) > 1  # the same histogram of levels, not of residuals
 
