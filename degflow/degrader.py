@@ -90,7 +90,7 @@ class Degrader(nn.Module):
             latent, kept = autoencoder.encode(image)
         else:
             latent, kept = self._encode(image, grid, keep)
-        latents = integrate(self.velocity, latent, time, **solver)
+        latents = integrate(self.velocity.field(latent), latent, time, **solver)
         latents, lr = (x[:, None] if time.ndim == 1 else x for x in (latents, lr))
         for tile in grid.tiles():
             if kept:

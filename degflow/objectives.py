@@ -109,7 +109,7 @@ class LFMObjective(nn.Module):
             values = torch.cat((latent[:, None], lower.unflatten(0, (len(image), -1))), 1).float()
             with torch.autocast(values.device.type, enabled=False):  # it would round the path to half precision
                 point = self.path.at(values, time)
-        velocity = self.network(point.position, time, sample_keys(self.seed, number)).float()
+        velocity = self.network(point.position, time, values[:, 0], sample_keys(self.seed, number)).float()
         flow = F.mse_loss(velocity, point.velocity)
         if self.perceptual is None or self.weight == 0:
             return Losses(flow, {"cfm": flow.detach()})

@@ -26,7 +26,7 @@ def degrader():
     torch.manual_seed(0)
     autoencoder = ResidualAutoencoder(AutoencoderConfig(base_width=8, blocks=1, multipliers=(1, 1, 2), gate_init=0.5))
     velocity = VelocityNetwork(
-        VelocityConfig(width=8, blocks=1, multipliers=(1, 1), dropout=0.0, time_factor=5.0, linear_terms=2)
+        VelocityConfig(width=8, blocks=1, multipliers=(1, 1), dropout=0.0, time_factor=5.0, linear_terms=2, source=True)
     )
     torch.nn.init.normal_(velocity.linear.conv.weight, std=0.1)
     return Degrader(autoencoder, velocity, {"1": 1.0, "4": 4.0})

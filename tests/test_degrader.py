@@ -15,11 +15,11 @@ from degflow.storage import load_checkpoint, save_checkpoint
 LEVELS = {"1": 1.0, "2": 2.1, "4": 3.75}
 
 
-@pytest.fixture(scope="module")
-def degrader():
+@pytest.fixture(scope="module", params=[False, True], ids=["published", "source"])
+def degrader(request):
     torch.manual_seed(0)
     autoencoder = ResidualAutoencoder(AutoencoderConfig(base_width=8, gate_init=0.5))
-    velocity = VelocityNetwork(VelocityConfig(width=16, blocks=1, multipliers=(1, 2)))
+    velocity = VelocityNetwork(VelocityConfig(width=16, blocks=1, multipliers=(1, 2), source=request.param))
     return Degrader(autoencoder, velocity, LEVELS)
 
 

@@ -81,6 +81,23 @@ def test_linear_terms_add_a_part_that_is_linear_in_the_latent():
     assert float((other_time - added).abs().max()) > 0.1
 
 
+def test_the_source_is_seen_by_networks_that_are_built_for_it_alone():
+    torch.manual_seed(0)
+    z, z0, t = torch.randn(2, 4, 6, 8), torch.randn(2, 4, 6, 8), torch.tensor([0.2, 0.9])
+    sizes = {"width": 16, "multipliers": (1, 1), "blocks": 1}
+    blind = VelocityNetwork(VelocityConfig(**sizes)).eval()
+    seeing = VelocityNetwork(VelocityConfig(**sizes, source=True, linear_terms=1)).eval()
+    with torch.no_grad():
+        assert torch.equal(blind(z, t, z0), blind(z, t))
+        assert torch.equal(seeing.field(z0)(z, t), seeing(z, t, z0))
+        assert float((seeing(z, t, z0) - seeing(z, t, z)).abs().max()) > 1e-3
+        before = seeing(z, t, z0)
+        torch.nn.init.normal_(seeing.linear.conv.weight[:, 4:])
+        assert float((seeing(z, t, z0) - before).abs().max()) > 0.1  # the linear terms see it too
+    with pytest.raises(ValueError, match=r"source: needed, for this network was built with velocity.source=true"):
+        seeing(z, t)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [

@@ -93,7 +93,9 @@ def make(hr_skips=True, **sizes):
     torch.manual_seed(0)
     autoencoder = ResidualAutoencoder(AutoencoderConfig(base_width=8, gate_init=0.5, hr_skips=hr_skips, **sizes))
     latent_channels = autoencoder.config.latent_channels
-    velocity = VelocityNetwork(VelocityConfig(latent_channels, width=8, blocks=1, multipliers=(1, 1), dropout=0.0))
+    velocity = VelocityNetwork(
+        VelocityConfig(latent_channels, width=8, blocks=1, multipliers=(1, 1), dropout=0.0, source=True)
+    )
     torch.nn.init.normal_(velocity.head.weight, std=0.3)
     return Degrader(autoencoder, velocity, {"1": 1.0, "4": 4.0})
 

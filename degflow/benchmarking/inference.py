@@ -55,7 +55,7 @@ def released(
     def field(at: float, flat: np.ndarray) -> np.ndarray:
         z = torch.from_numpy(flat).to(latent).view_as(latent)
         time = torch.tensor([at], dtype=latent.dtype, device=latent.device)
-        return degrader.velocity(z, time).flatten().cpu().numpy()
+        return degrader.velocity(z, time, latent).flatten().cpu().numpy()
 
     first, end = latent.flatten().cpu().numpy(), float(times[-1])
     if end == start:

@@ -31,7 +31,7 @@ def careless_lfm(objective: LFMObjective, images: Tensor, draw: Tensor) -> Tenso
     values = torch.stack([objective.autoencoder.encode(level)[0] for level in image.unbind(1)], 1)
     _, skips = objective.autoencoder.encode(image[:, 0])
     point = objective.path.at(values, draw)
-    velocity = objective.network(point.position, draw)
+    velocity = objective.network(point.position, draw, values[:, 0])
     loss = F.mse_loss(velocity, point.velocity)
     if objective.perceptual is None:
         return loss

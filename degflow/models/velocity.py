@@ -4,6 +4,7 @@ GroupNorm and attention see every position, so this network is never tiled.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,9 @@ class VelocityConfig:
     linear_terms: int = option(
         0, "3x3 convolutions of the latent, weighted by the time, that are added to the U-Net; 0: none, as released"
     )
+    source: bool = option(
+        False, "the network also sees where the path began, the HR image's latent; false: as published"
+    )
 
     def __post_init__(self):
         if self.linear_terms < 0:
@@ -43,6 +47,11 @@ class VelocityConfig:
             raise ValueError(f"velocity.multipliers={list(self.multipliers)}: at least one entry, each at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"velocity.dropout={self.dropout}: must lie in [0, 1)")
+
+    @property
+    def inputs(self) -> int:
+        """Channels that the network sees: the latent's, twice with `source`."""
+        return self.latent_channels * (2 if self.source else 1)
 
     @property
     def multiple(self) -> int:
@@ -129,7 +138,7 @@ class Attention(nn.Module):
 
 
 class LinearTerms(nn.Module):
-    """sum_j c_j(t) conv_j(z): what is linear in the latent, which GroupNorm makes hard for the U-Net to express.
+    """sum_j c_j(t) conv_j(z), z with its source: what is linear in them, which GroupNorm makes hard for the U-Net.
 
     It starts at zero. Most of a degradation is linear, and short trainings find that part here.
     """
@@ -137,19 +146,23 @@ class LinearTerms(nn.Module):
     def __init__(self, config: VelocityConfig):
         super().__init__()
         self.terms = config.linear_terms
-        self.conv = nn.Conv2d(config.latent_channels, self.terms * config.latent_channels, 3, padding=1)
+        self.conv = nn.Conv2d(config.inputs, self.terms * config.latent_channels, 3, padding=1)
         self.weights = nn.Linear(4 * config.width, self.terms)
         nn.init.zeros_(self.conv.weight)
         nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
 
-    def forward(self, latent: Tensor, embedding: Tensor) -> Tensor:
-        """Latent "B C_z H W" and the embedding -> "B C_z H W"."""
-        terms = self.conv(latent).unflatten(1, (self.terms, -1))
+    def forward(self, seen: Tensor, embedding: Tensor) -> Tensor:
+        """What the network sees, "B C H W" (`VelocityConfig.inputs`), and the embedding -> "B C_z H W"."""
+        terms = self.conv(seen).unflatten(1, (self.terms, -1))
         return torch.einsum("bj,bjchw->bchw", self.weights(F.silu(embedding)), terms)
 
 
 class VelocityNetwork(nn.Module):
-    """dz/dt as a function of the latent and the time.
+    """dz/dt as a function of the latent and the time, and with `source` of the latent that the path began at.
+
+    Of all fields, flow matching's best one gives each time's latents the right distribution. It does not promise the
+    right partner: what noise adds to the spread of captured LR latents is then made up by detail of HR that is kept.
+    With the source known, the field's path is the mean of the captured ones.
 
     Args:
         config: widths and depths.
@@ -160,7 +173,7 @@ class VelocityNetwork(nn.Module):
         self.config = config
         widths = [config.width * multiplier for multiplier in config.multipliers]
         self.embedding = TimeEmbedding(config)
-        self.stem = nn.Conv2d(config.latent_channels, config.width, 3, padding=1)
+        self.stem = nn.Conv2d(config.inputs, config.width, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         channels, kept = config.width, [config.width]
         for level, width in enumerate(widths):
@@ -185,17 +198,29 @@ class VelocityNetwork(nn.Module):
         self.linear = LinearTerms(config) if config.linear_terms else None
         number_layers(self)
 
-    def forward(self, latent: Tensor, time: Tensor, key: Tensor | None = None) -> Tensor:
+    def field(self, source: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """The velocity along paths that begin at `source`, "B C_z H W": (latent, time) -> dz/dt, for `integrate`."""
+        return lambda latent, time: self(latent, time, source)
+
+    def forward(self, latent: Tensor, time: Tensor, source: Tensor | None = None, key: Tensor | None = None) -> Tensor:
         """Velocity.
 
         Args:
             latent: "B C_z H W"; H and W multiples of 2^(levels - 1).
             time: "B" in [0, 1].
+            source: the HR image's latent, as `latent`; needed with `config.source`, else not looked at.
             key: int64 "B", decides each sample's dropout (see `sample_keys`); needed in training mode alone.
 
         Returns:
             dz/dt, "B C_z H W".
+
+        Raises:
+            ValueError: no source for a network that needs it.
         """
+        if self.config.source:
+            if source is None:
+                raise ValueError("source: needed, for this network was built with velocity.source=true")
+            latent = torch.cat((latent, source), 1)
         embedding = self.embedding(time)
         x = self.stem(latent)
         kept = [x]
