@@ -63,11 +63,14 @@ def interpolate(degrader: Degrader, captured: Tensor, scale: float, path: str) -
     Returns:
         "1 3 H W" in [-1, 1].
     """
-    latents, skips = degrader.autoencoder.encode(pad(captured, degrader.autoencoder.config.compression))
+    autoencoder = degrader.autoencoder
+    hr, *lower = pad(captured, autoencoder.config.compression).split(1)
+    latent, skips = autoencoder.encode(hr)
+    latents = torch.cat([latent, *(autoencoder.encode(lr)[0] for lr in lower)])
     time = time_of_scale(torch.tensor([scale], dtype=torch.float64), degrader.low, degrader.high)
     knots = knots_of_scales(list(degrader.levels.values()))
     latent = _PATHS[path](knots).to(captured.device).at(latents[None], time.to(captured.device)).position
-    decoded = degrader.autoencoder.decode(latent, tuple(skip[:1] for skip in skips))
+    decoded = autoencoder.decode(latent, skips)
     return decoded[..., : captured.shape[-2], : captured.shape[-1]].clamp(-1, 1)
 
 
