@@ -18,7 +18,7 @@ from degflow.config import dump, option, required, run
 from degflow.degrader import Degrader
 from degflow.evaluation import Baselines, BestTime, Measurement, SweepPoint
 from degflow.evaluation.realism import SMALLEST
-from degflow.flow import STEPS
+from degflow.flow import SOLVER, STEPS, Solver
 from degflow.images import encode_png
 from degflow.perceptual import Perceptual
 from degflow.scenes import HR_LABEL, SceneConfig, SceneImages, check_levels
@@ -54,7 +54,7 @@ class EvaluateConfig:
     sweep: int = option(31, "scales of the curve over s and of the search for best-matching t; 0 leaves both out")
     figure: int = option(3, "scenes in figure.png; 0 leaves it out")
     steps: int = option(STEPS, "solver steps")
-    solver: Literal["euler", "midpoint", "heun", "rk4"] = option("rk4", "solver")
+    solver: Solver = option(SOLVER, "solver")
     device: str = option("auto", "auto (cuda when there is one), cpu, cuda or cuda:N")
 
     def __post_init__(self):
