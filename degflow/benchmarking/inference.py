@@ -16,14 +16,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from degflow.benchmarking.measure import Table, Timing, alternate
 from degflow.degrader import Degrader, pad
-from degflow.flow import STEPS, integrate
+from degflow.flow import SOLVER, STEPS, integrate
 from degflow.trajectory import time_of_scale
 
 START = 1e-3  # where the released procedure's integration begins
 CANDIDATES = (
     *(("euler", steps) for steps in (8, 16)),
     *(("heun", steps) for steps in (2, 4, 6)),
-    *(("rk4", steps) for steps in (1, 2, 3, 4)),
+    *(("rk4", steps) for steps in (1, 2, 3, 4, 5)),
+    *(("rk5", steps) for steps in (1, 2, 3, 4)),
 )
 
 
@@ -111,7 +112,7 @@ def _spread(values: Sequence[float]) -> str:
     return f"{min(values):.1f} / {statistics.median(values):.1f}"
 
 
-def _evaluations(solver: str, steps: int) -> int:
+def _evaluations(solver: str, steps: int, end_time: float = 1.0) -> int:
     calls = 0
 
     def still(z: Tensor, time: Tensor) -> Tensor:
@@ -119,7 +120,7 @@ def _evaluations(solver: str, steps: int) -> int:
         calls += 1
         return torch.zeros_like(z)
 
-    integrate(still, torch.zeros(1, 1), torch.ones(1, 1), steps=steps, solver=solver)
+    integrate(still, torch.zeros(1, 1), torch.tensor([[end_time]]), steps=steps, solver=solver)
     return calls
 
 
@@ -181,9 +182,9 @@ def comparison(degrader: Degrader, hr: Tensor, repeats: int, count: int = 30, co
 
 def _our_calls(many: bool, drawn: Tensor, degrader: Degrader) -> str:
     if many:
-        return str(_evaluations("rk4", STEPS))
+        return str(_evaluations(SOLVER, STEPS))
     times = time_of_scale(drawn, degrader.low, degrader.high)
-    return f"{statistics.mean(4 * math.ceil(float(t) * STEPS) + 1 for t in times):.0f} (mean)"
+    return f"{statistics.mean(_evaluations(SOLVER, STEPS, float(time)) for time in times):.0f} (mean)"
 
 
 def _rates(timing: Timing, hr: Tensor, images: int) -> tuple[str, ...]:

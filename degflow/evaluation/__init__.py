@@ -1,0 +1,81 @@
+"""How close generated LR images come to captured ones: scores, realism, baselines, tables, pictures.
+
+1. `metrics` are those of the published protocol, `realism` what they cannot see.
+2. `fidelity` scores the degrader and the `baselines` against captured levels; `curve` follows the degrader over a fine
+   grid of scales.
+3. `tables` and `pictures` show it; `validation` is what trainings show while they run.
+"""
+
+from degflow.evaluation.baselines import (
+    BASELINES,
+    Baselines,
+    bicubic,
+    blur,
+    fit_sigmas,
+    interpolate,
+    reconstruct,
+)
+from degflow.evaluation.crops import validation_crops
+from degflow.evaluation.curve import BestTime, SweepPoint, best_times, mean_curve, sweep
+from degflow.evaluation.fidelity import METHODS, Measurement, count, measure
+from degflow.evaluation.metrics import SHAVE, luma, psnr, ssim
+from degflow.evaluation.pictures import contact_sheet, continuum
+from degflow.evaluation.random_pipeline import random_degradation
+from degflow.evaluation.realism import (
+    flat_blocks,
+    noise,
+    radial_spectrum,
+    residual_divergence,
+    spectrum_distance,
+)
+from degflow.evaluation.tables import (
+    baselines_table,
+    best_time_table,
+    curve_table,
+    falls,
+    fidelity_table,
+    parquet,
+    realism_table,
+)
+from degflow.evaluation.validation import generation, reconstruction
+
+__all__ = [
+    "BASELINES",
+    "METHODS",
+    "SHAVE",
+    "Baselines",
+    "BestTime",
+    "Measurement",
+    "SweepPoint",
+    "baselines_table",
+    "best_time_table",
+    "best_times",
+    "bicubic",
+    "blur",
+    "contact_sheet",
+    "continuum",
+    "count",
+    "curve_table",
+    "falls",
+    "fidelity_table",
+    "fit_sigmas",
+    "flat_blocks",
+    "generation",
+    "interpolate",
+    "luma",
+    "mean_curve",
+    "measure",
+    "noise",
+    "parquet",
+    "psnr",
+    "radial_spectrum",
+    "random_degradation",
+    "realism_table",
+    "reconstruct",
+    "reconstruction",
+    "residual_divergence",
+    "spectrum_distance",
+    "ssim",
+    "sweep",
+    "validation_crops",
+]

@@ -1,0 +1,33 @@
+"""Which part of a scene is looked at."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from degflow.evaluation.metrics import luma
+from degflow.scenes import SceneImages
+
+
+def central(pixels: np.ndarray, crop: int) -> np.ndarray:
+    """The middle `crop` x `crop` of "K H W 3", smaller where the scene is; 0 leaves it whole."""
+    if not crop:
+        return pixels
+    top, left = (max(0, side - crop) // 2 for side in pixels.shape[1:3])
+    return pixels[:, top : top + crop, left : left + crop]
+
+
+def validation_crops(scenes: SceneImages, count: int = 6, side: int = 192) -> Tensor:
+    """Central crops of evenly spaced scenes, uint8 "N K 3 side side" (smaller where a scene is)."""
+    chosen = np.unique(np.linspace(0, len(scenes) - 1, count).astype(int))
+    side = min(side, *(min(scenes.pixels[n].shape[1:3]) for n in chosen))
+    crops = np.stack([central(scenes.pixels[n], side) for n in chosen])
+    return torch.from_numpy(np.ascontiguousarray(crops.transpose(0, 1, 4, 2, 3)))
+
+
+def most_detailed(image: Tensor, side: int) -> tuple[int, int]:
+    """Top and left of the `side` x `side` window of "1 3 H W" whose Y changes most from pixel to pixel."""
+    y = luma(image)
+    change = y.diff(dim=1)[:, :, :-1].abs() + y.diff(dim=2)[:, :-1].abs()
+    mean = F.avg_pool2d(change[None], side - 1, 1)[0, 0]
+    return divmod(int(mean.argmax()), mean.shape[1])

@@ -1,0 +1,138 @@
+"""Every method's LR images against the captured ones, scored as the 8-bit images that a dataset holds."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from degflow import images
+from degflow.degrader import Degrader
+from degflow.evaluation import realism
+from degflow.evaluation.baselines import BASELINES, Baselines, bicubic, reconstruct
+from degflow.evaluation.crops import central
+from degflow.evaluation.metrics import psnr, ssim
+from degflow.scenes import HR_LABEL, SceneImages
+
+METHODS = ("generated", "hr", "bicubic", "autoencoder")
+TITLES = {
+    "generated": "generated",
+    "hr": "HR unchanged",
+    "bicubic": "bicubic",
+    "autoencoder": "autoencoder's limit",
+    "gaussian": "Gaussian blur",
+    "random": "random pipeline",
+    "spline": "latent spline",
+    "linear": "latent line",
+}
+TOGETHER = 2**21  # pixels whose LPIPS is taken at once
+
+
+class Measurement(NamedTuple):
+    """One LR image of one scene, made by one method, against the captured one.
+
+    `spectrum`, `noise`, `correlation` and `divergence` are `realism`'s; `captured_noise` and `captured_correlation`
+    those of the captured LR image.
+    """
+
+    scene: str
+    label: str
+    scale: float
+    method: str
+    psnr: float
+    ssim: float
+    lpips: float
+    psnr_to_hr: float
+    spectrum: float
+    noise: float
+    correlation: float
+    divergence: float
+    captured_noise: float
+    captured_correlation: float
+
+
+def measure(
+    degrader: Degrader,
+    scenes: SceneImages,
+    levels: Mapping[str, float],
+    perceptual: nn.Module | None,
+    crop: int = 0,
+    baselines: Baselines | None = None,
+    **solver: int | str,
+) -> Iterator[Measurement]:
+    """Compare every method's LR with the captured one, at every level but HR's.
+
+    Args:
+        degrader: what is judged.
+        scenes: captured scenes with the levels' images.
+        levels: label -> scale, in the scenes' order; label 1 (HR) is what the methods start from.
+        perceptual: LPIPS, or None to leave it out (NaN).
+        crop: side of the central crop (smaller where a scene is); 0 takes whole images.
+        baselines: more methods, after those of METHODS.
+        solver: `steps`, `solver` of the degrader.
+
+    Raises:
+        ValueError: an image of fewer than 24 pixels a side.
+    """
+    labels = [label for label in levels if label != HR_LABEL]
+    device = next(degrader.parameters()).device
+    for scene, pixels in zip(scenes.scenes, scenes.pixels, strict=True):
+        real = images.to_tensor(central(pixels, crop)).to(device)
+        hr = real[:1]
+        flat = realism.flat_blocks(hr)
+        scales = torch.tensor([[levels[label] for label in labels]], dtype=torch.float64)
+        generated = degrader(hr, scales, **solver)[0]  # type: ignore[arg-type]
+        for n, label in enumerate(labels):
+            lr = real[n + 1 : n + 2]
+            made = {
+                "generated": generated[n : n + 1],
+                "hr": hr,
+                "bicubic": bicubic(hr.cpu(), levels[label]).to(device),
+                "autoencoder": reconstruct(degrader.autoencoder, hr, lr),
+                **(baselines.images(scene.name, real, label) if baselines else {}),
+            }
+            batch = images.to_tensor(images.to_pixels(torch.cat(list(made.values())))).to(device)
+            scores = _scores(batch, lr, hr, flat, perceptual)
+            for method, row in zip(made, scores, strict=True):
+                yield Measurement(scene.name, label, levels[label], method, *row)
+
+
+def count(scenes: SceneImages, levels: Mapping[str, float], baselines: Baselines | None = None) -> int:
+    """How many measurements `measure` makes."""
+    labels = [label for label in levels if label != HR_LABEL]
+    return len(scenes) * sum(len(METHODS) + (len(baselines.at(label)) if baselines else 0) for label in labels)
+
+
+def _scores(
+    batch: Tensor, lr: Tensor, hr: Tensor, flat: Tensor, perceptual: nn.Module | None
+) -> list[tuple[float, ...]]:
+    """The numbers of a `Measurement` for each of "M 3 H W", made from "1 3 H W" to resemble "1 3 H W"."""
+    lrs, hrs = lr.expand_as(batch), hr.expand_as(batch)
+    noise, correlation = realism.noise(batch, flat)
+    captured = [value.expand(len(batch)) for value in realism.noise(lr, flat)]
+    columns = (
+        psnr(batch, lrs),
+        ssim(batch, lrs),
+        _lpips(perceptual, batch, lr),
+        psnr(batch, hrs),
+        realism.spectrum_distance(batch, lr),
+        noise,
+        correlation,
+        realism.residual_divergence(batch, lr, hr),
+        *captured,
+    )
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+@torch.inference_mode()
+def _lpips(perceptual: nn.Module | None, batch: Tensor, lr: Tensor) -> Tensor:
+    if perceptual is None:
+        return torch.full((len(batch),), torch.nan)
+    parts = batch.split(max(1, TOGETHER // (lr.shape[-1] * lr.shape[-2])))
+    return torch.cat([perceptual(part, lr) for part in parts])  # one reference: its features are computed once
+
+
+def methods_of(measurements: Sequence[Measurement]) -> list[str]:
+    """Methods that were measured, in their order."""
+    found = {row.method for row in measurements}
+    return [method for method in (*METHODS, *BASELINES) if method in found]

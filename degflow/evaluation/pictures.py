@@ -1,0 +1,79 @@
+"""Pictures: sheets of titled images, and the continuous sweep beside the captured levels (DegFlow, Fig. 2)."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from degflow import images
+from degflow.degrader import Degrader
+from degflow.evaluation.crops import central, most_detailed
+from degflow.scenes import HR_LABEL, SceneImages
+from degflow.trajectory import scale_of_time
+
+
+def contact_sheet(columns: Sequence[tuple[str, Tensor]], margin: int = 4, title: int = 16) -> np.ndarray:
+    """Columns of titled images ("N 3 H W" each) -> one picture, uint8 "H W 3"."""
+    count, _, height, width = columns[0][1].shape
+    size = (len(columns) * (width + margin) + margin, title + count * (height + margin) + margin)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, (name, batch) in enumerate(columns):
+        left = margin + column * (width + margin)
+        draw.text((left, 2), name, fill="black")
+        for row, pixels in enumerate(images.to_pixels(batch)):
+            sheet.paste(Image.fromarray(pixels), (left, title + margin + row * (height + margin)))
+    return np.asarray(sheet)
+
+
+def continuum(
+    degrader: Degrader,
+    scenes: SceneImages,
+    levels: Mapping[str, float],
+    crop: int = 0,
+    *,
+    count: int = 3,
+    side: int = 48,
+    zoom: int = 4,
+    **solver: int | str,
+) -> np.ndarray:
+    """A patch of a few scenes: captured at every level above, generated at even steps of t from 0 to 1 below.
+
+    Args:
+        degrader: what is shown.
+        scenes: captured scenes with the levels' images.
+        levels: label -> scale, in the scenes' order, HR first.
+        crop: side of the central crop that is degraded; 0 takes whole images.
+        count: scenes, evenly spaced.
+        side: of the patch, the most detailed of the crop (smaller where a scene is).
+        zoom: pixels are repeated so many times.
+        solver: `steps`, `solver` of the degrader.
+
+    Returns:
+        uint8 "H W 3"; a row per scene and half, as many steps of t as there are levels, and one.
+    """
+    device = next(degrader.parameters()).device
+    chosen = np.unique(np.linspace(0, len(scenes) - 1, count).astype(int))
+    side = min(side, *(min(central(scenes.pixels[n], crop).shape[1:3]) for n in chosen))
+    times = torch.linspace(0, 1, len(levels) + 1, dtype=torch.float64)
+    scales = scale_of_time(times, degrader.low, degrader.high)
+    captured, generated = [], []
+    for n in chosen:
+        real = images.to_tensor(central(scenes.pixels[n], crop))
+        made = degrader(real[:1].to(device), scales[None], **solver)[0].cpu()  # type: ignore[arg-type]
+        top, left = most_detailed(real[:1], side)
+        for rows, batch in ((captured, real), (generated, made)):
+            patch = batch[..., top : top + side, left : left + side]
+            rows.append(patch.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2))
+    names = ["HR" if label == HR_LABEL else f"captured x{label}" for label in levels]
+    steps = [f"generated t {time:.2f} (x{scale:.2f})" for time, scale in zip(times, scales, strict=True)]
+    halves = [
+        contact_sheet(list(zip(titles, torch.stack(rows, 1), strict=True)))
+        for titles, rows in ((names, captured), (steps, generated))
+    ]
+    width = max(half.shape[1] for half in halves)
+    return np.concatenate(
+        [np.pad(half, ((0, 0), (0, width - half.shape[1]), (0, 0)), constant_values=255) for half in halves]
+    )

@@ -1,0 +1,145 @@
+"""Measurements as Markdown, means over the scenes; and rows as parquet."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from degflow.evaluation.baselines import BASELINES
+from degflow.evaluation.curve import BestTime
+from degflow.evaluation.fidelity import METHODS, TITLES, Measurement, methods_of
+from degflow.scenes import HR_LABEL
+
+_FORMS = (("psnr", "{:.2f}"), ("ssim", "{:.4f}"), ("lpips", "{:.4f}"))
+
+
+def fidelity_table(measurements: Sequence[Measurement]) -> str:
+    """A row per level: mean PSNR / SSIM / LPIPS of each of METHODS, and PSNR against HR."""
+    rows = []
+    for label in _labels(measurements):
+        captured, generated = (_of(measurements, label, method) for method in ("hr", "generated"))
+        to_hr = (_mean(captured, "psnr", "{:.2f}"), _mean(generated, "psnr_to_hr", "{:.2f}"))
+        rows.append((f"x{label}", *(_scores(_of(measurements, label, method)) for method in METHODS), *to_hr))
+    return _markdown(("scale", *map(TITLES.get, METHODS), "captured LR to HR", "generated to HR"), rows)
+
+
+def baselines_table(measurements: Sequence[Measurement], sigmas: Mapping[str, float]) -> str:
+    """A row per level: mean PSNR / SSIM / LPIPS of the generated LR and of each of BASELINES that was measured.
+
+    Args:
+        measurements: of `measure`.
+        sigmas: label -> sigma of the Gaussian blur.
+    """
+    methods = ["generated", *(method for method in methods_of(measurements) if method in BASELINES)]
+    rows = []
+    for label in _labels(measurements):
+        cells = []
+        for method in methods:
+            cell = _scores(_of(measurements, label, method))
+            cells.append(f"{cell} (sigma {sigmas[label]:.2f})" if method == "gaussian" else cell)
+        rows.append((f"x{label}", *cells))
+    return _markdown(("scale", *map(TITLES.get, methods)), rows)
+
+
+def realism_table(measurements: Sequence[Measurement]) -> str:
+    """A row per level and method, and one for the captured LR: `realism`'s measures, in the mean.
+
+    Of noise and its correlation the median, for a scene that is nowhere flat shows its texture in them.
+    """
+    rows = []
+    for label in _labels(measurements):
+        captured = _of(measurements, label, "generated")
+        noise = (_middle(captured, "captured_noise"), _middle(captured, "captured_correlation"))
+        rows.append((f"x{label}", "captured LR", "0", *noise, "0"))
+        for method in methods_of(measurements):
+            if found := _of(measurements, label, method):
+                noise = (_middle(found, "noise"), _middle(found, "correlation"))
+                means = (_mean(found, "spectrum", "{:.2f}"), _mean(found, "divergence", "{:.3f}"))
+                rows.append((f"x{label}", TITLES[method], means[0], *noise, means[1]))
+    return _markdown(("scale", "LR image", "spectrum, dB", "noise", "its correlation", "residuals, nats"), rows)
+
+
+def best_time_table(best: Sequence[BestTime], optical: Mapping[str, float], low: float, high: float) -> str:
+    """A row per level: the time of the highest PSNR-Y beside that of the level's own scale and of the optical one.
+
+    Args:
+        best: of `best_times`.
+        optical: label -> optical scale, where it is known.
+        low, high: ends of the trained range of scales.
+    """
+    rows = []
+    for label in dict.fromkeys(row.level for row in best):
+        found = [row for row in best if row.level == label]
+        times, ends = [row.time for row in found], sum(row.at_end for row in found)
+        mean = float(np.mean(times))
+        rows.append(
+            (
+                f"x{label}",
+                f"{found[0].own_time:.3f}",
+                f"{(optical[label] - low) / (high - low):.3f}" if label in optical else "—",
+                f"{mean:.3f} (x{low + mean * (high - low):.2f})",
+                f"{min(times):.3f} to {max(times):.3f}" + (f", {ends} at an end" if ends else ""),
+                f"{np.mean([row.own_psnr for row in found]):.2f}",
+                f"{np.mean([row.psnr for row in found]):.2f}",
+            )
+        )
+    titles = ("scale", "t of the level's scale", "t of the optical scale", "best t, mean", "of single scenes")
+    return _markdown((*titles, "PSNR at its own t", "PSNR at the best t"), rows)
+
+
+def curve_table(curves: Mapping[str, Mapping[float, float]], count: int = 11) -> str:
+    """A column for some `count` scales, a row for each level's curve.
+
+    Args:
+        curves: level label -> `mean_curve`, all of the same scales.
+        count: columns at most.
+    """
+    scales = list(next(iter(curves.values())))
+    shown = scales[:: math.ceil(len(scales) / count)]
+    titles = {label: "to HR" if label == HR_LABEL else f"to captured x{label}" for label in curves}
+    rows = [(titles[label], *(f"{curve[scale]:.2f}" for scale in shown)) for label, curve in curves.items()]
+    return _markdown(("scale", *(f"x{scale:.2f}" for scale in shown)), rows)
+
+
+def falls(curve: Mapping[float, float]) -> bool:
+    """Whether every value is below the one before."""
+    return all(after < before for before, after in pairwise(curve.values()))
+
+
+def parquet(rows: Iterable[Any]) -> bytes:
+    """NamedTuples of plain values, one kind, as a parquet file."""
+    table = pa.Table.from_pylist([row._asdict() for row in rows])
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
+
+
+def _labels(measurements: Sequence[Measurement]) -> list[str]:
+    return list(dict.fromkeys(row.label for row in measurements))
+
+
+def _of(measurements: Sequence[Measurement], label: str, method: str) -> list[Measurement]:
+    return [row for row in measurements if row.label == label and row.method == method]
+
+
+def _scores(rows: Sequence[Measurement]) -> str:
+    return " / ".join(_mean(rows, name, form) for name, form in _FORMS) if rows else "—"
+
+
+def _mean(rows: Sequence[Measurement], name: str, form: str) -> str:
+    return form.format(float(np.mean([getattr(row, name) for row in rows])))
+
+
+def _middle(rows: Sequence[Measurement], name: str) -> str:
+    """The median of the rows that have the value: an image without noise has no correlation."""
+    values = [value for row in rows if not math.isnan(value := getattr(row, name))]
+    return f"{float(np.median(values)) if values else math.nan:.2f}"
+
+
+def _markdown(titles: Sequence[Any], rows: Iterable[Sequence[str]]) -> str:
+    head = ("| " + " | ".join(map(str, titles)) + " |", "|---" * len(titles) + "|")
+    return "\n".join((*head, *("| " + " | ".join(row) + " |" for row in rows)))

@@ -1,0 +1,43 @@
+"""What a training shows while it runs: scores and pictures of a few crops."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from degflow.degrader import Degrader
+from degflow.evaluation.baselines import reconstruct
+from degflow.evaluation.metrics import psnr
+from degflow.evaluation.pictures import contact_sheet
+from degflow.models import ResidualAutoencoder
+from degflow.objectives import to_float
+
+
+def reconstruction(
+    autoencoder: ResidualAutoencoder, crops: Tensor, labels: Sequence[str]
+) -> tuple[dict[str, float], np.ndarray]:
+    """PSNR of decode(encode(level); HR skips) at every level, and a picture with rows HR | LR | decoded LR ..."""
+    device = next(autoencoder.parameters()).device
+    image = to_float(crops.to(device))
+    hr, scalars, columns = image[:, 0], {}, []
+    for level, label in enumerate(labels):
+        decoded = reconstruct(autoencoder, hr, image[:, level])
+        scalars[f"x{label}"] = float(psnr(decoded, image[:, level]).mean())
+        columns += [(f"x{label}", image[:, level]), (f"x{label} decoded", decoded)]
+    return scalars, contact_sheet(columns)
+
+
+def generation(degrader: Degrader, crops: Tensor, labels: Sequence[str]) -> tuple[dict[str, float], np.ndarray]:
+    """PSNR of generated against real LR at every trained level, and a picture: HR | real and generated LR | between."""
+    device = next(degrader.parameters()).device
+    image = to_float(crops.to(device))
+    scales = [degrader.levels[label] for label in labels[1:]]
+    between = [(a + b) / 2 for a, b in zip(list(degrader.levels.values()), scales, strict=False)]
+    made = degrader(image[:, 0], torch.tensor([scales + between], dtype=torch.float64).expand(len(image), -1))
+    scalars, columns = {}, [("HR", image[:, 0])]
+    for n, label in enumerate(labels[1:]):
+        scalars[f"x{label}"] = float(psnr(made[:, n], image[:, n + 1]).mean())
+        columns += [(f"x{label} real", image[:, n + 1]), (f"x{scales[n]:.2f} generated", made[:, n])]
+    columns += [(f"x{scale:.2f} generated", made[:, len(scales) + n]) for n, scale in enumerate(between)]
+    return scalars, contact_sheet(columns)
