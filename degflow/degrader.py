@@ -22,6 +22,7 @@ from degflow.trajectory import time_of_scale
 
 MEMORY = 4.0  # GB
 OVERHEAD = 150e6  # bytes: what libraries and the allocator take whatever the size
+PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SHIPPED = str(Path(__file__).parent / "weights" / "canon-simulated.safetensors")
 
 
@@ -55,7 +56,14 @@ class Degrader(nn.Module):
 
     @torch.inference_mode()
     def forward(
-        self, hr: Tensor, scale: Tensor, *, steps: int = STEPS, solver: str = SOLVER, memory: float = MEMORY
+        self,
+        hr: Tensor,
+        scale: Tensor,
+        *,
+        steps: int = STEPS,
+        solver: str = SOLVER,
+        memory: float = MEMORY,
+        precision: str = "float32",
     ) -> Tensor:
         """Degrade a batch.
 
@@ -65,13 +73,18 @@ class Degrader(nn.Module):
             steps: solver steps. solver: euler, midpoint, heun, rk4 or rk5.
             memory: GB (1e9 bytes) to work in, beside the weights and the images in and out. What does not fit is done
                 image by image, and what still does not tile by tile; the result is the same to rounding.
+            precision: float32, float16 or bfloat16, of the networks' matrix products and convolutions (autocast); the
+                latent, its steps and the last convolution stay in float32.
 
         Returns:
             "B 3 H W" or "B N 3 H W" in [-1, 1].
 
         Raises:
-            ValueError: a scale outside the trained range [low, high], or too little memory for any tile.
+            ValueError: a scale outside the trained range [low, high], too little memory for any tile, or an unknown
+                precision.
         """
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision={precision}: must be one of {', '.join(PRECISIONS)}")
         if len(scale) != len(hr):
             raise ValueError(f"scale: {len(scale)} for a batch of {len(hr)} images")
         self.check_scales(float(scale.min()), float(scale.max()))
@@ -80,7 +93,8 @@ class Degrader(nn.Module):
         together, grid, keep = self.fit(hr.shape[-2], hr.shape[-1], memory)
         for part in torch.arange(len(hr)).split(together):
             at = slice(int(part[0]), int(part[-1]) + 1)
-            self._degrade(hr[at], time[at], lr[at], grid, keep, steps=steps, solver=solver)
+            with torch.autocast(hr.device.type, PRECISIONS[precision], enabled=precision != "float32"):
+                self._degrade(hr[at], time[at], lr[at], grid, keep, steps=steps, solver=solver)
         return lr
 
     def _degrade(self, hr: Tensor, time: Tensor, lr: Tensor, grid: Grid, keep: bool, **solver: Any) -> None:
@@ -90,6 +104,7 @@ class Degrader(nn.Module):
             latent, kept = autoencoder.encode(image)
         else:
             latent, kept = self._encode(image, grid, keep)
+        latent = latent.to(image.dtype)
         latents = integrate(self.velocity.field(latent), latent, time, **solver)
         latents, lr = (x[:, None] if time.ndim == 1 else x for x in (latents, lr))
         for tile in grid.tiles():
@@ -166,7 +181,7 @@ class Degrader(nn.Module):
     def degrade(self, picture: Image.Image, scale: float, **options: Any) -> Image.Image:
         """PIL image in, RGB PIL image of the same size out; gray, alpha, 16-bit, ... by the rule of `images`.
 
-        `options` are those of a call: steps, solver, memory.
+        `options` are those of a call: steps, solver, memory, precision.
         """
         pixels = images.from_picture(picture)
         device = next(self.parameters()).device

@@ -14,7 +14,7 @@ import pyarrow.compute
 from degflow import dataset, images
 from degflow.config import option, parse, plain, read, required
 from degflow.dataset import Part, Plan, Record
-from degflow.degrader import Degrader
+from degflow.degrader import PRECISIONS, Degrader
 from degflow.flow import SOLVER, SOLVERS, STEPS
 from degflow.listing import SOURCE, Listing, list_input, root_of
 from degflow.storage import Place, Source
@@ -130,6 +130,7 @@ class SynthesizeConfig:
     )
     max_pixels: int = option(images.MAX_PIXELS, "larger images are rejected")
     memory: float = option(4.0, "GB for one forward pass, beside weights and images; larger ones are done in tiles")
+    precision: str = option("float32", f"of the networks: one of {', '.join(PRECISIONS)}; float16 is for GPUs")
     batch: int = option(4, "images in flight per stage; those of equal size share a forward pass")
     png_level: int = option(3, "PNG compression, 0 (fast) to 9 (small)")
     actors: ActorsConfig = option(ActorsConfig(), "")
@@ -149,6 +150,7 @@ class SynthesizeConfig:
             ("hr", self.hr in ("auto", "embed", "reference"), "must be auto, embed or reference"),
             ("max_pixels", self.max_pixels >= images.SMALLEST_SIDE**2, f"must be at least {images.SMALLEST_SIDE**2}"),
             ("memory", self.memory > 0, "must be above 0"),
+            ("precision", self.precision in PRECISIONS, f"must be one of {', '.join(PRECISIONS)}"),
             ("batch", self.batch >= 1, "must be at least 1"),
             ("png_level", 0 <= self.png_level <= 9, "must lie in [0, 9]"),
             ("max_reject_rate", 0 <= self.max_reject_rate <= 1, "must lie in [0, 1]"),

@@ -190,8 +190,8 @@ class ShardMaker:
         try:
             hr = images.to_tensor(np.stack([item.loaded.pixels for item in batch])).to(self.device)
             scale = torch.tensor([item.scales for item in batch], dtype=torch.float64)
-            solver = self.config.solver
-            lr = self.degrader(hr, scale, steps=solver.steps, solver=solver.solver, memory=self.config.memory)
+            how = {"memory": self.config.memory, "precision": self.config.precision}
+            lr = self.degrader(hr, scale, steps=self.config.solver.steps, solver=self.config.solver.solver, **how)
             finite = lr.isfinite().flatten(1).all(1).tolist()
             pixels = images.to_pixels(lr)
         except (MemoryError, RuntimeError) as error:

@@ -73,6 +73,7 @@ def test_more_steps_follow_the_solution_more_closely(degrader, hr):
     assert least["euler x 8"] < least["euler x 16"] < least["heun x 6"] < least["rk4 x 4"]
     assert least["rk4 x 1"] < least["rk4 x 4"]
     assert rows["rk4 x 3"]["evaluations"] == "13"
+    assert least["rk5 x 3"] > least["rk5 x 3, float16"] > least["rk5 x 3, bfloat16"] > 30
 
 
 def test_the_comparison_has_every_way_and_its_agreement(degrader, hr):

@@ -178,3 +178,8 @@ def test_compiling_changes_no_image_and_no_name_in_the_file(degrader):
     compiled.compile(backend="eager")  # no C++ compiler needed; the tracing is what is tested
     torch.testing.assert_close(compiled(hr, scale), wanted, rtol=0, atol=1e-5)
     assert compiled.state_dict().keys() == degrader.state_dict().keys()
+
+
+def test_an_unknown_precision_is_named(degrader):
+    with pytest.raises(ValueError, match=r"precision=half: must be one of float32, float16, bfloat16"):
+        degrader(pictures(1, 32, 32), torch.tensor([2.0]), precision="half")

