@@ -37,6 +37,9 @@ class TrainSRConfig:
 
     train: dict[str, str] = option({}, "name -> one split of a RealSR-like tree, or a synthesized dataset (required)")
     weights: dict[str, float] = option({}, "name -> share of the samples; empty: equal shares")
+    noise: dict[str, float] = option(
+        {}, "name -> noise that its LR images get: standard deviation in 8-bit levels, white at a camera's sampling"
+    )
     levels: dict[str, float] = option({"2": 2.0, "4": 4.0}, "of the trees: folder label -> scale of the LR images")
     resize_lr: bool = option(False, "bring LR images smaller than HR (RealSR V3) to HR's grid by bicubic")
     crop: int = option(128, "side of the random crops, in pixels; LIIF gets crop / 4 pixels, of crop / 4 * scale")
@@ -55,6 +58,8 @@ class TrainSRConfig:
     def __post_init__(self):
         if self.weights and (set(self.weights) != set(self.train) or min(self.weights.values()) <= 0):
             raise ValueError(f"weights={self.weights}: must give each of train={list(self.train)} a share above 0")
+        if not set(self.noise) <= set(self.train) or min(self.noise.values(), default=0) < 0:
+            raise ValueError(f"noise={self.noise}: names of train={list(self.train)}, none below 0")
         if self.crop < 16 or self.crop % 4:
             raise ValueError(f"crop={self.crop}: must be a multiple of 4, and at least 16")
         if self.memory <= 0 or self.test_crop < 0 or 0 < self.test_crop < 32:
@@ -113,7 +118,8 @@ def training_crops(config: TrainSRConfig) -> PairCrops:
         sources.append(pairs)
     queries = config.network.liif.queries if config.network.name == "liif" else 0
     weights = [config.weights.get(name, 1.0) for name in config.train]
-    return PairCrops(sources, weights, config.crop, config.fit.seed, queries)
+    noise = [config.noise.get(name, 0.0) for name in config.train]
+    return PairCrops(sources, weights, config.crop, config.fit.seed, queries, noise)
 
 
 def test_scenes(config: TrainSRConfig, uri: str) -> SceneImages:

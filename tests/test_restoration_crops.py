@@ -139,6 +139,23 @@ def test_sources_get_their_shares():
     assert [marks.count(mark) / 800 for mark in (1, 2, 3)] == pytest.approx([0.25, 0.5, 0.25], abs=0.05)
 
 
+def test_noise_is_white_at_the_cameras_sampling_and_of_its_own_source_alone():
+    flat = Pair("flat", 4.0, np.full((64, 64, 3), 128, np.uint8), np.full((64, 64, 3), 128, np.uint8))
+    samples = PairCrops([[flat], [pair(1)]], [1.0, 1.0], 64 - 4, seed=0, noise=[5.0, 0.0])
+    noisy = [samples[n] for n in range(60) if int(samples[n]["hr"][2, 0, 0]) == 128]
+    assert 20 < len(noisy) < 40
+    noise = torch.stack([sample["lr"].double() - 128 for sample in noisy])
+    assert all(torch.equal(sample["hr"], torch.full_like(sample["hr"], 128)) for sample in noisy)
+    # Interpolated from a grid four times coarser: smooth over one pixel, new after eight, and as strong at its points.
+    assert float(noise.mean()) == pytest.approx(0, abs=0.3)
+    assert 3 < float(noise.std()) < 5
+    correlation = [float((noise[..., d:] * noise[..., : 60 - d]).mean() / noise.var()) for d in (1, 8)]
+    assert correlation[0] > 0.85
+    assert abs(correlation[1]) < 0.1
+    clean = [samples[n] for n in range(60) if int(samples[n]["hr"][2, 0, 0]) != 128]
+    assert all(torch.equal(sample["lr"][:2], sample["hr"][:2]) for sample in clean)
+
+
 def test_liif_samples_hold_the_colours_at_their_coordinates():
     samples = PairCrops([[pair(1, 2.6, (80, 90))]], [1.0], 64, seed=1, queries=100)
     for n in range(20):

@@ -148,6 +148,8 @@ def test_liif_trains_and_is_told_the_test_scale(tree, dataset, tmp_path):
         ({"output": ""}, 2, "output: must be given"),
         ({"train": "{}"}, 1, "train: must be given"),
         ({"weights": "{other: 1}"}, 2, r"weights=.*: must give each of train=\['real'\] a share above 0"),
+        ({"noise": "{other: 1}"}, 2, r"noise=.*: names of train=\['real'\], none below 0"),
+        ({"noise": "{real: -1}"}, 2, r"noise=.*: names of train=\['real'\], none below 0"),
         ({"crop": 30}, 2, "crop=30: must be a multiple of 4"),
         ({"levels": "{1: 1.0, 2: 2.0}"}, 2, "levels=.*: LR levels alone"),
         ({"test_level": "tele"}, 2, "test_level=tele: no number, so test_scale must be given"),

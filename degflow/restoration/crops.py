@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -148,12 +149,21 @@ class PairCrops(Dataset[dict[str, Tensor]]):
         seed: with n, decides source, pair, place and orientation.
         queries: 0, or the number of pixels that LIIF is asked for; its LR crop has crop / 4 pixels a side and is a
             crop of crop / 4 * scale HR pixels that was shrunk (bicubic, antialiased).
+        noise: standard deviation, in levels of 8 bits, of noise that each source's LR images get; empty: none. It is
+            white at the sampling of a camera at the pair's scale, and brought to HR's grid by bicubic.
     """
 
     def __init__(
-        self, sources: Sequence[Sequence[Pair]], weights: Sequence[float], crop: int, seed: int, queries: int = 0
+        self,
+        sources: Sequence[Sequence[Pair]],
+        weights: Sequence[float],
+        crop: int,
+        seed: int,
+        queries: int = 0,
+        noise: Sequence[float] = (),
     ):
         self.sources, self.crop, self.seed, self.queries = sources, crop, seed, queries
+        self.noise = list(noise) or [0.0] * len(sources)
         self.bounds = np.cumsum(weights) / np.sum(weights)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
@@ -164,13 +174,14 @@ class PairCrops(Dataset[dict[str, Tensor]]):
             "Q 2", and `cell`, float32 "2", the size of HR's pixels.
         """
         random = np.random.default_rng((self.seed, 2, index))
-        source = self.sources[
-            int(np.searchsorted(self.bounds, random.random(), side="right").clip(0, len(self.sources) - 1))
-        ]
+        number = int(np.searchsorted(self.bounds, random.random(), side="right").clip(0, len(self.sources) - 1))
+        source, noise = self.sources[number], self.noise[number]
         pair = source[int(random.integers(len(source)))]
         small = self.crop // SHRINK
         side = round(small * pair.scale) if self.queries else self.crop
         lr, hr = _same_place(pair, side, random)
+        if noise:
+            lr = _noisy(lr, noise, pair.scale, random)
         if not self.queries:
             return {"lr": _tensor(lr), "hr": _tensor(hr)}
         count = min(self.queries, side * side)
@@ -193,6 +204,13 @@ def _same_place(pair: Pair, side: int, random: np.random.Generator) -> tuple[np.
         return pixels[:, ::-1] if mirrored else pixels
 
     return cut(pair.lr), cut(pair.hr)
+
+
+def _noisy(lr: np.ndarray, sigma: float, scale: float, random: np.random.Generator) -> np.ndarray:
+    height, width = (max(1, round(side / scale)) for side in lr.shape[:2])
+    noise = torch.from_numpy(random.normal(0, sigma, (1, 3, height, width)))
+    noise = F.interpolate(noise, lr.shape[:2], mode="bicubic")[0].permute(1, 2, 0).numpy()
+    return np.clip(np.rint(lr + noise), 0, 255).astype(np.uint8)
 
 
 def _tensor(pixels: np.ndarray) -> Tensor:
