@@ -142,22 +142,22 @@ class Degrader(nn.Module):
         rows, columns = (-(-side // self.multiple) * velocity.multiple for side in (height, width))
         number = next(self.parameters()).element_size()
         area = number * autoencoder.compression**2  # bytes per latent pixel, for each number per image pixel
-        held = rows * columns * (3 * area + 10 * number * autoencoder.latent_channels)  # image; latents and slopes
+        held = rows * columns * (3 * area + 12 * number * autoencoder.latent_channels)  # image; latents and six slopes
         flow = rows * columns * number * velocity.working_channels
         skips = rows * columns * area * autoencoder.skip_channels
         work = rows * columns * area * autoencoder.working_channels
         room = memory * 1e9 - OVERHEAD
-        if (together := min(room / (held + max(flow, skips + work)), 2**31)) >= 1:
+        if (together := min(room / (held + skips + max(flow, work)), 2**31)) >= 1:
             return int(together), Grid(rows, columns), True
         # Otherwise: hold all skips and decode in small windows, or encode again beside decoding in larger ones.
         ways, halo = [], autoencoder.halo
         for keep, fixed, each in ((True, held + skips, work), (False, held, skips + work)):
             grid = cheapest(rows, columns, halo, (room - fixed) / each * rows * columns)
-            if grid and held + flow <= room:
+            if grid and fixed + flow <= room:
                 ways.append(((2 if keep else 3) * grid.work, grid, keep))
         if not ways:
             smallest = finest(rows, columns, halo).window / (rows * columns)
-            least = OVERHEAD + held + max(flow, min(skips + work * smallest, (skips + work) * smallest))
+            least = OVERHEAD + held + min(skips + max(flow, work * smallest), max(flow, (skips + work) * smallest))
             raise ValueError(f"memory={memory:g}: {width} x {height} pixels need at least {least / 1e9 + 0.005:.2f} GB")
         _, grid, keep = min(ways, key=lambda way: way[0])
         return 1, grid, keep
