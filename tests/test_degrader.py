@@ -180,6 +180,18 @@ def test_compiling_changes_no_image_and_no_name_in_the_file(degrader):
     assert compiled.state_dict().keys() == degrader.state_dict().keys()
 
 
+def test_every_evaluation_sees_where_the_path_began(degrader):
+    hr, seen = pictures(2, 64, 64), []
+    handle = degrader.velocity.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[2]))
+    degrader(hr, torch.tensor([2.0, 3.75]), steps=2)
+    handle.remove()
+    with torch.no_grad():
+        latent, _ = degrader.autoencoder.encode(hr)
+    assert len(seen) == 2 * 6
+    for source in seen:
+        torch.testing.assert_close(source, latent)
+
+
 def test_an_unknown_precision_is_named(degrader):
     with pytest.raises(ValueError, match=r"precision=half: must be one of float32, float16, bfloat16"):
         degrader(pictures(1, 32, 32), torch.tensor([2.0]), precision="half")
