@@ -1,14 +1,17 @@
 """The two training objectives: a batch of aligned crops -> losses (DegFlow, sections 2.1 and 2.2)."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from degflow.flow import integrate
 from degflow.models import ResidualAutoencoder, VelocityNetwork
 from degflow.models.dropout import sample_keys
 from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear, next_knot, taylor_step
+
+Landing = Literal["taylor", "integrated"]
 
 
 class Losses(NamedTuple):
@@ -61,6 +64,9 @@ class LFMObjective(nn.Module):
         path: `NaturalCubicSpline` or `PiecewiseLinear` over the levels' times.
         perceptual: LPIPS ("B 3 H W", "B 3 H W") -> "B", or None to do without.
         weight: of the LPIPS term.
+        landing: where the LPIPS term looks, at the level that comes next after a sample's time: "taylor", at one Taylor
+            step from the path between the captured levels (DegFlow, section 2.2), which also knows that path's
+            acceleration; "integrated", at the end of the network's own path from HR, which is what a degrader decodes.
         perceptual_samples: how many samples of each step get the LPIPS term, evenly spread over it; 0 means all.
         batch: samples per step, over all processes; needed with perceptual_samples.
         seed: decides dropout, with a sample's number.
@@ -73,6 +79,7 @@ class LFMObjective(nn.Module):
         path: NaturalCubicSpline | PiecewiseLinear,
         perceptual: nn.Module | None = None,
         weight: float = 0.1,
+        landing: Landing = "taylor",
         perceptual_samples: int = 0,
         batch: int = 0,
         seed: int = 0,
@@ -84,7 +91,7 @@ class LFMObjective(nn.Module):
         self.network = velocity
         self.path = path
         self.perceptual = perceptual.requires_grad_(False) if perceptual is not None else None
-        self.weight = weight
+        self.weight, self.landing = weight, landing
         self.perceptual_samples, self.batch, self.seed = perceptual_samples, batch, seed
 
     def train(self, mode: bool = True) -> "LFMObjective":
@@ -114,24 +121,31 @@ class LFMObjective(nn.Module):
         if self.perceptual is None or self.weight == 0:
             return Losses(flow, {"cfm": flow.detach()})
         after, gap = next_knot(self.path.knots, time)
-        landed = taylor_step(point, velocity, gap)
-        target = image[torch.arange(len(image), device=image.device), after]
-        lpips = self._perceptual(landed, skips, target, number)
+        chosen = self._chosen(number)
+        if not len(chosen):
+            return Losses(flow, {"cfm": flow.detach(), "lpips": flow.new_zeros(())})
+        if self.landing == "taylor":
+            landed = taylor_step(point, velocity, gap)[chosen]
+        else:
+            landed = self._integrated(values[chosen, 0], self.path.knots[after[chosen]], number[chosen])
+        decoded = self.autoencoder.decode(landed, tuple(skip[chosen] for skip in skips))
+        # A part of the step's batch may hold more or fewer of the chosen than its share.
+        share = len(chosen) / len(number) * self.batch / self.perceptual_samples if self.perceptual_samples else 1.0
+        lpips = self.perceptual(decoded.float(), image[chosen, after[chosen]]).mean() * share
         return Losses(flow + self.weight * lpips, {"cfm": flow.detach(), "lpips": lpips.detach()})
 
-    def _perceptual(self, latent: Tensor, skips: tuple[Tensor, ...], target: Tensor, number: Tensor) -> Tensor:
-        """Mean LPIPS of the decoded latents to the targets, over the samples that get it."""
-        assert self.perceptual is not None
-        share = 1.0
-        if self.perceptual_samples:
-            place = number % self.batch
-            chosen = (place * self.perceptual_samples % self.batch < self.perceptual_samples).nonzero()[:, 0]
-            if not len(chosen):
-                return latent.new_zeros(())
-            # A part of the step's batch may hold more or fewer of them than its share.
-            share = len(chosen) / len(number) * self.batch / self.perceptual_samples
-            latent, target, skips = latent[chosen], target[chosen], tuple(skip[chosen] for skip in skips)
-        return self.perceptual(self.autoencoder.decode(latent, skips).float(), target).mean() * share
+    def _chosen(self, number: Tensor) -> Tensor:
+        """Places of the samples that get the LPIPS term."""
+        place, count = number % max(self.batch, 1), self.perceptual_samples
+        every = torch.ones_like(number, dtype=torch.bool)
+        return (place * count % self.batch < count if count else every).nonzero()[:, 0]
+
+    def _integrated(self, source: Tensor, end_time: Tensor, number: Tensor) -> Tensor:
+        """The latents at which the network's own path arrives, with gradients through every step."""
+        keys = sample_keys(self.seed, number)
+        return integrate(
+            lambda z, time: self.network(z, time, source, keys).float(), source, end_time, solver="rk4", steps=2
+        )
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from degflow import evaluation, storage
 from degflow.config import option, parse, plain, required, run
 from degflow.degrader import Degrader
 from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork
-from degflow.objectives import LFMObjective
+from degflow.objectives import Landing, LFMObjective
 from degflow.perceptual import Perceptual
 from degflow.scenes import AlignedCrops, SceneConfig, SceneImages
 from degflow.training import FitConfig, Validation, fit, is_main_process, local_share
@@ -39,7 +39,12 @@ class TrainLFMConfig:
     path: Literal["spline", "linear"] = option(
         "spline", "trajectory through the levels' latents; linear is an ablation"
     )
-    lpips_weight: float = option(0.1, "weight of the Taylor-guided LPIPS term; 0 leaves it out (ablation)")
+    lpips_weight: float = option(0.1, "weight of the LPIPS term; 0 leaves it out (ablation)")
+    lpips_landing: Landing = option(
+        "taylor",
+        "the latent that the LPIPS term decodes: taylor, one Taylor step from the captured path (as published); "
+        "integrated: the end of the network's own path, which a degrader decodes",
+    )
     lpips_samples: int = option(
         0, "samples of each step (of fit.batch) that get the LPIPS term; 0: all (it is most of a step on CPU)"
     )
@@ -72,7 +77,7 @@ def main(config: TrainLFMConfig) -> None:
     path = NaturalCubicSpline(knots) if config.path == "spline" else PiecewiseLinear(knots)
     torch.manual_seed(config.fit.seed)
     velocity = VelocityNetwork(replace(config.velocity, latent_channels=autoencoder.config.latent_channels))
-    term = (perceptual, config.lpips_weight, config.lpips_samples)
+    term = (perceptual, config.lpips_weight, config.lpips_landing, config.lpips_samples)
     objective = LFMObjective(autoencoder, velocity, path, *term, batch=config.fit.batch, seed=config.fit.seed)
 
     def degrader(network: nn.Module) -> Degrader:

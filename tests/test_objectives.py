@@ -94,6 +94,18 @@ def test_perceptual_term_compares_the_next_levels_image_with_its_own_decoding_un
     torch.testing.assert_close(losses.total, 0.1 * losses.parts["lpips"] + losses.parts["cfm"])
 
 
+def test_an_integrated_landing_is_where_the_networks_own_path_from_hr_ends():
+    perceptual = Recorder()
+    objective, images = oracle_objective(offset=0.5, perceptual=perceptual, landing="integrated")
+    objective(images=images, draw=torch.tensor([0.0, 0.2, 0.4, 0.9]), number=NUMBERS)
+    level = torch.tensor([1, 1, 2, 2])
+    assert torch.equal(perceptual.reference, to_float(images)[torch.arange(4), level])
+    _, skips = objective.autoencoder.encode(to_float(images)[:, 0])
+    drifted = objective.network.values[torch.arange(4), level] + 0.5 * torch.tensor(KNOTS)[level].view(4, 1, 1, 1)
+    wanted = objective.autoencoder.decode(drifted, skips)  # but for a solver step across the knot, where jerk jumps
+    torch.testing.assert_close(perceptual.image, wanted, rtol=0, atol=5e-3)
+
+
 def test_perceptual_samples_spread_over_the_step_and_weight_zero_leaves_the_term_out():
     perceptual = Recorder()
     objective, images = oracle_objective(perceptual=perceptual, perceptual_samples=2, batch=4)
@@ -110,14 +122,15 @@ def test_perceptual_samples_spread_over_the_step_and_weight_zero_leaves_the_term
         oracle_objective(perceptual=perceptual, perceptual_samples=5, batch=4)
 
 
+@pytest.mark.parametrize("landing", ["taylor", "integrated"])
 @pytest.mark.parametrize("samples", [0, 1, 3, 6])
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_the_parts_of_a_batch_have_its_loss_and_its_gradient_on_average(samples, size):
+def test_the_parts_of_a_batch_have_its_loss_and_its_gradient_on_average(landing, samples, size):
     images, draw, number = crops(6), torch.rand(6, generator=torch.Generator().manual_seed(1)), torch.arange(12, 18)
     torch.manual_seed(0)
     velocity = VelocityNetwork(VelocityConfig(width=16, multipliers=(1, 1), blocks=1, dropout=0.3))
     path = NaturalCubicSpline(KNOTS)
-    objective = LFMObjective(autoencoder(), velocity, path, Recorder(), 0.5, samples, batch=6, seed=3).train()
+    objective = LFMObjective(autoencoder(), velocity, path, Recorder(), 0.5, landing, samples, 6, 3).train()
 
     def losses(parts):
         velocity.zero_grad()
