@@ -14,11 +14,18 @@ from torch import Tensor, nn
 
 from degflow import images
 from degflow.config import parse, plain
-from degflow.flow import SOLVER, STEPS, integrate
-from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork
+from degflow.flow import SOLVER, STEPS
+from degflow.models import (
+    AutoencoderConfig,
+    FlowMap,
+    ResidualAutoencoder,
+    VelocityConfig,
+    VelocityNetwork,
+    velocity_network,
+)
 from degflow.storage import load_checkpoint, save_checkpoint
 from degflow.tiling import Grid, cheapest, finest
-from degflow.trajectory import time_of_scale
+from degflow.trajectory import knots_of_scales, time_of_scale
 
 MEMORY = 4.0  # GB
 OVERHEAD = 150e6  # bytes: what libraries and the allocator take whatever the size
@@ -35,7 +42,9 @@ class Degrader(nn.Module):
         levels: label -> scale of the levels that it was trained on, increasing, HR first.
     """
 
-    def __init__(self, autoencoder: ResidualAutoencoder, velocity: VelocityNetwork, levels: Mapping[str, float]):
+    def __init__(
+        self, autoencoder: ResidualAutoencoder, velocity: VelocityNetwork | FlowMap, levels: Mapping[str, float]
+    ):
         super().__init__()
         if autoencoder.config.latent_channels != velocity.config.latent_channels:
             raise ValueError(
@@ -105,7 +114,7 @@ class Degrader(nn.Module):
         else:
             latent, kept = self._encode(image, grid, keep)
         latent = latent.to(image.dtype)
-        latents = integrate(self.velocity.field(latent), latent, time, **solver)
+        latents = self.velocity.carry(latent, time, **solver)
         latents, lr = (x[:, None] if time.ndim == 1 else x for x in (latents, lr))
         for tile in grid.tiles():
             if kept:
@@ -216,14 +225,15 @@ class Degrader(nn.Module):
         """
         tensors, description, digest = load_checkpoint(uri or SHIPPED, "degrader")
         try:
+            knots = knots_of_scales(list(description["levels"].values()))
             degrader = cls(
                 ResidualAutoencoder(parse(AutoencoderConfig, description["autoencoder"])),
-                VelocityNetwork(parse(VelocityConfig, description["velocity"])),
+                velocity_network(parse(VelocityConfig, description["velocity"]), knots),
                 description["levels"],
             )
             degrader.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
             degrader.provenance = description["provenance"]
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = (str(error).splitlines() or [""])[0]
             raise ValueError(f"{uri or SHIPPED}: a damaged degrader ({type(error).__name__}: {reason})") from None
         degrader.sha256 = digest

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from degflow.flow import integrate
-from degflow.models import ResidualAutoencoder, VelocityNetwork
+from degflow.models import FlowMap, ResidualAutoencoder, VelocityNetwork
 from degflow.models.dropout import sample_keys
 from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear, next_knot, taylor_step
 
@@ -75,7 +74,7 @@ class LFMObjective(nn.Module):
     def __init__(
         self,
         autoencoder: ResidualAutoencoder,
-        velocity: VelocityNetwork,
+        velocity: VelocityNetwork | FlowMap,
         path: NaturalCubicSpline | PiecewiseLinear,
         perceptual: nn.Module | None = None,
         weight: float = 0.1,
@@ -127,7 +126,8 @@ class LFMObjective(nn.Module):
         if self.landing == "taylor":
             landed = taylor_step(point, velocity, gap)[chosen]
         else:
-            landed = self._integrated(values[chosen, 0], self.path.knots[after[chosen]], number[chosen])
+            keys = sample_keys(self.seed, number[chosen])
+            landed = self.network.carry(values[chosen, 0], self.path.knots[after[chosen]], keys, solver="rk4", steps=2)
         decoded = self.autoencoder.decode(landed, tuple(skip[chosen] for skip in skips))
         # A part of the step's batch may hold more or fewer of the chosen than its share.
         share = len(chosen) / len(number) * self.batch / self.perceptual_samples if self.perceptual_samples else 1.0
@@ -139,13 +139,6 @@ class LFMObjective(nn.Module):
         place, count = number % max(self.batch, 1), self.perceptual_samples
         every = torch.ones_like(number, dtype=torch.bool)
         return (place * count % self.batch < count if count else every).nonzero()[:, 0]
-
-    def _integrated(self, source: Tensor, end_time: Tensor, number: Tensor) -> Tensor:
-        """The latents at which the network's own path arrives, with gradients through every step."""
-        keys = sample_keys(self.seed, number)
-        return integrate(
-            lambda z, time: self.network(z, time, source, keys).float(), source, end_time, solver="rk4", steps=2
-        )
 
 
 def to_float(images: Tensor) -> Tensor:

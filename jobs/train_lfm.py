@@ -17,7 +17,14 @@ from torch import nn
 from degflow import evaluation, storage
 from degflow.config import option, parse, plain, required, run
 from degflow.degrader import Degrader
-from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork
+from degflow.models import (
+    AutoencoderConfig,
+    FlowMap,
+    ResidualAutoencoder,
+    VelocityConfig,
+    VelocityNetwork,
+    velocity_network,
+)
 from degflow.objectives import Landing, LFMObjective
 from degflow.perceptual import Perceptual
 from degflow.scenes import AlignedCrops, SceneConfig, SceneImages
@@ -59,6 +66,8 @@ class TrainLFMConfig:
             raise ValueError(
                 f"lpips_weight={self.lpips_weight}, lpips_samples={self.lpips_samples}: must not be negative"
             )
+        if self.velocity.flow_map and self.path == "linear":
+            raise ValueError("path=linear: must be spline with velocity.flow_map=true")
         if self.lpips_samples > self.fit.batch:
             raise ValueError(f"lpips_samples={self.lpips_samples}: must not exceed fit.batch={self.fit.batch}")
 
@@ -76,13 +85,15 @@ def main(config: TrainLFMConfig) -> None:
     knots = knots_of_scales(list(config.scenes.levels.values()))
     path = NaturalCubicSpline(knots) if config.path == "spline" else PiecewiseLinear(knots)
     torch.manual_seed(config.fit.seed)
-    velocity = VelocityNetwork(replace(config.velocity, latent_channels=autoencoder.config.latent_channels))
+    velocity = velocity_network(replace(config.velocity, latent_channels=autoencoder.config.latent_channels), knots)
     term = (perceptual, config.lpips_weight, config.lpips_landing, config.lpips_samples)
     objective = LFMObjective(autoencoder, velocity, path, *term, batch=config.fit.batch, seed=config.fit.seed)
 
     def degrader(network: nn.Module) -> Degrader:
         return Degrader(
-            autoencoder.to(next(network.parameters()).device), cast(VelocityNetwork, network), config.scenes.levels
+            autoencoder.to(next(network.parameters()).device),
+            cast(VelocityNetwork | FlowMap, network),
+            config.scenes.levels,
         )
 
     def validate(network: nn.Module) -> Validation:

@@ -9,18 +9,26 @@ from safetensors import safe_open
 
 from degflow import Degrader
 from degflow.degrader import pad
-from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork
+from degflow.models import (
+    AutoencoderConfig,
+    FlowMap,
+    ResidualAutoencoder,
+    VelocityConfig,
+    VelocityNetwork,
+    velocity_network,
+)
 from degflow.storage import load_checkpoint, save_checkpoint
+from degflow.trajectory import knots_of_scales
 
 LEVELS = {"1": 1.0, "2": 2.1, "4": 3.75}
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["published", "source"])
+@pytest.fixture(scope="module", params=[{}, {"source": True}, {"flow_map": True}], ids=["published", "source", "map"])
 def degrader(request):
     torch.manual_seed(0)
     autoencoder = ResidualAutoencoder(AutoencoderConfig(base_width=8, gate_init=0.5))
-    velocity = VelocityNetwork(VelocityConfig(width=16, blocks=1, multipliers=(1, 2), source=request.param))
-    return Degrader(autoencoder, velocity, LEVELS)
+    config = VelocityConfig(width=16, blocks=1, multipliers=(1, 2), **request.param)
+    return Degrader(autoencoder, velocity_network(config, knots_of_scales(list(LEVELS.values()))), LEVELS)
 
 
 def pictures(count, height, width, seed=0):
@@ -182,12 +190,14 @@ def test_compiling_changes_no_image_and_no_name_in_the_file(degrader):
 
 def test_every_evaluation_sees_where_the_path_began(degrader):
     hr, seen = pictures(2, 64, 64), []
-    handle = degrader.velocity.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[2]))
+    mapped = isinstance(degrader.velocity, FlowMap)
+    network, argument = (degrader.velocity.network, 0) if mapped else (degrader.velocity, 2)
+    handle = network.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[argument]))
     degrader(hr, torch.tensor([2.0, 3.75]), steps=2)
     handle.remove()
     with torch.no_grad():
         latent, _ = degrader.autoencoder.encode(hr)
-    assert len(seen) == 2 * 6
+    assert len(seen) == (1 if mapped else 2 * 6)
     for source in seen:
         torch.testing.assert_close(source, latent)
 

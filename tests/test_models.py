@@ -1,10 +1,12 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from scipy.interpolate import CubicSpline
 
-from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork
+from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork, velocity_network
 from degflow.models.released import autoencoder_config, fit_autoencoder, fit_velocity, velocity_config
 
 REFERENCE = Path(__file__).parents[2] / "shared/reference/released_network"
@@ -89,13 +91,33 @@ def test_the_source_is_seen_by_networks_that_are_built_for_it_alone():
     seeing = VelocityNetwork(VelocityConfig(**sizes, source=True, linear_terms=1)).eval()
     with torch.no_grad():
         assert torch.equal(blind(z, t, z0), blind(z, t))
-        assert torch.equal(seeing.field(z0)(z, t), seeing(z, t, z0))
         assert float((seeing(z, t, z0) - seeing(z, t, z)).abs().max()) > 1e-3
         before = seeing(z, t, z0)
         torch.nn.init.normal_(seeing.linear.conv.weight[:, 4:])
         assert float((seeing(z, t, z0) - before).abs().max()) > 0.1  # the linear terms see it too
     with pytest.raises(ValueError, match=r"source: needed, for this network was built with velocity.source=true"):
         seeing(z, t)
+
+
+def test_a_flow_map_carries_along_scipys_natural_spline_through_its_levels_and_its_velocity_is_that_ones():
+    torch.manual_seed(0)
+    knots = (0.0, 0.2, 0.45, 1.0)
+    config = VelocityConfig(width=16, multipliers=(1, 1), blocks=1, linear_terms=1, flow_map=True)
+    flow_map = velocity_network(config, knots).eval().double()
+    source, other, time = torch.randn(2, 4, 6, 8).double(), torch.randn(2, 4, 6, 8).double(), torch.rand(2, 3).double()
+    with torch.no_grad():
+        levels = flow_map.levels(source)
+        assert torch.equal(levels[:, 0], source)
+        carried = flow_map.carry(source, time)
+        for sample in range(2):
+            spline = CubicSpline(knots, levels[sample].numpy(), bc_type="natural")
+            for n, t in enumerate(time[sample]):
+                np.testing.assert_allclose(carried[sample, n].numpy(), spline(t), rtol=0, atol=1e-9)
+                velocity = flow_map(other[:1], t[None], source[sample : sample + 1])[0]
+                np.testing.assert_allclose(velocity.numpy(), spline(t, 1), rtol=0, atol=1e-9)
+        torch.testing.assert_close(flow_map.carry(source, time[:, 0]), carried[:, 0], rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match=r"source: needed, for this network was built with velocity.flow_map=true"):
+        flow_map(other, time[:, 0])
 
 
 @pytest.mark.parametrize(
@@ -107,6 +129,7 @@ def test_the_source_is_seen_by_networks_that_are_built_for_it_alone():
         (lambda: VelocityConfig(linear_terms=-1), r"velocity.linear_terms=-1: must not be negative"),
         (lambda: VelocityConfig(width=12), r"velocity.width=12: must be a multiple of 8"),
         (lambda: VelocityConfig(multipliers=()), r"velocity.multipliers=\[\]: at least one entry"),
+        (lambda: VelocityConfig(flow_map=True, source=True), r"velocity.source=True: must be false with flow_map=true"),
         (lambda: VelocityConfig(dropout=1.0), r"velocity.dropout=1.0: must lie in \[0, 1\)"),
     ],
 )

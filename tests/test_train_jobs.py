@@ -298,6 +298,11 @@ def test_every_configuration_that_ships_is_one_of_its_job(file):
         ),
         ({"scenes.crop": 18}, 1, "scenes.crop=18: must be a multiple of 4 for these two networks"),
         ({"lpips_weight": 1, "lpips_weights": "TMP/w.pth"}, 1, "lpips_weights=.*w.pth: No such file or directory"),
+        (
+            {"velocity.flow_map": "true", "path": "linear"},
+            2,
+            "^error: path=linear: must be spline with velocity.flow_map=",
+        ),
         ({"lpips_weight": -1}, 2, "^error: lpips_weight=-1.0, lpips_samples=0: must not be negative"),
         ({"fit.batch": 4, "fit.accumulate": 3}, 2, "fit.batch=4: must be a multiple of fit.accumulate=3"),
     ],

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from degflow.benchmarking.measure import Table, alternate
-from degflow.models import ResidualAutoencoder, VelocityNetwork
+from degflow.models import FlowMap, ResidualAutoencoder, VelocityNetwork
 from degflow.objectives import LFMObjective, RAEObjective, to_float
 from degflow.trajectory import NaturalCubicSpline, next_knot, taylor_step
 
@@ -43,7 +43,7 @@ def careless_lfm(objective: LFMObjective, images: Tensor, draw: Tensor) -> Tenso
 
 def training(
     autoencoder: ResidualAutoencoder,
-    velocity: VelocityNetwork,
+    velocity: VelocityNetwork | FlowMap,
     perceptual: nn.Module | None,
     repeats: int,
     crop: int = 64,

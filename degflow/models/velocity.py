@@ -4,7 +4,6 @@ GroupNorm and attention see every position, so this network is never tiled.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from degflow.config import option
+from degflow.flow import integrate
 from degflow.models.dropout import SampleDropout, number_layers
 
 
@@ -34,6 +34,11 @@ class VelocityConfig:
     source: bool = option(
         False, "the network also sees where the path began, the HR image's latent; false: as published"
     )
+    flow_map: bool = option(
+        False,
+        "the network sees the HR image's latent alone and gives those of all levels; the path is the spline through "
+        "them, solved by one evaluation; false: as published",
+    )
 
     def __post_init__(self):
         if self.linear_terms < 0:
@@ -47,6 +52,8 @@ class VelocityConfig:
             raise ValueError(f"velocity.multipliers={list(self.multipliers)}: at least one entry, each at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"velocity.dropout={self.dropout}: must lie in [0, 1)")
+        if self.flow_map and self.source:
+            raise ValueError("velocity.source=True: must be false with flow_map=true, which sees the source alone")
 
     @property
     def inputs(self) -> int:
@@ -143,16 +150,16 @@ class LinearTerms(nn.Module):
     It starts at zero. Most of a degradation is linear, and short trainings find that part here.
     """
 
-    def __init__(self, config: VelocityConfig):
+    def __init__(self, config: VelocityConfig, outputs: int):
         super().__init__()
         self.terms = config.linear_terms
-        self.conv = nn.Conv2d(config.inputs, self.terms * config.latent_channels, 3, padding=1)
+        self.conv = nn.Conv2d(config.inputs, self.terms * outputs, 3, padding=1)
         self.weights = nn.Linear(4 * config.width, self.terms)
         nn.init.zeros_(self.conv.weight)
         nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
 
     def forward(self, seen: Tensor, embedding: Tensor) -> Tensor:
-        """What the network sees, "B C H W" (`VelocityConfig.inputs`), and the embedding -> "B C_z H W"."""
+        """What the network sees, "B C H W" (`VelocityConfig.inputs`), and the embedding -> "B outputs H W"."""
         terms = self.conv(seen).unflatten(1, (self.terms, -1))
         return torch.einsum("bj,bjchw->bchw", self.weights(F.silu(embedding)), terms)
 
@@ -166,11 +173,13 @@ class VelocityNetwork(nn.Module):
 
     Args:
         config: widths and depths.
+        outputs: channels of the result; 0: those of the latent.
     """
 
-    def __init__(self, config: VelocityConfig = VelocityConfig()):
+    def __init__(self, config: VelocityConfig = VelocityConfig(), outputs: int = 0):
         super().__init__()
         self.config = config
+        outputs = outputs or config.latent_channels
         widths = [config.width * multiplier for multiplier in config.multipliers]
         self.embedding = TimeEmbedding(config)
         self.stem = nn.Conv2d(config.inputs, config.width, 3, padding=1)
@@ -194,13 +203,27 @@ class VelocityNetwork(nn.Module):
             if level:
                 self.up.append(ResidualBlock(channels, channels, config, "up"))
         self.head_norm = _norm(channels)
-        self.head = nn.Conv2d(channels, config.latent_channels, 3, padding=1)
-        self.linear = LinearTerms(config) if config.linear_terms else None
+        self.head = nn.Conv2d(channels, outputs, 3, padding=1)
+        self.linear = LinearTerms(config, outputs) if config.linear_terms else None
         number_layers(self)
 
-    def field(self, source: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        """The velocity along paths that begin at `source`, "B C_z H W": (latent, time) -> dz/dt, for `integrate`."""
-        return lambda latent, time: self(latent, time, source)
+    def carry(self, source: Tensor, time: Tensor, key: Tensor | None = None, *, steps: int, solver: str) -> Tensor:
+        """Integrate from time 0.
+
+        Args:
+            source: "B C_z H W", the HR images' latents.
+            time: "B", or "B N" for N times of each from one integration.
+            key: as in a call.
+            steps, solver: of `integrate`.
+
+        Returns:
+            Latents "B C_z H W" or "B N C_z H W", in the dtype of `source`.
+        """
+
+        def velocity(latent: Tensor, at: Tensor) -> Tensor:
+            return self(latent, at, source, key).to(source.dtype)
+
+        return integrate(velocity, source, time, steps=steps, solver=solver)
 
     def forward(self, latent: Tensor, time: Tensor, source: Tensor | None = None, key: Tensor | None = None) -> Tensor:
         """Velocity.

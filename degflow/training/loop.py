@@ -5,6 +5,7 @@ endless sequence, whatever the number of processes. The learning rate is a funct
 therefore weights, optimiser state, EMA and the step, and a resumed training goes on as if it had never stopped.
 """
 
+import copy
 import hashlib
 import math
 import signal
@@ -264,7 +265,7 @@ class _Run:
 
     def averaged(self) -> nn.Module:
         """A copy of the network with the averaged weights, in eval mode."""
-        network = type(self.network)(self.network.config).to(self.accelerator.device)  # type: ignore[operator, arg-type]
+        network = copy.deepcopy(self.network)
         network.load_state_dict(self.ema)
         return network.eval()
 
