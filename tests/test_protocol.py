@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import math
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 from degflow import config, protocol
+from degflow.evaluation import Measurement, parquet
 from degflow.protocol import Cell, ProtocolConfig, cells
 from degflow.protocol.tables import PUBLISHED
 from degflow.storage import Place
@@ -215,9 +217,12 @@ def test_the_tables_hold_means_spread_and_the_published_numbers(place):
     result(place, "sr/hat/real-x2-x4/1", {"Canon": (28, 0.7, 0.3), "Nikon": (30, 0.8, 0.4)})
     result(place, "sr/hat/generated-x2-x4/1", {"Canon": (28.5, 0.7, 0.3), "Nikon": (30.5, 0.8, 0.4)})
     place.write("cells/fidelity/DegFlow/Canon.json", b"{}")
-    table = "| scale | generated | HR |\n|---|---|---|\n| x2 | 1 / 2 / 3 | 4 |\n| x3 | 5 / 6 / 7 | 8 |\n"
-    table += "\n| scale | other |\n|---|---|\n| x9 | no |\n"
-    place.write("fidelity/DegFlow/Canon/table.md", table.encode())
+    scored = [
+        Measurement(scene, label, float(label), method, psnr, 0.5, 0.25, *[math.nan] * 7)
+        for label, method, psnr in (("2", "generated", 30), ("2", "hr", 20), ("3", "generated", 25))
+        for scene, psnr in (("s1", psnr - 1), ("s2", psnr + 1))
+    ]
+    place.write("fidelity/DegFlow/Canon/measurements.parquet", parquet(scored))
     protocol.write_tables(settings, place)
     text = place.read("table.md").decode()
     assert "simulated cameras, not RealSR" in text
@@ -229,8 +234,7 @@ def test_the_tables_hold_means_spread_and_the_published_numbers(place):
     )
     assert "| 29.25 ± 0.35 / 0.7500" in text
     assert f"| generated x2..x4 over real x2, x4 | – | +0.75 ± {np.std([1, 0.5], ddof=1):.2f} | – |" in text
-    assert "| DegFlow | 1 / 2 / 3 | 5 / 6 / 7 |" in text
-    assert "x9" not in text
+    assert "| DegFlow | 30.00 / 0.5000 / 0.2500 | 25.00 / 0.5000 / 0.2500 |" in text
     rows = list(csv.DictReader(place.read("results.csv").decode().splitlines()))
     assert len(rows) == 4 * 2 * 2
     assert set(PUBLISHED) == set(settings.rows)

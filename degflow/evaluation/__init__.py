@@ -34,7 +34,9 @@ from degflow.evaluation.tables import (
     curve_table,
     falls,
     fidelity_table,
+    generated_scores,
     parquet,
+    read_measurements,
     realism_table,
 )
 from degflow.evaluation.validation import generation, reconstruction
@@ -60,6 +62,7 @@ __all__ = [
     "fidelity_table",
     "fit_sigmas",
     "flat_blocks",
+    "generated_scores",
     "generation",
     "interpolate",
     "luma",
@@ -70,6 +73,7 @@ __all__ = [
     "psnr",
     "radial_spectrum",
     "random_degradation",
+    "read_measurements",
     "realism_table",
     "reconstruct",
     "reconstruction",

@@ -118,6 +118,16 @@ def parquet(rows: Iterable[Any]) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def read_measurements(data: bytes) -> list[Measurement]:
+    """Rows that `parquet` wrote."""
+    return [Measurement(**row) for row in pq.read_table(pa.BufferReader(data)).to_pylist()]
+
+
+def generated_scores(measurements: Sequence[Measurement]) -> dict[str, str]:
+    """ "PSNR / SSIM / LPIPS" of the generated LR images in the mean, by level."""
+    return {f"x{label}": _scores(_of(measurements, label, "generated")) for label in _labels(measurements)}
+
+
 def _labels(measurements: Sequence[Measurement]) -> list[str]:
     return list(dict.fromkeys(row.label for row in measurements))
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from degflow import evaluation
 from degflow.protocol.plan import ProtocolConfig, sr_name
 from degflow.storage import Place
 
@@ -146,26 +147,16 @@ def camera_table(config: ProtocolConfig, found: Sequence[Result]) -> str:
 
 
 def fidelity_tables(config: ProtocolConfig, place: Place) -> Iterator[str]:
-    """Generated against captured LR of each camera, a row per degrader, from the tables of evaluate."""
+    """Generated against captured LR of each camera, a row per degrader."""
     for camera in config.cameras:
         rows = {}
         for name in config.degraders:
             if place.exists(f"cells/fidelity/{name}/{camera}.json"):
-                rows[name] = generated_scores(place.read(f"fidelity/{name}/{camera}/table.md").decode())
+                rows[name] = evaluation.generated_scores(
+                    evaluation.read_measurements(place.read(f"fidelity/{name}/{camera}/measurements.parquet"))
+                )
         if rows:
             levels = list(next(iter(rows.values())))
             lines = ["| degrader | " + " | ".join(levels) + " |", "|---" * (len(levels) + 1) + "|"]
             lines += [f"| {name} | {' | '.join(row.get(x, '–') for x in levels)} |" for name, row in rows.items()]
             yield f"## Generated against captured LR of {camera}\n\nPSNR / SSIM / LPIPS.\n\n" + "\n".join(lines)
-
-
-def generated_scores(table: str) -> dict[str, str]:
-    """The column "generated" of evaluate's first table by scale."""
-    scores: dict[str, str] = {}
-    for line in table.splitlines():
-        texts = [text.strip() for text in line.strip("|").split("|")]
-        if scores and not line.startswith("| x"):
-            break
-        if line.startswith("| x"):
-            scores[texts[0]] = texts[1]
-    return scores
