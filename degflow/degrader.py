@@ -109,6 +109,8 @@ class Degrader(nn.Module):
     def _degrade(self, hr: Tensor, time: Tensor, lr: Tensor, grid: Grid, keep: bool, **solver: Any) -> None:
         """Degrade what fits the memory at once, into `lr`; `keep`: hold the skips from encoding to decoding."""
         image, autoencoder, r = pad(hr, self.multiple), self.autoencoder, self.autoencoder.config.compression
+        if image is hr and not hr.is_inference():
+            image = hr.clone()  # compiled networks tell inference mode's tensors, as padding makes them, from others
         if grid.whole:
             latent, kept = autoencoder.encode(image)
         else:
@@ -174,7 +176,8 @@ class Degrader(nn.Module):
     def compile(self, *args: Any, **options: Any) -> None:
         """torch.compile the three networks (not what cuts and joins tiles); takes torch.compile's arguments.
 
-        It pays for many images of few sizes: a new size costs a compilation, which takes minutes on a busy CPU.
+        With dynamic=True one compilation, which takes minutes on a busy CPU, does for images of all sizes; with
+        dynamic=False each size costs one.
         """
         for network in (self.autoencoder.encoder, self.autoencoder.decoder, self.velocity):
             network.compile(*args, **options)
@@ -195,7 +198,7 @@ class Degrader(nn.Module):
         pixels = images.from_picture(picture)
         device = next(self.parameters()).device
         scales = torch.tensor([scale], dtype=torch.float64)
-        lr = self(images.to_tensor(pixels)[None].to(device), scales, **options)
+        lr = self(images.to_tensor(pixels, device)[None], scales, **options)
         return Image.fromarray(images.to_pixels(lr)[0])
 
     def save(self, uri: str, provenance: Mapping[str, Any], *, half: bool = False) -> None:

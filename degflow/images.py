@@ -44,6 +44,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 if TYPE_CHECKING:  # torch takes seconds to import, and decoding and encoding need none
+    import torch
     from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
@@ -322,11 +323,14 @@ def encode_png(pixels: np.ndarray, compress_level: int = 3) -> bytes:
     return buffer.getvalue()
 
 
-def to_tensor(pixels: np.ndarray) -> "Tensor":
-    """Uint8 "*B H W 3" -> float32 "*B 3 H W" in [-1, 1]."""
+def to_tensor(pixels: np.ndarray, device: "str | torch.device" = "cpu") -> "Tensor":
+    """Uint8 "*B H W 3" -> float32 "*B 3 H W" in [-1, 1] on a device, to which the bytes travel."""
     import torch
 
-    return torch.from_numpy(np.require(pixels, requirements=["C", "W"])).movedim(-1, -3).float() / 127.5 - 1
+    image = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
+    if torch.device(device).type == "cuda":
+        image = image.pin_memory().to(device, non_blocking=True)
+    return image.movedim(-1, -3).float() / 127.5 - 1
 
 
 def to_pixels(image: "Tensor") -> np.ndarray:

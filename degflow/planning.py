@@ -25,7 +25,7 @@ DISTRIBUTIONS = ("uniform", "loguniform", "list", "grid")
 # A run may be continued with other values of these; of the rest, it may not.
 # The model is compared by its sha256.
 FREE = (
-    *("actors.min", "actors.max", "actors.gpus", "actors.threads", "actors.device"),
+    *("actors.min", "actors.max", "actors.gpus", "actors.threads", "actors.device", "actors.compile"),
     *("output", "model", "max_reject_rate", "dry_run", "overwrite", "extend", "retry_rejects"),
 )
 
@@ -83,6 +83,9 @@ class ActorsConfig:
     gpus: str = option("auto", "GPUs per actor: 0, 1, or auto (1 when the running cluster offers any, else 0)")
     threads: int = option(0, "threads per actor; 0: up to 4, as many as the smallest node has CPUs (per GPU)")
     device: str = option("auto", "auto: the actor's GPU when it has one; cpu: CPUs, whatever Ray hands out")
+    compile: bool = option(
+        False, "torch.compile the networks, once for all sizes: faster after some minutes, for long runs"
+    )
 
     def __post_init__(self):
         rules = (

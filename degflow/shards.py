@@ -188,7 +188,7 @@ class ShardMaker:
         except ValueError as error:
             return [Reject(item.loaded.key, "degrade", str(error)) for item in batch]
         try:
-            hr = images.to_tensor(np.stack([item.loaded.pixels for item in batch])).to(self.device)
+            hr = images.to_tensor(np.stack([item.loaded.pixels for item in batch]), self.device)
             scale = torch.tensor([item.scales for item in batch], dtype=torch.float64)
             how = {"memory": self.config.memory, "precision": self.config.precision}
             lr = self.degrader(hr, scale, steps=self.config.solver.steps, solver=self.config.solver.solver, **how)

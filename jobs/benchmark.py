@@ -163,7 +163,7 @@ class _Bench:
         yield benchmarking.codecs(photos, self.config.repeats)
 
     def _crops(self, side: int) -> list[torch.Tensor]:
-        return [images.to_tensor(cut(photo, side, side))[None].to(self.device) for photo in self.photos]
+        return [images.to_tensor(cut(photo, side, side), self.device)[None] for photo in self.photos]
 
 
 if __name__ == "__main__":

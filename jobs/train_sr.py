@@ -158,7 +158,7 @@ def measure(
     device = next(network.parameters()).device
     for name, scenes in tests.items():
         for scene, pixels in zip(scenes.scenes, scenes.pixels, strict=True):
-            hr, lr = images.to_tensor(cut(pixels, config.test_crop)).to(device).split(1)
+            hr, lr = images.to_tensor(cut(pixels, config.test_crop), device).split(1)
             for image, made in (("restored", network.restore(lr, config.scale)), ("LR", lr)):  # type: ignore[operator]
                 with torch.inference_mode():
                     lpips = float(perceptual(made, hr)) if perceptual else float("nan")

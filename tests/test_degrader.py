@@ -202,6 +202,17 @@ def test_every_evaluation_sees_where_the_path_began(degrader):
         torch.testing.assert_close(source, latent)
 
 
+def test_compiled_for_all_sizes_new_sizes_compile_nothing_anew():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled, graphs = Degrader.load(), []
+    compiled.compile(dynamic=True, backend="eager")
+    for height, width in ((640, 512), (512, 640), (768, 768), (600, 801)):  # whole, and to be padded
+        compiled(pictures(1, height, width), torch.tensor([[2.0]]), solver="euler", steps=2)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs == graphs[:1] * 4
+
+
 def test_an_unknown_precision_is_named(degrader):
     with pytest.raises(ValueError, match=r"precision=half: must be one of float32, float16, bfloat16"):
         degrader(pictures(1, 32, 32), torch.tensor([2.0]), precision="half")

@@ -12,7 +12,7 @@ from degflow import images
 from degflow.config import load
 from degflow.synthesis import SynthesizeConfig, synthesize
 from tests.hooks import DEADLY
-from tests.sources import rejects_of, rows_of, save_model
+from tests.sources import png, rejects_of, rows_of, save_model
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,27 @@ def test_codecs_run_on_the_cpu_node_and_actors_on_the_gpu_nodes(photos, model, c
         nodes.setdefault(function, set()).add(node)
     assert nodes["load"] == nodes["encode"] == {cpu}
     assert nodes["actor"] <= set(gpus)
+
+
+def test_a_pool_of_compiled_networks_makes_the_same_images(photos, model, tmp_path):
+    folder, cache = tmp_path / "in", tmp_path / "cache"
+    folder.mkdir()
+    for name in ("00.png", "01.png"):
+        (folder / name).write_bytes((photos / name).read_bytes())
+    ray.shutdown()
+    ray.init(
+        "local", num_cpus=1, log_to_driver=False, runtime_env={"env_vars": {"TORCHINDUCTOR_CACHE_DIR": str(cache)}}
+    )
+    rows = []
+    for name, words in (("plain", ()), ("compiled", ("actors.compile=true",))):
+        run(folder, tmp_path / name, model, *words)
+        rows.append(rows_of(tmp_path / name))
+        assert any(cache.rglob("*.cpp")) == bool(words)  # generated code: the networks were compiled
+    assert rows[0].keys() == rows[1].keys()
+    for place, row in rows[0].items():
+        theirs, ours = (png(r["lr"]["bytes"]).astype(int) for r in (row, rows[1][place]))
+        assert np.abs(theirs - ours).max() <= 1
+    ray.shutdown()
 
 
 def test_a_file_that_kills_its_decoder_is_a_reject_and_the_others_are_rows(photos, model, tmp_path):

@@ -29,13 +29,13 @@ class StandIn(Degrader):
 
 def main() -> None:
     """Run the job; only the driver's `Degrader.load` is replaced, actors get the object that it gives."""
-    from degflow import synthesis
     from degflow.benchmarking import stand_in
+    from degflow.synthesis import synthesize
 
     # By its importable name: this file runs as __main__, which actors could not unpickle.
     degrader = stand_in.StandIn(float(os.environ["DEGFLOW_STAND_IN_SECONDS"]))
-    synthesis.Degrader.load = classmethod(lambda *_: degrader)  # type: ignore[method-assign]
-    synthesis.synthesize(load(SynthesizeConfig, sys.argv[1:]))
+    Degrader.load = classmethod(lambda *_: degrader)  # type: ignore[method-assign]
+    synthesize(load(SynthesizeConfig, sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -165,5 +165,5 @@ class Baselines:
         if name == "random":
             identity = f"{self.seed} {label} {scene}".encode()
             rng = np.random.default_rng(int.from_bytes(hashlib.sha256(identity).digest()[:8], "big"))
-            return images.to_tensor(random_degradation(images.to_pixels(hr)[0], scale, rng))[None].to(hr.device)
+            return images.to_tensor(random_degradation(images.to_pixels(hr)[0], scale, rng), hr.device)[None]
         return interpolate(self.degrader, captured[self.knots], scale, name)

@@ -73,7 +73,7 @@ def sweep(
     times = time_of_scale(scales, degrader.low, degrader.high)
     device = next(degrader.parameters()).device
     for scene, pixels in zip(scenes.scenes, scenes.pixels, strict=True):
-        real = images.to_tensor(central(pixels, crop)).to(device)
+        real = images.to_tensor(central(pixels, crop), device)
         points = []
         for part in torch.arange(len(scales)).split(TOGETHER):
             made = degrader(real[:1], scales[None, part], **solver)[0]  # type: ignore[arg-type]

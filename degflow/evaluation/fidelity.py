@@ -77,7 +77,7 @@ def measure(
     labels = [label for label in levels if label != HR_LABEL]
     device = next(degrader.parameters()).device
     for scene, pixels in zip(scenes.scenes, scenes.pixels, strict=True):
-        real = images.to_tensor(central(pixels, crop)).to(device)
+        real = images.to_tensor(central(pixels, crop), device)
         hr = real[:1]
         flat = realism.flat_blocks(hr)
         scales = torch.tensor([[levels[label] for label in labels]], dtype=torch.float64)
@@ -91,7 +91,7 @@ def measure(
                 "autoencoder": reconstruct(degrader.autoencoder, hr, lr),
                 **(baselines.images(scene.name, real, label) if baselines else {}),
             }
-            batch = images.to_tensor(images.to_pixels(torch.cat(list(made.values())))).to(device)
+            batch = images.to_tensor(images.to_pixels(torch.cat(list(made.values()))), device)
             scores = _scores(batch, lr, hr, flat, perceptual)
             for method, row in zip(made, scores, strict=True):
                 yield Measurement(scene.name, label, levels[label], method, *row)

@@ -174,7 +174,7 @@ class ArbitraryScale(nn.Module):
         height, width = lr.shape[-2:]
         small = images.shrunk_size(height, width, scale)
         shrunk = np.stack([images.resize(pixels, *small) for pixels in images.to_pixels(lr)])
-        image = images.to_tensor(shrunk).to(lr.device)
+        image = images.to_tensor(shrunk, lr.device)
         features = self.body.encode(image)
         coordinates = pixel_centres(height, width).to(lr.device).expand(len(lr), -1, -1)
         cell = coordinates.new_tensor([2 / height, 2 / width]).expand(len(lr), -1)
