@@ -6,11 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from degflow.filters import blur
 from degflow.models import FlowMap, ResidualAutoencoder, VelocityNetwork
 from degflow.models.dropout import sample_keys
 from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear, next_knot, taylor_step
 
 Landing = Literal["taylor", "integrated"]
+SIGMAS = (0.6, 3.2)  # pixels; a Gaussian of 1.3 comes closest to the simulated x2, one of 2.7 to x4
 
 
 class Losses(NamedTuple):
@@ -25,25 +27,37 @@ class RAEObjective(nn.Module):
 
     Args:
         autoencoder: the network to train.
+        blurred: share of the samples whose I is HR blurred by a Gaussian of SIGMAS pixels instead. A captured LR image
+            holds noise, under which what the decoder leaves in of HR's is hard to see; a blurred one, like the mean
+            that a flow arrives at, holds none.
+        freeze_encoder: train the decoder alone, so that the latents stay what they are.
     """
 
-    def __init__(self, autoencoder: ResidualAutoencoder):
+    def __init__(self, autoencoder: ResidualAutoencoder, blurred: float = 0.0, freeze_encoder: bool = False):
         super().__init__()
         self.network = autoencoder
+        self.blurred = blurred
+        self.network.encoder.requires_grad_(not freeze_encoder)
 
     def forward(self, images: Tensor, draw: Tensor, number: Tensor | None = None) -> Losses:
         """Losses of a batch.
 
         Args:
             images: uint8 "B K 3 H W", HR first.
-            draw: "B" in [0, 1); picks each sample's level.
+            draw: "B" in [0, 1); picks each sample's level, or how much it is blurred.
             number: the samples' numbers; nothing here depends on them.
         """
         image = to_float(images)
-        level = (draw * images.shape[1]).long().clamp(max=images.shape[1] - 1)
+        smooth = draw < self.blurred
+        level = ((draw - self.blurred).clamp(min=0) / (1 - self.blurred) * images.shape[1]).long()
+        level = level.clamp(max=images.shape[1] - 1)
         target = image[torch.arange(len(level), device=level.device), level]
+        if bool(smooth.any()):
+            low, high = SIGMAS
+            sigma = low + (high - low) * draw[smooth] / self.blurred
+            target = target.index_copy(0, smooth.nonzero()[:, 0], blur(image[smooth, 0], sigma))
         latent, skips = self.network.encode(image[:, 0])
-        degraded = level > 0
+        degraded = smooth | (level > 0)
         if bool(degraded.any()):
             moved = self.network.encode(target[degraded])[0]
             latent = latent.index_copy(0, degraded.nonzero()[:, 0], moved.to(latent.dtype))

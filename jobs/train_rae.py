@@ -32,12 +32,22 @@ class TrainRAEConfig:
     )
     output: str = required("folder or URI for checkpoints, previews and rae.safetensors")
     autoencoder: AutoencoderConfig = option(AutoencoderConfig(), "")
+    blurred: float = option(
+        0.0, "share of samples whose target is HR blurred; teaches the decoder to leave out HR's noise; 0: as published"
+    )
+    freeze_encoder: bool = option(
+        False, "train the decoder alone (of fit.start_from), so that flows of its latents remain good"
+    )
     fit: FitConfig = option(FitConfig(), "")
 
     def __post_init__(self):
         multiple = self.autoencoder.compression
         if self.scenes.crop % multiple:
             raise ValueError(f"scenes.crop={self.scenes.crop}: must be a multiple of the autoencoder's r = {multiple}")
+        if not 0 <= self.blurred < 1:
+            raise ValueError(f"blurred={self.blurred}: must lie in [0, 1)")
+        if self.freeze_encoder and not self.fit.start_from:
+            raise ValueError("freeze_encoder=True: needs fit.start_from, the autoencoder whose encoder is kept")
 
 
 def main(config: TrainRAEConfig) -> None:
@@ -49,7 +59,7 @@ def main(config: TrainRAEConfig) -> None:
     watched = replace(config.scenes, data=config.validation) if config.validation else config.scenes
     crops = evaluation.validation_crops(SceneImages(watched, quiet=True) if config.validation else scenes)
     torch.manual_seed(config.fit.seed)
-    objective = RAEObjective(ResidualAutoencoder(config.autoencoder))
+    objective = RAEObjective(ResidualAutoencoder(config.autoencoder), config.blurred, config.freeze_encoder)
     samples = AlignedCrops(scenes, config.scenes.crop, config.fit.seed)
 
     def validate(network: nn.Module) -> Validation:
@@ -59,7 +69,8 @@ def main(config: TrainRAEConfig) -> None:
     result = fit(objective, samples, config.fit, config.output, config, validate)
     if result:
         network = cast(ResidualAutoencoder, result.network)
-        network.rescale_latent(1 / latent_spread(network, evaluation.validation_crops(scenes, count=32)))
+        if not config.freeze_encoder:
+            network.rescale_latent(1 / latent_spread(network, evaluation.validation_crops(scenes, count=32)))
         description = {"kind": "autoencoder", "autoencoder": plain(config.autoencoder), "levels": config.scenes.levels}
         storage.save_checkpoint(f"{config.output}/rae.safetensors", network.state_dict(), description)
         print(f"autoencoder: {config.output}/rae.safetensors")

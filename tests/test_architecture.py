@@ -13,7 +13,7 @@ LAYERS = (  # a room may import its own layer and those after it
     {"training", "synthesis", "evaluation", "pairs", "exports", "benchmarking", "protocol"},
     {"objectives", "degrader", "scenes", "camera", "restoration", "perceptual"}
     | {"planning", "shards", "card", "finished", "layouts"},
-    {"models", "trajectory", "flow", "tiling", "codec"},
+    {"models", "trajectory", "flow", "tiling", "filters", "codec"},
     {"dataset"},
     {"listing"},
     {"storage"},
@@ -31,7 +31,7 @@ FENCES = {  # a package, and the rooms that may import it
     "scipy": {"benchmarking"},
     "cv2": {"benchmarking"},
 }
-TORCH_ONLY = {"trajectory", "flow", "tiling", "models"}
+TORCH_ONLY = {"trajectory", "flow", "tiling", "filters", "models"}
 APART = {("training", "synthesis"), ("synthesis", "training")}
 SLOW = ("ray", "accelerate", "lpips", "torchvision", "pyarrow", "tensorboard", "datasets", "s3fs", "skimage", "scipy")
 SLOW += ("spandrel",)

@@ -11,6 +11,7 @@ from PIL import Image
 from degflow import evaluation, images
 from degflow.evaluation import BASELINES, METHODS, Baselines, BestTime, Measurement, fidelity
 from degflow.evaluation.crops import central, most_detailed
+from degflow.filters import blur
 from degflow.perceptual import Perceptual
 from tests.captures import scenes_of, small_degrader
 
@@ -185,7 +186,7 @@ def test_measure_scores_every_method_at_every_level(degrader, scenes, crop):
                 "hr": real[:1],
                 "bicubic": evaluation.bicubic(real[:1], LEVELS[label]),
                 "autoencoder": evaluation.reconstruct(degrader.autoencoder, real[:1], real[n : n + 1]),
-                "gaussian": evaluation.blur(real[:1], 0.8 * n),
+                "gaussian": blur(real[:1], 0.8 * n),
                 "random": baselines.images(name, real, label)["random"],
             }
             flat = evaluation.flat_blocks(real[:1])

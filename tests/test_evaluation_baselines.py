@@ -11,6 +11,7 @@ from degflow import evaluation, images
 from degflow.evaluation import Baselines, random_pipeline
 from degflow.evaluation.baselines import FIT_SIDE
 from degflow.evaluation.crops import central
+from degflow.filters import blur
 from tests.captures import scenes_of, small_degrader
 
 LEVELS = {"1": 1.0, "2": 2.0, "4": 4.0}
@@ -38,26 +39,11 @@ def photos():
 # Gaussian
 
 
-@pytest.mark.parametrize("sigma", [0.05, 0.625, 1.5, 3.0])
-def test_the_blur_is_scipys(sigma):
-    image = torch.rand(2, 3, 30, 41, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    reach = math.ceil(4 * sigma)
-    expected = scipy.ndimage.gaussian_filter(image.double().numpy(), (0, 0, sigma, sigma), mode="mirror", radius=reach)
-    np.testing.assert_allclose(evaluation.blur(image, sigma), expected, atol=1e-6)
-
-
-def test_a_blur_wider_than_the_image_is_still_an_image():
-    image = torch.rand(1, 3, 9, 24, generator=torch.Generator().manual_seed(0))
-    result = evaluation.blur(image, 6.0)
-    assert result.shape == image.shape
-    assert float(result.std()) < float(image.std()) / 3
-
-
 def test_the_fit_recovers_the_sigma_of_each_level(photos):
     sigmas, pixels = {"2": 0.72, "4": 1.93}, []
     for photo in photos:
         hr = images.to_tensor(photo)[None]
-        made = torch.cat([hr, *(evaluation.blur(hr, sigma) for sigma in sigmas.values())])
+        made = torch.cat([hr, *(blur(hr, sigma) for sigma in sigmas.values())])
         pixels.append(images.to_pixels(made))
     found = evaluation.fit_sigmas(scenes_of(a=pixels[0], b=pixels[1]), LEVELS)
     assert found == pytest.approx(sigmas, abs=0.01)
@@ -72,7 +58,7 @@ def test_the_fit_has_the_highest_mean_psnr(photos):
 
     def score(level, sigma):
         crops = [images.to_tensor(central(one, 100)) for one in pixels]
-        return np.mean([float(evaluation.psnr(evaluation.blur(one[:1], sigma), one[level][None])) for one in crops])
+        return np.mean([float(evaluation.psnr(blur(one[:1], sigma), one[level][None])) for one in crops])
 
     for level, label in ((1, "2"), (2, "4")):
         near = [score(level, found[label] * factor) for factor in (0.9, 0.98, 1.0, 1.02, 1.1)]
@@ -81,7 +67,7 @@ def test_the_fit_has_the_highest_mean_psnr(photos):
 
 def test_levels_that_are_hr_itself_or_beyond_the_bound_end_at_the_bounds(photos):
     hr = images.to_tensor(photos[0])[None]
-    pixels = images.to_pixels(torch.cat([hr, hr, evaluation.blur(hr, 9.0)]))
+    pixels = images.to_pixels(torch.cat([hr, hr, blur(hr, 9.0)]))
     found = evaluation.fit_sigmas(scenes_of(a=pixels), LEVELS)
     assert found["2"] < 0.25  # as good as no blur
     assert found["4"] == pytest.approx(4, abs=0.01)
@@ -195,7 +181,7 @@ def test_latent_paths_are_measured_where_they_are_not_the_autoencoders_limit(deg
     assert list(made) == ["gaussian", "random", "spline", "linear"]
     expected = evaluation.interpolate(degrader, captured[[0, 1, 3]], 3.0, "linear")
     assert torch.equal(made["linear"], expected)
-    assert torch.equal(made["gaussian"], evaluation.blur(captured[:1], 1.0))
+    assert torch.equal(made["gaussian"], blur(captured[:1], 1.0))
 
 
 def test_latent_paths_need_every_trained_level(degrader):

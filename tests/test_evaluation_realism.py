@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from degflow import images
-from degflow.evaluation import blur, flat_blocks, noise, radial_spectrum, residual_divergence, spectrum_distance
+from degflow.evaluation import flat_blocks, noise, radial_spectrum, residual_divergence, spectrum_distance
 from degflow.evaluation.realism import ROUNDING
+from degflow.filters import blur
 
 SIDE = 264  # 16 x 16 whole blocks inside the border
 

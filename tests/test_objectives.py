@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import nn
 
+from degflow.filters import blur
 from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork
-from degflow.objectives import LFMObjective, RAEObjective, to_float
+from degflow.objectives import SIGMAS, LFMObjective, RAEObjective, to_float
 from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear
 
 KNOTS = (0.0, 1 / 3, 1.0)
@@ -67,6 +68,26 @@ def test_rae_loss_is_the_l1_of_the_drawn_level_decoded_with_hr_skips():
     torch.testing.assert_close(losses.total, torch.stack(errors).mean())
     losses.total.backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+def test_a_share_of_the_rae_samples_decodes_blurred_hr():
+    network, images = autoencoder(), crops(4)
+    draw = torch.tensor([0.0, 0.2499, 0.25, 0.999])  # of 0.25: the sharpest blur and the widest, HR, the last level
+    losses = RAEObjective(network, blurred=0.25)(images=images, draw=draw)
+    image = to_float(images)
+    blurs = (blur(image[:1, 0], SIGMAS[0]), blur(image[1:2, 0], SIGMAS[0] + (SIGMAS[1] - SIGMAS[0]) * 0.9996))
+    errors = []
+    for sample, target in enumerate((*blurs, image[2:3, 0], image[3:4, 2])):
+        _, skips = network.encode(image[sample : sample + 1, 0])
+        errors.append((network.decode(network.encode(target)[0], skips) - target).abs().mean())
+    torch.testing.assert_close(losses.total, torch.stack(errors).mean(), rtol=1e-4, atol=0)
+
+
+def test_a_frozen_encoder_leaves_the_latents_alone():
+    network = autoencoder()
+    RAEObjective(network, freeze_encoder=True)(images=crops(), draw=torch.rand(4)).total.backward()
+    assert all(parameter.grad is None for parameter in network.encoder.parameters())
+    assert all(parameter.grad is not None for parameter in network.decoder.parameters())
 
 
 def test_an_oracle_velocity_has_zero_flow_loss_on_either_path():

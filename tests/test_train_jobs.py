@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from degflow import Degrader, config, images, storage
 from degflow.camera import SimulatedCamera
-from degflow.models import AutoencoderConfig, VelocityConfig
+from degflow.models import AutoencoderConfig, FlowMap, VelocityConfig
 
 ROOT = Path(__file__).parents[1]
 RAE = {
@@ -213,6 +213,7 @@ def test_lpips_takes_part_and_half_precision_is_stored(tree, rae, lfm, tmp_path)
         "fit.steps": 1,
         "lpips_weight": 0.1,
         "lpips_samples": 1,
+        "lpips_landing": "integrated",
         "half": "true",
         "path": "linear",
         "fit.batch": 2,
@@ -246,6 +247,23 @@ def test_stage_1_goes_on_from_a_degrader_file(tree, rae, lfm, tmp_path):
     rescaled = ("encoder.head.weight", "encoder.head.bias", "decoder.stem.weight")  # the latent's unit is measured anew
     for name in before.keys() - rescaled:
         torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-6)
+
+
+def test_stage_1_trains_the_decoder_alone_and_keeps_the_latents(tree, rae, tmp_path):
+    file = rae[0] / "rae.safetensors"
+    keys = {**RAE, "scenes.data": tree, "fit.start_from": file, "output": tmp_path, "fit.steps": 2, "blurred": 0.5}
+    succeed("train_rae", **keys, freeze_encoder="true")
+    before, after = load_file(file), load_file(tmp_path / "rae.safetensors")
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor) == name.startswith("encoder."), name
+
+
+def test_stage_2_leaves_a_flow_map(tree, rae, tmp_path):
+    keys = {**LFM, "scenes.data": tree, "rae": rae[0] / "rae.safetensors", "output": tmp_path}
+    succeed("train_lfm", **keys, **{"velocity.flow_map": "true"})
+    degrader = Degrader.load(str(tmp_path / "degrader.safetensors"))
+    assert isinstance(degrader.velocity, FlowMap)
+    assert degrader(torch.rand(1, 3, 20, 24), torch.tensor([[1.5, 4.0]])).shape == (1, 2, 3, 20, 24)
 
 
 def job(name):
@@ -320,6 +338,11 @@ def test_what_does_not_fit_stage_1_is_named(tree, rae, tmp_path, capsys):
     keys = {**RAE, "scenes.data": tree, "output": tmp_path / "none"}
     code, words = fails("train_rae", capsys, **{**keys, "scenes.crop": 17})
     assert (code, words) == (2, "error: scenes.crop=17: must be a multiple of the autoencoder's r = 2")
+    code, words = fails("train_rae", capsys, **{**keys, "blurred": 1})
+    assert (code, words) == (2, "error: blurred=1.0: must lie in [0, 1)")
+    code, words = fails("train_rae", capsys, **{**keys, "freeze_encoder": "true"})
+    assert code == 2
+    assert words == "error: freeze_encoder=True: needs fit.start_from, the autoencoder whose encoder is kept"
     code, words = fails("train_rae", capsys, **{**keys, "output": rae[0], "fit.learning_rate": 1e-3})
     assert re.search(r"step-00000024.pt: was made with another fit.learning_rate \(0.003 then, 0.001 now\)", words)
     assert code == 1

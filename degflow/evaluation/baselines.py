@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from degflow import images
@@ -21,6 +20,7 @@ from degflow.degrader import Degrader, pad
 from degflow.evaluation.crops import central
 from degflow.evaluation.metrics import SHAVE, luma
 from degflow.evaluation.random_pipeline import random_degradation
+from degflow.filters import blur
 from degflow.models import ResidualAutoencoder
 from degflow.scenes import HR_LABEL, SceneImages
 from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear, knots_of_scales, time_of_scale
@@ -72,18 +72,6 @@ def interpolate(degrader: Degrader, captured: Tensor, scale: float, path: str) -
     latent = _PATHS[path](knots).to(captured.device).at(latents[None], time.to(captured.device)).position
     decoded = autoencoder.decode(latent, skips)
     return decoded[..., : captured.shape[-2], : captured.shape[-1]].clamp(-1, 1)
-
-
-def blur(image: Tensor, sigma: float) -> Tensor:
-    """Convolve "B C H W" with a Gaussian of `sigma` pixels, mirrored at the borders."""
-    for axis in (-2, -1):
-        reach = min(math.ceil(4 * sigma), image.shape[axis] - 1)
-        taps = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, dtype=torch.float64) / sigma) ** 2)
-        kernel = (taps / taps.sum()).to(image).view((1, 1, -1, 1) if axis == -2 else (1, 1, 1, -1))
-        padding = (0, 0, reach, reach) if axis == -2 else (reach, reach, 0, 0)
-        planes = F.pad(image, padding, mode="reflect").flatten(0, 1)[:, None]
-        image = F.conv2d(planes, kernel).view(image.shape)
-    return image
 
 
 def fit_sigmas(scenes: SceneImages, levels: Mapping[str, float], crop: int = 0) -> dict[str, float]:
