@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from degflow import Degrader, benchmarking, images
-from degflow.benchmarking.inference import decibels, exact, released
+from degflow.benchmarking.inference import accuracy, comparison, decibels, exact, released
 from degflow.benchmarking.measure import Timing, alternate
 from degflow.benchmarking.steps import KNOTS, careless_lfm, careless_rae
 from degflow.config import load
-from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork
+from degflow.models import AutoencoderConfig, FlowMap, ResidualAutoencoder, VelocityConfig, VelocityNetwork
 from degflow.objectives import LFMObjective, RAEObjective
 from degflow.trajectory import NaturalCubicSpline
 
@@ -52,6 +52,20 @@ def test_the_released_procedure_agrees_with_a_fine_integration(degrader, hr):
     assert stopped.evaluations < theirs.evaluations < reference.evaluations
     assert decibels(stopped.images, theirs.images[1:2])[0] > 60
     assert released(degrader, hr, [1.0]).evaluations == 0
+
+
+def test_a_flow_map_is_counted_and_judged_as_one_evaluation(degrader, hr):
+    torch.manual_seed(0)
+    config = VelocityConfig(width=8, blocks=1, multipliers=(1, 1), dropout=0.0, flow_map=True)
+    mapped = Degrader(degrader.autoencoder, FlowMap(config, (0.0, 0.4, 1.0)), degrader.levels)
+    rows = cells(accuracy(mapped, [hr], 2))
+    assert set(rows) == {"flow map", "flow map, float16", "flow map, bfloat16"}
+    assert rows["flow map"]["evaluations"] == "1"
+    assert float(rows["flow map"]["dense"].split()[0]) > 90
+    table = comparison(mapped, hr, 1, 3)
+    assert cells(table)["degflow"]["evaluations"] == cells(table)["degflow, sweep"]["evaluations"] == "1"
+    assert float(cells(table)["degflow, sweep"]["agreement dB"]) > 90
+    assert "evaluates a flow map as it does any field" in table.about
 
 
 def test_the_evaluations_of_the_released_procedure_are_those_of_the_network(degrader, hr):

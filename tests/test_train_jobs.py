@@ -288,15 +288,15 @@ def fails(name, capsys, **keys):
     return end.value.code, capsys.readouterr().err.splitlines()[-1]
 
 
-STAGES = [path.name for path in (ROOT / "configs").iterdir() if path.stem.endswith(("_rae", "_flow", "_lfm"))]
+KINDS = ("_rae", "_decoder", "_flow", "_lfm")
+STAGES = [path.name for path in (ROOT / "configs").iterdir() if path.stem.endswith(KINDS)]
 
 
 @pytest.mark.parametrize("file", sorted(STAGES))
 def test_every_configuration_that_ships_is_one_of_its_job(file):
-    name = "train_rae" if file.endswith("_rae.yaml") else "train_lfm"
-    loaded = config.load(
-        schema_of(name), [f"config={ROOT}/configs/{file}", "scenes.data=x", "output=y", *RAE_KEY[name]]
-    )
+    name = "train_rae" if file.endswith(("_rae.yaml", "_decoder.yaml")) else "train_lfm"
+    keys = [*RAE_KEY[name], *(["fit.start_from=z"] if file.endswith("_decoder.yaml") else [])]
+    loaded = config.load(schema_of(name), [f"config={ROOT}/configs/{file}", "scenes.data=x", "output=y", *keys])
     assert loaded.scenes.levels == {"1": 1.0, "2": 2.0, "4": 4.0}
     if file.startswith(("paper", "released")):  # the released networks' sizes
         sizes = loaded.autoencoder if name == "train_rae" else loaded.velocity
