@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def codecs(photographs: Sequence[np.ndarray], repeats: int) -> Table:
-    """Megabytes of pixels per second and core, and bytes per pixel, of each way to write PNG and to read a file."""
+    """Megabytes of pixels per second and core, and bytes per pixel, of each lossless way to write and of reading."""
     files = {
         "JPEG": [_saved(p, "JPEG", quality=95) for p in photographs],
         "PNG": [_saved(p, "PNG") for p in photographs],
@@ -39,13 +39,18 @@ def codecs(photographs: Sequence[np.ndarray], repeats: int) -> Table:
             ways[f"PNG, OpenCV level {level}"] = lambda _, flags=flags: [
                 cv2.imencode(".png", p[..., ::-1], flags)[1] for p in photographs
             ]
+    for method in (0, 1):
+        ways[f"lossless WebP, Pillow method {method}"] = lambda _, method=method: [
+            _saved(p, "WebP", lossless=True, quality=0, method=method) for p in photographs
+        ]
     for kind, data in files.items():
         ways[f"read {kind}"] = lambda _, data=data: [images.decode(one) for one in data]
     timings = alternate(ways, repeats)
     size = sum(p.nbytes for p in photographs)
     rows = []
     for name, timing in timings.items():
-        written = sum(map(len, timing.result)) if name.startswith("PNG") else sum(map(len, files[name.split()[1]]))
+        data = files[name.removeprefix("read ")] if name.startswith("read ") else timing.result
+        written = sum(map(len, data))
         rows.append((name, f"{size / timing.median / 1e6:.0f}", f"{written / (size / 3):.2f}"))
     missing = "" if cv2 else " OpenCV is not installed here, and left out."
     about = f"{len(photographs)} photographs, {size / 3e6:.1f} MP, one core, medians of {repeats} repeats.{missing}"
