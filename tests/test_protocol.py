@@ -95,6 +95,13 @@ def test_the_plan_is_the_papers():
     assert 'test={"Canon": "R/Canon/Test", "Nikon": "R/Nikon/Test"}' in planned["sr/hat/real-x3/0"].words
 
 
+def test_a_row_may_have_words_of_its_own():
+    planned = {c.name: c.words for c in cells(loaded("photographs=p", "config=configs/small_protocol.yaml"))}
+    noisy, plain = (planned[f"sr/hat/generated-x2-x4{end}/0"] for end in ("-noise", ""))
+    assert noisy[-1] == "noise={DegFlow: 3}"
+    assert [w for w in noisy[:-1] if not w.startswith("output=")] == [w for w in plain if not w.startswith("output=")]
+
+
 def test_the_first_seed_of_every_network_comes_first():
     planned = cells(loaded("photographs=p", "degrader=d.safetensors", "seeds={hat: 2}", "rows={real x3: ['3']}"))
     runs = [cell.name for cell in planned if cell.name.startswith("sr")]
@@ -112,6 +119,7 @@ def test_the_first_seed_of_every_network_comes_first():
         (["rows={a: [Other]}"], "rows: 'a': .*must be level labels and names of degraders"),
         (["rows={real x3: ['3'], real-x3: ['3']}"], "rows: .*must differ in letters and digits"),
         (["networks={../x: []}"], "networks: '../x' must be of letters"),
+        (["row_words={b: ['noise={DegFlow: 3}']}"], "row_words: 'b' must be one of rows="),
         (["seeds={edsr: 2}"], "seeds=.*: 'edsr' must be one of networks"),
         (["degraders={}"], "degraders, networks: each needs at least one entry"),
     ],

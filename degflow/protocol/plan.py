@@ -37,6 +37,7 @@ class ProtocolConfig:
         {"real x3": ["3"], "real x2, x4": ["2", "4"], "generated x2..x4": ["DegFlow"]},
         "label -> training set of the SR networks: levels of real pairs, or names of degraders; {} trains none",
     )
+    row_words: dict[str, list[str]] = option({}, "row -> words for its train_sr, after all others")
     real: list[str] = option(["Canon"], "cameras whose Train has the real pairs of the rows")
     networks: dict[str, list[str]] = option(
         {name: [f"network.name={name}"] for name in ("swinir", "hat", "mambair")}, "name -> words for train_sr"
@@ -61,6 +62,8 @@ class ProtocolConfig:
         for row, parts in self.rows.items():
             if not parts or any(not re.fullmatch(r"\d+(\.\d+)?", part) for part in set(parts) - set(self.degraders)):
                 raise ValueError(f"rows: {row!r}: {parts} must be level labels and names of degraders")
+        if wrong := sorted(set(self.row_words) - set(self.rows)):
+            raise ValueError(f"row_words: {wrong[0]!r} must be one of rows={list(self.rows)}")
         if wrong := [n for n, count in self.seeds.items() if n not in self.networks or count < 1]:
             raise ValueError(f"seeds={self.seeds}: {wrong[0]!r} must be one of networks, with a count of at least 1")
 
@@ -163,7 +166,7 @@ def sr_cell(config: ProtocolConfig, network: str, row: str, seed: int) -> Cell:
         *([f"levels={_dict({label: float(label) for label in labels})}"] if labels else []),
         *(["resize_lr=true"] if config.resize_lr else []),
     ]
-    return Cell(name, "train_sr", [*words, *config.sr, *config.networks[network]])
+    return Cell(name, "train_sr", [*words, *config.sr, *config.networks[network], *config.row_words.get(row, [])])
 
 
 def sr_name(network: str, row: str, seed: int) -> str:
