@@ -25,7 +25,7 @@ from degflow.models import (
 )
 from degflow.storage import load_checkpoint, save_checkpoint
 from degflow.tiling import Grid, cheapest, finest
-from degflow.trajectory import knots_of_scales, time_of_scale
+from degflow.trajectory import Rule, Timeline
 
 MEMORY = 4.0  # GB
 OVERHEAD = 150e6  # bytes: what libraries and the allocator take whatever the size
@@ -40,10 +40,15 @@ class Degrader(nn.Module):
         autoencoder: E and D.
         velocity: v(z, t) of its latents.
         levels: label -> scale of the levels that it was trained on, increasing, HR first.
+        time: how scales lie in time, see `Timeline`.
     """
 
     def __init__(
-        self, autoencoder: ResidualAutoencoder, velocity: VelocityNetwork | FlowMap, levels: Mapping[str, float]
+        self,
+        autoencoder: ResidualAutoencoder,
+        velocity: VelocityNetwork | FlowMap,
+        levels: Mapping[str, float],
+        time: Rule = "linear",
     ):
         super().__init__()
         if autoencoder.config.latent_channels != velocity.config.latent_channels:
@@ -54,9 +59,19 @@ class Degrader(nn.Module):
         self.autoencoder = autoencoder.eval()
         self.velocity = velocity.eval()
         self.levels = dict(levels)
-        self.low, self.high = min(self.levels.values()), max(self.levels.values())
+        self.timeline = Timeline(tuple(self.levels.values()), time)
         self.sha256 = ""
         self.provenance: dict[str, Any] = {}
+
+    @property
+    def low(self) -> float:
+        """The smallest trained scale, HR's."""
+        return self.timeline.low
+
+    @property
+    def high(self) -> float:
+        """The largest trained scale."""
+        return self.timeline.high
 
     @property
     def multiple(self) -> int:
@@ -97,7 +112,7 @@ class Degrader(nn.Module):
         if len(scale) != len(hr):
             raise ValueError(f"scale: {len(scale)} for a batch of {len(hr)} images")
         self.check_scales(float(scale.min()), float(scale.max()))
-        time = time_of_scale(scale.double(), self.low, self.high).clamp(0, 1).float().to(hr.device)
+        time = self.timeline.time(scale.double()).clamp(0, 1).float().to(hr.device)
         lr = hr.new_empty((*scale.shape, *hr.shape[1:]))
         together, grid, keep = self.fit(hr.shape[-2], hr.shape[-1], memory)
         for part in torch.arange(len(hr)).split(together):
@@ -214,6 +229,7 @@ class Degrader(nn.Module):
             "autoencoder": plain(self.autoencoder.config),
             "velocity": plain(self.velocity.config),
             "levels": self.levels,
+            "time": self.timeline.rule,
             "provenance": dict(provenance),
         }
         state = {name: tensor.half() if half else tensor for name, tensor in self.state_dict().items()}
@@ -228,11 +244,12 @@ class Degrader(nn.Module):
         """
         tensors, description, digest = load_checkpoint(uri or SHIPPED, "degrader")
         try:
-            knots = knots_of_scales(list(description["levels"].values()))
+            timeline = Timeline(tuple(description["levels"].values()), description["time"])
             degrader = cls(
                 ResidualAutoencoder(parse(AutoencoderConfig, description["autoencoder"])),
-                velocity_network(parse(VelocityConfig, description["velocity"]), knots),
+                velocity_network(parse(VelocityConfig, description["velocity"]), timeline.knots),
                 description["levels"],
+                description["time"],
             )
             degrader.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
             degrader.provenance = description["provenance"]

@@ -77,11 +77,12 @@ class LFMObjective(nn.Module):
         path: `NaturalCubicSpline` or `PiecewiseLinear` over the levels' times.
         perceptual: LPIPS ("B 3 H W", "B 3 H W") -> "B", or None to do without.
         weight: of the LPIPS term.
-        landing: where the LPIPS term looks, at the level that comes next after a sample's time: "taylor", at one Taylor
-            step from the path between the captured levels (DegFlow, section 2.2), which also knows that path's
-            acceleration; "integrated", at the end of the network's own path from HR, which is what a degrader decodes.
-        perceptual_samples: how many samples of each step get the LPIPS term, evenly spread over it; 0 means all.
-        batch: samples per step, over all processes; needed with perceptual_samples.
+        pixel_weight: of an L1 term of the same images.
+        landing: what these two look at, at the level that comes next after a sample's time: "taylor", the decoding of
+            one Taylor step from the path between the captured levels (DegFlow, section 2.2), which also knows that
+            path's acceleration; "integrated", of the end of the network's own path from HR, as a degrader decodes it.
+        landing_samples: how many samples of each step get these two terms, evenly spread over it; 0 means all.
+        batch: samples per step, over all processes; needed with landing_samples.
         seed: decides dropout, with a sample's number.
     """
 
@@ -92,20 +93,21 @@ class LFMObjective(nn.Module):
         path: NaturalCubicSpline | PiecewiseLinear,
         perceptual: nn.Module | None = None,
         weight: float = 0.1,
+        pixel_weight: float = 0.0,
         landing: Landing = "taylor",
-        perceptual_samples: int = 0,
+        landing_samples: int = 0,
         batch: int = 0,
         seed: int = 0,
     ):
         super().__init__()
-        if perceptual_samples > batch:
-            raise ValueError(f"perceptual_samples={perceptual_samples}: must not exceed batch={batch}")
+        if landing_samples > batch:
+            raise ValueError(f"landing_samples={landing_samples}: must not exceed batch={batch}")
         self.autoencoder = autoencoder.eval().requires_grad_(False)
         self.network = velocity
         self.path = path
-        self.perceptual = perceptual.requires_grad_(False) if perceptual is not None else None
-        self.weight, self.landing = weight, landing
-        self.perceptual_samples, self.batch, self.seed = perceptual_samples, batch, seed
+        self.perceptual = perceptual.requires_grad_(False) if perceptual is not None and weight else None
+        self.weight, self.pixel_weight, self.landing = weight, pixel_weight, landing
+        self.landing_samples, self.batch, self.seed = landing_samples, batch, seed
 
     def train(self, mode: bool = True) -> "LFMObjective":
         """Set the velocity network's mode; the frozen parts stay in eval mode."""
@@ -131,28 +133,42 @@ class LFMObjective(nn.Module):
                 point = self.path.at(values, time)
         velocity = self.network(point.position, time, values[:, 0], sample_keys(self.seed, number)).float()
         flow = F.mse_loss(velocity, point.velocity)
-        if self.perceptual is None or self.weight == 0:
+        if self.perceptual is None and self.pixel_weight == 0:
             return Losses(flow, {"cfm": flow.detach()})
         after, gap = next_knot(self.path.knots, time)
         chosen = self._chosen(number)
         if not len(chosen):
-            return Losses(flow, {"cfm": flow.detach(), "lpips": flow.new_zeros(())})
+            return self._total(flow, image[:0, 0], image[:0, 0], len(number))
         if self.landing == "taylor":
             landed = taylor_step(point, velocity, gap)[chosen]
         else:
             keys = sample_keys(self.seed, number[chosen])
             landed = self.network.carry(values[chosen, 0], self.path.knots[after[chosen]], keys, solver="rk4", steps=2)
         decoded = self.autoencoder.decode(landed, tuple(skip[chosen] for skip in skips))
-        # A part of the step's batch may hold more or fewer of the chosen than its share.
-        share = len(chosen) / len(number) * self.batch / self.perceptual_samples if self.perceptual_samples else 1.0
-        lpips = self.perceptual(decoded.float(), image[chosen, after[chosen]]).mean() * share
-        return Losses(flow + self.weight * lpips, {"cfm": flow.detach(), "lpips": lpips.detach()})
+        return self._total(flow, decoded.float(), image[chosen, after[chosen]], len(number))
+
+    def _total(self, flow: Tensor, decoded: Tensor, target: Tensor, count: int) -> Losses:
+        """Adds the terms of the decoded images; `count`: samples in this part of the step's batch."""
+        parts, total = {"cfm": flow.detach()}, flow
+        # The part may hold more or fewer of the chosen than its share.
+        share = self.batch / self.landing_samples if self.landing_samples else 1.0
+        terms = {"lpips": (self.weight, self.perceptual), "l1": (self.pixel_weight, _l1 if self.pixel_weight else None)}
+        for name, (weight, distance) in terms.items():
+            if distance is not None:
+                mean = distance(decoded, target).sum() / count * share if len(decoded) else flow.new_zeros(())
+                parts[name], total = mean.detach(), total + weight * mean
+        return Losses(total, parts)
 
     def _chosen(self, number: Tensor) -> Tensor:
-        """Places of the samples that get the LPIPS term."""
-        place, count = number % max(self.batch, 1), self.perceptual_samples
+        """Places of the samples whose images are decoded."""
+        place, count = number % max(self.batch, 1), self.landing_samples
         every = torch.ones_like(number, dtype=torch.bool)
         return (place * count % self.batch < count if count else every).nonzero()[:, 0]
+
+
+def _l1(image: Tensor, reference: Tensor) -> Tensor:
+    """Mean absolute difference of each image, "B 3 H W" -> "B"."""
+    return (image - reference).abs().mean((1, 2, 3))
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -24,7 +24,6 @@ from degflow.degrader import Degrader
 from degflow.listing import root_of
 from degflow.planning import ScaleConfig, SynthesizeConfig, is_still_wanted, recipe_of
 from degflow.storage import Place, Source
-from degflow.trajectory import time_of_scale
 
 FORWARD_PIXELS = 1 << 20
 
@@ -214,7 +213,7 @@ class ShardMaker:
         key = item.loaded.key
         if not isinstance(lr, np.ndarray):
             return key, lr or Reject(key, "degrade", "no result")
-        times = time_of_scale(torch.tensor(item.scales, dtype=torch.float64), self.degrader.low, self.degrader.high)
+        times = self.degrader.timeline.time(torch.tensor(item.scales, dtype=torch.float64))
         draws = [Draw(*pair) for pair in zip(item.scales, times.tolist(), strict=True)]
         return key, self.workers.submit(self.codec.encode, item.handle, draws, lr)
 

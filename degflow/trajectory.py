@@ -1,10 +1,15 @@
 """Scale <-> time, and the paths through the latents of the trained scales (DegFlow, section 2.2)."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
+
+Rule = Literal["linear", "inverse"]
+Number = TypeVar("Number", float, Tensor)
 
 
 class SplinePoint(NamedTuple):
@@ -16,20 +21,55 @@ class SplinePoint(NamedTuple):
     jerk: Tensor
 
 
-def time_of_scale(scale: Tensor, low: float, high: float) -> Tensor:
-    """t = (s - s_1) / (s_m - s_1), in [0, 1] for scales in [low, high]."""
-    return (scale - low) / (high - low)
+@dataclass(frozen=True)
+class Timeline:
+    """Scale <-> time: which scale a path passes when.
 
+    Attributes:
+        scales: of the levels, HR first, increasing: s_1, ..., s_m.
+        rule: "linear", t = (s - s_1) / (s_m - s_1), as published; "inverse", the same of -1/s. A lens that keeps its
+            f-number passes frequencies up to a limit in proportion to 1/s, so that under "inverse" this limit falls
+            evenly; under "linear" what lies between two levels is blurred less than its scale says.
 
-def scale_of_time(time: Tensor, low: float, high: float) -> Tensor:
-    """s = s_1 + t (s_m - s_1)."""
-    return low + time * (high - low)
+    Raises:
+        ValueError: fewer than two scales, not increasing, or another rule.
+    """
 
+    scales: tuple[float, ...]
+    rule: Rule = "linear"
 
-def knots_of_scales(scales: Sequence[float]) -> tuple[float, ...]:
-    """Times of the trained scales, e.g. (1, 2, 4) -> (0, 1/3, 1)."""
-    low, high = scales[0], scales[-1]
-    return tuple((scale - low) / (high - low) for scale in scales)
+    def __post_init__(self):
+        if len(self.scales) < 2 or self.scales[0] <= 0 or any(after <= scale for scale, after in pairwise(self.scales)):
+            raise ValueError(f"scales={list(self.scales)}: at least two, above 0 and increasing")
+        if self.rule not in get_args(Rule):
+            raise ValueError(f"time={self.rule}: must be one of {', '.join(get_args(Rule))}")
+
+    @property
+    def low(self) -> float:
+        """s_1."""
+        return self.scales[0]
+
+    @property
+    def high(self) -> float:
+        """s_m."""
+        return self.scales[-1]
+
+    @property
+    def knots(self) -> tuple[float, ...]:
+        """Times of the levels, e.g. (1, 2, 4) -> (0, 1/3, 1), or with "inverse" (0, 2/3, 1)."""
+        return tuple(self.time(scale) for scale in self.scales)
+
+    def time(self, scale: Number) -> Number:
+        """In [0, 1] for scales in [low, high]."""
+        if self.rule == "linear":
+            return (scale - self.low) / (self.high - self.low)
+        return (1 / self.low - 1 / scale) / (1 / self.low - 1 / self.high)
+
+    def scale(self, time: Number) -> Number:
+        """The inverse of `time`."""
+        if self.rule == "linear":
+            return self.low + time * (self.high - self.low)
+        return 1 / (1 / self.low - time * (1 / self.low - 1 / self.high))
 
 
 class NaturalCubicSpline(nn.Module):

@@ -152,12 +152,12 @@ def _swept(
     """The curve over s, and where along it the captured levels lie."""
     parts = evaluation.sweep(degrader, scenes, config.levels, config.sweep, config.crop, **solver)
     points = [point for part in tqdm(parts, "sweeping", len(scenes), unit="scene") for point in part]
-    best = evaluation.best_times(points, config.levels, degrader.low, degrader.high)
+    best = evaluation.best_times(points, config.levels, degrader.timeline)
     curves = {label: evaluation.mean_curve(points, label) for label in config.levels}
     curve = curves[HR_LABEL]
     texts = (
         "## Best-matching t\n\nThe t at which the generated LR has the highest PSNR-Y to the captured one.",
-        evaluation.best_time_table(best, config.optical, degrader.low, degrader.high),
+        evaluation.best_time_table(best, config.optical, degrader.timeline),
         f"## Curve\n\nPSNR-Y of the LR generated at {len(curve)} scales. Against HR it "
         f"{'falls' if evaluation.falls(curve) else 'DOES NOT fall'} monotonically.",
         evaluation.curve_table(curves),

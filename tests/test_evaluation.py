@@ -13,6 +13,7 @@ from degflow.evaluation import BASELINES, METHODS, Baselines, BestTime, Measurem
 from degflow.evaluation.crops import central, most_detailed
 from degflow.filters import blur
 from degflow.perceptual import Perceptual
+from degflow.trajectory import Timeline
 from tests.captures import scenes_of, small_degrader
 
 LEVELS = {"1": 1.0, "2": 2.1, "4": 3.361}  # 3.361 in float32 lies above 3.361
@@ -278,7 +279,7 @@ def test_the_table_of_best_times_sets_them_beside_the_levels_and_the_optical_sca
         BestTime("a", "4", 1.0, 4.0, True, 30.0, 1.0, 30.0),
         BestTime("b", "4", 0.9, 3.7, False, 31.0, 1.0, 30.0),
     ]
-    assert evaluation.best_time_table(best, {"2": 2.1}, 1.0, 4.0).splitlines()[2:] == [
+    assert evaluation.best_time_table(best, {"2": 2.1}, Timeline((1.0, 4.0))).splitlines()[2:] == [
         "| x2 | 0.333 | 0.367 | 0.450 (x2.35) | 0.400 to 0.500 | 32.25 | 34.00 |",
         "| x4 | 1.000 | — | 0.950 (x3.85) | 0.900 to 1.000, 1 at an end | 30.00 | 30.50 |",
     ]

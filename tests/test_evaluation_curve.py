@@ -6,6 +6,7 @@ import torch
 
 from degflow import evaluation, images
 from degflow.evaluation import SweepPoint, best_times, mean_curve
+from degflow.trajectory import Timeline
 from tests.captures import scenes_of, small_degrader
 
 LEVELS = {"1": 1.0, "2": 2.0, "3": 3.05, "4": 4.0}
@@ -58,7 +59,7 @@ def test_the_sweep_scores_every_scale_against_every_level(degrader, scenes):
 
 def test_best_times_are_those_of_the_scales_that_the_captures_were_made_at(degrader, scenes):
     points = [point for part in evaluation.sweep(degrader, scenes, LEVELS, 31) for point in part]
-    best = best_times(points, LEVELS, 1.0, 4.0)
+    best = best_times(points, LEVELS, Timeline((1.0, 4.0)))
     assert [(row.scene, row.level) for row in best] == [(s, level) for s in ("a_001", "b_002") for level in "234"]
     for row in best:
         planted = {"2": 2.37, "3": 3.05, "4": 1.66}[row.level]
@@ -82,7 +83,7 @@ def points_of(errors, times, level="2"):
 def test_a_parabola_of_errors_gives_its_lowest_time_whatever_the_grid(planted, floor):
     times = [0.0, 0.1, 0.2, 0.27, 0.3, 0.5, 0.51, 0.7, 0.9, 1.0]
     points = points_of([floor + 0.5 * (time - planted) ** 2 for time in times], times)
-    (best,) = best_times(points[::-1], {"1": 1.0, "2": 2.0}, 1.0, 4.0)
+    (best,) = best_times(points[::-1], {"1": 1.0, "2": 2.0}, Timeline((1.0, 4.0)))
     if planted == 0.03:  # nearest to the first of the grid
         assert (best.time, best.at_end) == (0.0, True)
     else:
@@ -93,8 +94,8 @@ def test_a_parabola_of_errors_gives_its_lowest_time_whatever_the_grid(planted, f
 
 def test_errors_that_are_all_equal_or_fall_to_the_end_have_a_best_time_too():
     times = [0.0, 0.25, 0.5, 0.75, 1.0]
-    (best,) = best_times(points_of([0.9, 0.8, 0.7, 0.6, 0.5], times, "4"), {"1": 1.0, "4": 4.0}, 1.0, 4.0)
+    (best,) = best_times(points_of([0.9, 0.8, 0.7, 0.6, 0.5], times, "4"), {"1": 1.0, "4": 4.0}, Timeline((1.0, 4.0)))
     assert (best.time, best.scale, best.at_end) == (1.0, 4.0, True)
     assert best.own_time == 1.0
-    (best,) = best_times(points_of([0.9, 0.5, 0.5, 0.5, 0.9], times), {"1": 1.0, "2": 2.0}, 1.0, 4.0)
+    (best,) = best_times(points_of([0.9, 0.5, 0.5, 0.5, 0.9], times), {"1": 1.0, "2": 2.0}, Timeline((1.0, 4.0)))
     assert 0.25 <= best.time <= 0.5

@@ -129,9 +129,10 @@ def test_an_integrated_landing_is_where_the_networks_own_path_from_hr_ends():
     torch.testing.assert_close(perceptual.image, wanted, rtol=0, atol=5e-3)
 
 
-def test_perceptual_samples_spread_over_the_step_and_weight_zero_leaves_the_term_out():
+def test_landing_samples_spread_over_the_step_and_weight_zero_leaves_a_term_out():
     perceptual = Recorder()
-    objective, images = oracle_objective(perceptual=perceptual, perceptual_samples=2, batch=4)
+    weights = {"weight": 0.3, "pixel_weight": 2.0}
+    objective, images = oracle_objective(perceptual=perceptual, offset=0.5, **weights, landing_samples=2, batch=4)
     draw = torch.tensor([0.0, 0.2, 0.4, 0.9])
     for numbers, chosen in ((NUMBERS, [0, 2]), (NUMBERS + 401, [1, 3])):
         losses = objective(images=images, draw=draw, number=numbers)
@@ -139,10 +140,14 @@ def test_perceptual_samples_spread_over_the_step_and_weight_zero_leaves_the_term
         assert torch.equal(perceptual.reference, target)
         mean = (perceptual.image - target).square().mean()
         torch.testing.assert_close(losses.parts["lpips"], mean, rtol=1e-6, atol=0)
-    objective, images = oracle_objective(perceptual=perceptual, weight=0.0)
-    assert "lpips" not in objective(images=images, draw=torch.rand(4), number=NUMBERS).parts
-    with pytest.raises(ValueError, match="perceptual_samples=5: must not exceed batch=4"):
-        oracle_objective(perceptual=perceptual, perceptual_samples=5, batch=4)
+        difference = (perceptual.image - target).abs().mean()
+        torch.testing.assert_close(losses.parts["l1"], difference, rtol=1e-6, atol=0)
+        torch.testing.assert_close(losses.total, 0.25 + 0.3 * mean + 2 * difference, rtol=1e-4, atol=0)
+    for left, keys in (("cfm", {}), ("cfm lpips", {"weight": 0.1}), ("cfm l1", {"pixel_weight": 1.0})):
+        objective, images = oracle_objective(perceptual=perceptual, **{"weight": 0.0, **keys})
+        assert list(objective(images=images, draw=torch.rand(4), number=NUMBERS).parts) == left.split()
+    with pytest.raises(ValueError, match="landing_samples=5: must not exceed batch=4"):
+        oracle_objective(perceptual=perceptual, landing_samples=5, batch=4)
 
 
 @pytest.mark.parametrize("landing", ["taylor", "integrated"])
@@ -153,16 +158,17 @@ def test_the_parts_of_a_batch_have_its_loss_and_its_gradient_on_average(landing,
     torch.manual_seed(0)
     velocity = VelocityNetwork(VelocityConfig(width=16, multipliers=(1, 1), blocks=1, dropout=0.3))
     path = NaturalCubicSpline(KNOTS)
-    objective = LFMObjective(autoencoder(), velocity, path, Recorder(), 0.5, landing, samples, 6, 3).train()
+    objective = LFMObjective(autoencoder(), velocity, path, Recorder(), 0.5, 0.7, landing, samples, 6, 3).train()
 
     def losses(parts):
         velocity.zero_grad()
         results = [objective(images=images[part], draw=draw[part], number=number[part]) for part in parts]
         (sum(result.total for result in results) / len(results)).backward()
         grads = torch.cat([parameter.grad.flatten() for parameter in velocity.parameters()])
-        return {name: sum(result.parts[name] for result in results) / len(results) for name in ("cfm", "lpips")}, grads
+        return {name: sum(result.parts[name] for result in results) / len(results) for name in results[0].parts}, grads
 
     whole, grads = losses([torch.arange(6)])
+    assert list(whole) == ["cfm", "lpips", "l1"]
     parts, their_grads = losses(torch.arange(6).split(size))
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=0)
     assert float((their_grads - grads).norm() / grads.norm()) < 1e-5

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from degflow import Degrader, config, images, storage
 from degflow.camera import SimulatedCamera
 from degflow.models import AutoencoderConfig, FlowMap, VelocityConfig
+from degflow.trajectory import Timeline
 
 ROOT = Path(__file__).parents[1]
 RAE = {
@@ -212,8 +213,8 @@ def test_lpips_takes_part_and_half_precision_is_stored(tree, rae, lfm, tmp_path)
     changes = {
         "fit.steps": 1,
         "lpips_weight": 0.1,
-        "lpips_samples": 1,
-        "lpips_landing": "integrated",
+        "landing_samples": 1,
+        "landing": "integrated",
         "half": "true",
         "path": "linear",
         "fit.batch": 2,
@@ -260,9 +261,11 @@ def test_stage_1_trains_the_decoder_alone_and_keeps_the_latents(tree, rae, tmp_p
 
 def test_stage_2_leaves_a_flow_map(tree, rae, tmp_path):
     keys = {**LFM, "scenes.data": tree, "rae": rae[0] / "rae.safetensors", "output": tmp_path}
-    succeed("train_lfm", **keys, **{"velocity.flow_map": "true"})
+    succeed("train_lfm", **keys, **{"velocity.flow_map": "true", "time": "inverse"})
     degrader = Degrader.load(str(tmp_path / "degrader.safetensors"))
     assert isinstance(degrader.velocity, FlowMap)
+    assert degrader.timeline == Timeline((1.0, 2.0, 4.0), "inverse")
+    assert degrader.velocity.spline.knots.tolist() == [0, 2 / 3, 1]
     assert degrader(torch.rand(1, 3, 20, 24), torch.tensor([[1.5, 4.0]])).shape == (1, 2, 3, 20, 24)
 
 
@@ -321,7 +324,7 @@ def test_every_configuration_that_ships_is_one_of_its_job(file):
             2,
             "^error: path=linear: must be spline with velocity.flow_map=",
         ),
-        ({"lpips_weight": -1}, 2, "^error: lpips_weight=-1.0, lpips_samples=0: must not be negative"),
+        ({"lpips_weight": -1}, 2, "^error: lpips_weight=-1.0: must not be negative"),
         ({"fit.batch": 4, "fit.accumulate": 3}, 2, "fit.batch=4: must be a multiple of fit.accumulate=3"),
     ],
 )

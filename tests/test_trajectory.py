@@ -6,11 +6,9 @@ from scipy.interpolate import CubicSpline
 from degflow.trajectory import (
     NaturalCubicSpline,
     PiecewiseLinear,
-    knots_of_scales,
+    Timeline,
     next_knot,
-    scale_of_time,
     taylor_step,
-    time_of_scale,
 )
 
 KNOTS = [
@@ -91,13 +89,29 @@ def test_a_sample_does_not_depend_on_its_batch_mates():
         torch.testing.assert_close(a[3:4], b)
 
 
-def test_scales_and_times_are_inverse():
-    assert knots_of_scales((1.0, 2.0, 4.0)) == (0.0, 1 / 3, 1.0)
-    scale = torch.tensor([1.0, 2.1, 3.75, 4.0], dtype=torch.float64)
-    time = time_of_scale(scale, 1.0, 4.0)
-    assert time[0] == 0
-    assert time[-1] == 1
-    torch.testing.assert_close(scale_of_time(time, 1.0, 4.0), scale)
+def test_times_run_evenly_with_the_scale_or_with_its_inverse():
+    linear, inverse = Timeline((1.0, 2.0, 4.0)), Timeline((1.0, 2.0, 4.0), "inverse")
+    assert linear.knots == (0.0, 1 / 3, 1.0)
+    assert inverse.knots == (0.0, 2 / 3, 1.0)
+    scale = torch.tensor([1.0, 4 / 3, 2.0, 2.5, 4.0], dtype=torch.float64)
+    wanted = {linear: [0, 1 / 9, 1 / 3, 1 / 2, 1], inverse: [0, 1 / 3, 2 / 3, 4 / 5, 1]}
+    for timeline, times in wanted.items():
+        torch.testing.assert_close(timeline.time(scale), torch.tensor(times, dtype=torch.float64))
+        torch.testing.assert_close(timeline.scale(timeline.time(scale)), scale)
+
+
+@pytest.mark.parametrize(
+    ("scales", "rule", "message"),
+    [
+        ((1.0,), "linear", r"scales=\[1.0\]: at least two"),
+        ((1.0, 4.0, 2.0), "linear", r"scales=.*: at least two, above 0 and increasing"),
+        ((0.0, 4.0), "inverse", r"scales=.*: at least two, above 0"),
+        ((1.0, 4.0), "log", r"time=log: must be one of linear, inverse"),
+    ],
+)
+def test_bad_timelines_are_named(scales, rule, message):
+    with pytest.raises(ValueError, match=message):
+        Timeline(scales, rule)
 
 
 @pytest.mark.parametrize(

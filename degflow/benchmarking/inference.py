@@ -18,7 +18,6 @@ from degflow.benchmarking.measure import Table, Timing, alternate
 from degflow.degrader import PRECISIONS, Degrader, pad
 from degflow.flow import SOLVER, STEPS, integrate
 from degflow.models import FlowMap
-from degflow.trajectory import time_of_scale
 
 START = 1e-3  # where the released procedure's integration begins
 CANDIDATES = (
@@ -52,7 +51,7 @@ def released(
     from scipy.integrate import solve_ivp
 
     latent, skips = degrader.autoencoder.encode(pad(hr, degrader.multiple))
-    times = time_of_scale(torch.tensor(scales, dtype=torch.float64), degrader.low, degrader.high).clamp(start, 1)
+    times = degrader.timeline.time(torch.tensor(scales, dtype=torch.float64)).clamp(start, 1)
 
     def field(at: float, flat: np.ndarray) -> np.ndarray:
         z = torch.from_numpy(flat).to(latent).view_as(latent)
@@ -192,7 +191,7 @@ def _our_calls(many: bool, drawn: Tensor, degrader: Degrader) -> str:
         return "1"
     if many:
         return str(_evaluations(SOLVER, STEPS))
-    times = time_of_scale(drawn, degrader.low, degrader.high)
+    times = degrader.timeline.time(drawn)
     return f"{statistics.mean(_evaluations(SOLVER, STEPS, float(time)) for time in times):.0f} (mean)"
 
 

@@ -23,7 +23,7 @@ from degflow.evaluation.random_pipeline import random_degradation
 from degflow.filters import blur
 from degflow.models import ResidualAutoencoder
 from degflow.scenes import HR_LABEL, SceneImages
-from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear, knots_of_scales, time_of_scale
+from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear
 
 BASELINES = ("gaussian", "random", "spline", "linear")
 FIT_SIDE = 512  # pixels of each scene that a sigma is fitted on
@@ -67,9 +67,10 @@ def interpolate(degrader: Degrader, captured: Tensor, scale: float, path: str) -
     hr, *lower = pad(captured, autoencoder.config.compression).split(1)
     latent, skips = autoencoder.encode(hr)
     latents = torch.cat([latent, *(autoencoder.encode(lr)[0] for lr in lower)])
-    time = time_of_scale(torch.tensor([scale], dtype=torch.float64), degrader.low, degrader.high)
-    knots = knots_of_scales(list(degrader.levels.values()))
-    latent = _PATHS[path](knots).to(captured.device).at(latents[None], time.to(captured.device)).position
+    time = degrader.timeline.time(torch.tensor([scale], dtype=torch.float64))
+    latent = (
+        _PATHS[path](degrader.timeline.knots).to(captured.device).at(latents[None], time.to(captured.device)).position
+    )
     decoded = autoencoder.decode(latent, skips)
     return decoded[..., : captured.shape[-2], : captured.shape[-1]].clamp(-1, 1)
 

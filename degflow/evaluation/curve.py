@@ -11,7 +11,7 @@ from degflow.degrader import Degrader
 from degflow.evaluation.crops import central
 from degflow.evaluation.metrics import psnr
 from degflow.scenes import HR_LABEL, SceneImages
-from degflow.trajectory import scale_of_time, time_of_scale
+from degflow.trajectory import Timeline
 
 TOGETHER = 8  # scales decoded at once
 
@@ -70,7 +70,7 @@ def sweep(
     even = torch.linspace(degrader.low, degrader.high, count, dtype=torch.float64)
     own = [scale for scale in levels.values() if not bool(torch.isclose(even, _one(scale)).any())]
     scales = torch.cat([even, torch.tensor(own, dtype=torch.float64)]).sort().values
-    times = time_of_scale(scales, degrader.low, degrader.high)
+    times = degrader.timeline.time(scales)
     device = next(degrader.parameters()).device
     for scene, pixels in zip(scenes.scenes, scenes.pixels, strict=True):
         real = images.to_tensor(central(pixels, crop), device)
@@ -99,7 +99,7 @@ def mean_curve(points: Sequence[SweepPoint], level: str = HR_LABEL) -> dict[floa
     return {scale: float(np.mean(found[scale])) for scale in sorted(found)}
 
 
-def best_times(points: Sequence[SweepPoint], levels: Mapping[str, float], low: float, high: float) -> list[BestTime]:
+def best_times(points: Sequence[SweepPoint], levels: Mapping[str, float], timeline: Timeline) -> list[BestTime]:
     """For every scene and level but HR's, the time of the highest PSNR-Y.
 
     The mean squared error is taken as a parabola through the best time of the grid and its neighbours, which is exact
@@ -108,21 +108,21 @@ def best_times(points: Sequence[SweepPoint], levels: Mapping[str, float], low: f
     Args:
         points: of `sweep`.
         levels: as given to it.
-        low, high: ends of the trained range of scales.
+        timeline: the degrader's.
     """
     curves: dict[tuple[str, str], list[SweepPoint]] = {}
     for point in sorted(points, key=lambda point: point.time):
         if point.level != HR_LABEL:
             curves.setdefault((point.scene, point.level), []).append(point)
-    return [_best(curve, levels[level], low, high) for (_, level), curve in curves.items()]
+    return [_best(curve, levels[level], timeline) for (_, level), curve in curves.items()]
 
 
-def _best(curve: Sequence[SweepPoint], scale: float, low: float, high: float) -> BestTime:
+def _best(curve: Sequence[SweepPoint], scale: float, timeline: Timeline) -> BestTime:
     best = max(range(len(curve)), key=lambda n: curve[n].psnr)
     own = min(curve, key=lambda point: abs(point.scale - scale))
     at_end = best in (0, len(curve) - 1)
     time = curve[best].time if at_end else _vertex(curve[best - 1 : best + 2])
-    place = float(scale_of_time(_one(time), low, high))
+    place = timeline.scale(time)
     scene, level = curve[best].scene, curve[best].level
     return BestTime(scene, level, time, place, at_end, curve[best].psnr, own.time, own.psnr)
 

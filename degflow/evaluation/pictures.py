@@ -11,7 +11,6 @@ from degflow import images
 from degflow.degrader import Degrader
 from degflow.evaluation.crops import central, most_detailed
 from degflow.scenes import HR_LABEL, SceneImages
-from degflow.trajectory import scale_of_time
 
 
 def contact_sheet(columns: Sequence[tuple[str, Tensor]], margin: int = 4, title: int = 16) -> np.ndarray:
@@ -58,7 +57,7 @@ def continuum(
     chosen = np.unique(np.linspace(0, len(scenes) - 1, count).astype(int))
     side = min(side, *(min(central(scenes.pixels[n], crop).shape[1:3]) for n in chosen))
     times = torch.linspace(0, 1, len(levels) + 1, dtype=torch.float64)
-    scales = scale_of_time(times, degrader.low, degrader.high)
+    scales = degrader.timeline.scale(times)
     captured, generated = [], []
     for n in chosen:
         real = images.to_tensor(central(scenes.pixels[n], crop))

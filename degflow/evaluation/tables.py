@@ -13,6 +13,7 @@ from degflow.evaluation.baselines import BASELINES
 from degflow.evaluation.curve import BestTime
 from degflow.evaluation.fidelity import METHODS, TITLES, Measurement, methods_of
 from degflow.scenes import HR_LABEL
+from degflow.trajectory import Timeline
 
 _FORMS = (("psnr", "{:.2f}"), ("ssim", "{:.4f}"), ("lpips", "{:.4f}"))
 
@@ -63,13 +64,13 @@ def realism_table(measurements: Sequence[Measurement]) -> str:
     return _markdown(("scale", "LR image", "spectrum, dB", "noise", "its correlation", "residuals, nats"), rows)
 
 
-def best_time_table(best: Sequence[BestTime], optical: Mapping[str, float], low: float, high: float) -> str:
+def best_time_table(best: Sequence[BestTime], optical: Mapping[str, float], timeline: Timeline) -> str:
     """A row per level: the time of the highest PSNR-Y beside that of the level's own scale and of the optical one.
 
     Args:
         best: of `best_times`.
         optical: label -> optical scale, where it is known.
-        low, high: ends of the trained range of scales.
+        timeline: the degrader's.
     """
     rows = []
     for label in dict.fromkeys(row.level for row in best):
@@ -80,8 +81,8 @@ def best_time_table(best: Sequence[BestTime], optical: Mapping[str, float], low:
             (
                 f"x{label}",
                 f"{found[0].own_time:.3f}",
-                f"{(optical[label] - low) / (high - low):.3f}" if label in optical else "—",
-                f"{mean:.3f} (x{low + mean * (high - low):.2f})",
+                f"{timeline.time(optical[label]):.3f}" if label in optical else "—",
+                f"{mean:.3f} (x{timeline.scale(mean):.2f})",
                 f"{min(times):.3f} to {max(times):.3f}" + (f", {ends} at an end" if ends else ""),
                 f"{np.mean([row.own_psnr for row in found]):.2f}",
                 f"{np.mean([row.psnr for row in found]):.2f}",
