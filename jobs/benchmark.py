@@ -21,6 +21,7 @@ from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityNetwo
 from degflow.perceptual import Perceptual
 from degflow.storage import Place
 
+FULL_WIDTH = ", full width, RANDOM weights (no trained full-width degrader is here)"
 PARTS = ("accuracy", "comparison", "roofline", "large", "training", "job", "actors", "codecs")
 
 
@@ -39,7 +40,9 @@ class BenchmarkConfig:
     large: tuple[int, int] = option((4000, 3000), "width and height of the large image")
     memory: float = option(2.0, "GB for the large image")
     actors: tuple[int, ...] = option((1, 4), "sizes of the pool of logical actors")
-    full_width: bool = option(True, "accuracy of the full-width architecture with random weights as well")
+    full_width: bool = option(
+        True, "accuracy and comparison of the full-width network with random weights too"
+    )
     threads: int = option(0, "CPU threads; 0: all cores")
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
     quick: bool = option(False, "tiny sizes and one repeat, whatever else is said")
@@ -117,17 +120,16 @@ class _Bench:
         crops = self._crops(side)[: 1 if self.config.quick else None]
         yield benchmarking.accuracy(self.degrader, crops, count)
         if self.config.full_width:
-            torch.manual_seed(0)
-            autoencoder = ResidualAutoencoder(AutoencoderConfig(gate_init=0.5))
-            random = Degrader(autoencoder, VelocityNetwork(), self.degrader.levels).to(self.device)
-            note = ", full width, RANDOM weights (no trained full-width degrader is here)"
-            yield benchmarking.accuracy(random, self._crops(64)[:1], 3, note)
+            yield benchmarking.accuracy(self._full_width(), self._crops(64)[:1], 3, FULL_WIDTH)
 
     def comparison(self) -> Iterator[Table]:
         for side in self.config.sizes:
             yield benchmarking.comparison(
                 self.degrader, self._crops(side)[0], self.config.repeats, self.config.scales, self.config.compile
             )
+        if self.config.full_width:
+            crop, repeats, scales = self._crops(64)[0], self.config.repeats, self.config.scales
+            yield benchmarking.comparison(self._full_width(), crop, repeats, scales, name=FULL_WIDTH)
 
     def roofline(self) -> Iterator[Table]:
         side = 256 if self.config.quick else 2048
@@ -164,6 +166,11 @@ class _Bench:
 
     def _crops(self, side: int) -> list[torch.Tensor]:
         return [images.to_tensor(cut(photo, side, side), self.device)[None] for photo in self.photos]
+
+    def _full_width(self) -> Degrader:
+        torch.manual_seed(0)
+        autoencoder = ResidualAutoencoder(AutoencoderConfig(gate_init=0.5))
+        return Degrader(autoencoder, VelocityNetwork(), self.degrader.levels).to(self.device)
 
 
 if __name__ == "__main__":

@@ -128,7 +128,9 @@ def _evaluations(solver: str, steps: int, end_time: float = 1.0) -> int:
     return calls
 
 
-def comparison(degrader: Degrader, hr: Tensor, repeats: int, count: int = 30, compiled: bool = False) -> Table:
+def comparison(
+    degrader: Degrader, hr: Tensor, repeats: int, count: int = 30, compiled: bool = False, name: str = ""
+) -> Table:
     """One random scale per image, and a sweep: the released procedure beside ours.
 
     Args:
@@ -137,6 +139,7 @@ def comparison(degrader: Degrader, hr: Tensor, repeats: int, count: int = 30, co
         repeats: how often; each has a scale of its own.
         count: scales of the sweep.
         compiled: measure ours with torch.compile as well.
+        name: of the model, for the title.
     """
     mapped = isinstance(degrader.velocity, FlowMap)
     generator = torch.Generator().manual_seed(0)
@@ -183,7 +186,7 @@ def comparison(degrader: Degrader, hr: Tensor, repeats: int, count: int = 30, co
         + (f" Compiling took {compiling:.0f} s." if compiled else "")
     )
     header = ("", "evaluations", "s", "LR images/s", "LR MP/s", "peak GB", "x stopped", "x sweep", "agreement dB")
-    return Table(f"Against the released procedure, {width} x {height}", about, header, rows)
+    return Table(f"Against the released procedure, {width} x {height}{name}", about, header, rows)
 
 
 def _our_calls(many: bool, drawn: Tensor, degrader: Degrader) -> str:
