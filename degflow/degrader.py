@@ -60,6 +60,10 @@ class Degrader(nn.Module):
         self.velocity = velocity.eval()
         self.levels = dict(levels)
         self.timeline = Timeline(tuple(self.levels.values()), time)
+        if isinstance(velocity, FlowMap) and tuple(velocity.spline.knots.tolist()) != self.timeline.knots:
+            raise ValueError(
+                f"time={time}: the flow map's knots, {velocity.spline.knots.tolist()}, are of another time"
+            )
         self.sha256 = ""
         self.provenance: dict[str, Any] = {}
 

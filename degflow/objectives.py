@@ -66,10 +66,10 @@ class RAEObjective(nn.Module):
 
 
 class LFMObjective(nn.Module):
-    """Stage 2: conditional flow matching on the path through the latents, and Taylor-guided LPIPS.
+    """Stage 2: conditional flow matching on the path through the latents, and LPIPS and L1 of what it decodes to.
 
     The mean of the losses of a step's parts, of equal size, is the loss of the whole batch: dropout, and which samples
-    get the LPIPS term, depend on a sample's number alone.
+    are decoded, depend on a sample's number alone.
 
     Args:
         autoencoder: the trained autoencoder; frozen here.

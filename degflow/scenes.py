@@ -58,12 +58,12 @@ class Scene(NamedTuple):
 
 
 def check_levels(levels: dict[str, float]) -> None:
-    """Raise ValueError unless levels are HR (label 1) and at least one more, with increasing scales."""
+    """Raise ValueError unless levels are HR (label 1) and at least one more, with scales above 0 that increase."""
     scales = list(levels.values())
     if next(iter(levels), None) != HR_LABEL or len(levels) < 2:
         raise ValueError(f"levels={levels}: must begin with label {HR_LABEL} (HR) and name at least one more")
-    if any(b <= a for a, b in pairwise(scales)):
-        raise ValueError(f"levels={levels}: scales must increase")
+    if not all(a < b for a, b in pairwise([0.0, *scales])):
+        raise ValueError(f"levels={levels}: scales must be above 0 and increase")
 
 
 def find_scenes(uri: str, labels: Sequence[str]) -> tuple[list[Scene], dict[str, list[str]]]:

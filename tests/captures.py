@@ -26,10 +26,10 @@ def scenes_of(**pixels):
     return Scenes([Scene(name, ()) for name in pixels], list(pixels.values()))
 
 
-def small_degrader(levels):
+def small_degrader(levels, time="linear"):
     """Random, and moving enough that neighbouring scales look different."""
     torch.manual_seed(0)
     autoencoder = ResidualAutoencoder(AutoencoderConfig(base_width=4, multipliers=(1, 1), blocks=1, gate_init=0.5))
     velocity = VelocityNetwork(VelocityConfig(width=8, blocks=1, multipliers=(1, 1)))
     velocity.head.weight.data *= 10
-    return Degrader(autoencoder, velocity, levels)
+    return Degrader(autoencoder, velocity, levels, time)

@@ -12,11 +12,11 @@ from degflow.degrader import Degrader
 from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork
 
 
-def save_model(path, seed=0, **autoencoder):
+def save_model(path, seed=0, time="linear", **autoencoder):
     torch.manual_seed(seed)
     autoencoder = ResidualAutoencoder(AutoencoderConfig(base_width=8, gate_init=0.5, **autoencoder))
     velocity = VelocityNetwork(VelocityConfig(width=16, blocks=1, multipliers=(1, 2)))
-    Degrader(autoencoder, velocity, {"1": 1.0, "2": 2.0, "4": 4.0}).save(str(path), provenance={})
+    Degrader(autoencoder, velocity, {"1": 1.0, "2": 2.0, "4": 4.0}, time).save(str(path), provenance={})
     return str(path)
 
 

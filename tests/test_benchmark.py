@@ -16,7 +16,7 @@ from degflow.benchmarking.steps import KNOTS, careless_lfm, careless_rae
 from degflow.config import load
 from degflow.models import AutoencoderConfig, FlowMap, ResidualAutoencoder, VelocityConfig, VelocityNetwork
 from degflow.objectives import LFMObjective, RAEObjective
-from degflow.trajectory import NaturalCubicSpline
+from degflow.trajectory import NaturalCubicSpline, Timeline
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,12 +57,15 @@ def test_the_released_procedure_agrees_with_a_fine_integration(degrader, hr):
 def test_a_flow_map_is_counted_and_judged_as_one_evaluation(degrader, hr):
     torch.manual_seed(0)
     config = VelocityConfig(width=8, blocks=1, multipliers=(1, 1), dropout=0.0, flow_map=True)
-    mapped = Degrader(degrader.autoencoder, FlowMap(config, (0.0, 0.4, 1.0)), degrader.levels)
+    levels = {"1": 1.0, "2": 2.0, "4": 4.0}
+    knots = Timeline(tuple(levels.values()), "inverse").knots
+    mapped = Degrader(degrader.autoencoder, FlowMap(config, knots), levels, "inverse")
     rows = cells(accuracy(mapped, [hr], 2))
     assert set(rows) == {"flow map", "flow map, float16", "flow map, bfloat16"}
     assert rows["flow map"]["evaluations"] == "1"
     assert float(rows["flow map"]["dense"].split()[0]) > 90
-    table = comparison(mapped, hr, 1, 3)
+    table = comparison(mapped, hr, 1, 3, name=", mapped")
+    assert table.title == f"Against the released procedure, {hr.shape[-1]} x {hr.shape[-2]}, mapped"
     assert cells(table)["degflow"]["evaluations"] == cells(table)["degflow, sweep"]["evaluations"] == "1"
     assert float(cells(table)["degflow, sweep"]["agreement dB"]) > 90
     assert "evaluates a flow map as it does any field" in table.about

@@ -329,8 +329,10 @@ def test_levels_come_from_words_with_numbers_as_labels():
         ({"1": 1.0}, "name at least one more"),
         ({"2": 2.0, "4": 4.0}, "must begin with label 1"),
         ({"2": 2.0, "1": 1.0}, "must begin with label 1"),
-        ({"1": 1.0, "4": 4.0, "2": 2.0}, "scales must increase"),
-        ({"1": 1.0, "2": 1.0}, "scales must increase"),
+        ({"1": 1.0, "4": 4.0, "2": 2.0}, "must be above 0 and increase"),
+        ({"1": 1.0, "2": 1.0}, "must be above 0 and increase"),
+        ({"1": 0.0, "2": 2.0}, "must be above 0 and increase"),
+        ({"1": 1.0, "2": float("nan")}, "must be above 0 and increase"),
     ],
 )
 def test_bad_levels_are_named_with_their_rule(levels, rule):

@@ -92,6 +92,12 @@ def test_every_photograph_becomes_a_row(photos, model, made):
         assert np.abs(lr.astype(int) - expected).max() <= 1
 
 
+def test_times_follow_the_models_rule(photos, tmp_path):
+    model = save_model(tmp_path / "inverse.safetensors", time="inverse")
+    for row in rows_of(run(photos, tmp_path / "out", model, "limit=2")).values():
+        assert row["time"] == pytest.approx((1 - 1 / row["scale"]) / 0.75, abs=1e-12)
+
+
 @pytest.mark.parametrize("words", [["shard.images=2"], ["shard.images=100", "batch=1"], ["shard.images=7", "batch=8"]])
 def test_rows_do_not_depend_on_shards_and_batches(photos, model, made, tmp_path, words):
     other = rows_of(run(photos, tmp_path, model, *words))

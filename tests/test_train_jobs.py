@@ -215,13 +215,14 @@ def test_lpips_takes_part_and_half_precision_is_stored(tree, rae, lfm, tmp_path)
         "lpips_weight": 0.1,
         "landing_samples": 1,
         "landing": "integrated",
+        "pixel_weight": 2.0,
         "half": "true",
         "path": "linear",
         "fit.batch": 2,
     }
     keys = {**LFM, **changes, "scenes.data": tree, "rae": rae[0] / "rae.safetensors", "output": tmp_path}
     said = succeed("train_lfm", **keys)
-    assert re.search(r"^step 1 of 1: cfm [0-9.e-]+, lpips 0\.\d+, ", said, re.M)
+    assert re.search(r"^step 1 of 1: cfm [0-9.e-]+, lpips 0\.\d+, l1 0\.\d+, ", said, re.M)
     halved = load_file(tmp_path / "degrader.safetensors")
     assert {tensor.dtype for tensor in halved.values()} == {torch.float16}
     assert Degrader.load(str(tmp_path / "degrader.safetensors")).velocity.head.weight.dtype == torch.float32
@@ -325,6 +326,13 @@ def test_every_configuration_that_ships_is_one_of_its_job(file):
             "^error: path=linear: must be spline with velocity.flow_map=",
         ),
         ({"lpips_weight": -1}, 2, "^error: lpips_weight=-1.0: must not be negative"),
+        ({"pixel_weight": -1}, 2, "^error: pixel_weight=-1.0: must not be negative"),
+        ({"landing_samples": 99}, 2, "^error: landing_samples=99: must not exceed fit.batch="),
+        (
+            {"time": "inverse", "fit.start_from": "LFM/degrader.safetensors"},
+            1,
+            "^error: time=inverse: .*degrader.safetensors was trained with time=linear",
+        ),
         ({"fit.batch": 4, "fit.accumulate": 3}, 2, "fit.batch=4: must be a multiple of fit.accumulate=3"),
     ],
 )

@@ -157,26 +157,26 @@ def comparison(
         "released, stopped at the scale": lambda n: released(degrader, hr, [float(drawn[n])]),
         "released, sweep": lambda n: released(degrader, hr, sweep.tolist()),
     }
-    for name, model in ours.items():
-        ways[name] = lambda n, model=model: model(hr, drawn[None, n : n + 1])
-        ways[f"{name}, sweep"] = lambda n, model=model: model(hr, sweep[None])
+    for way, model in ours.items():
+        ways[way] = lambda n, model=model: model(hr, drawn[None, n : n + 1])
+        ways[f"{way}, sweep"] = lambda n, model=model: model(hr, sweep[None])
     device = hr.device.type
-    for way in ways.values():
-        way(0)
+    for once in ways.values():
+        once(0)
     timings = alternate(ways, repeats, device)
     asked = sorted({*sweep.tolist(), float(drawn[-1])})
     wanted = exact(degrader, hr, asked).images
     places, last = [asked.index(scale) for scale in sweep.tolist()], asked.index(float(drawn[-1]))
     stopped, swept = timings["released, stopped at the scale"], timings["released, sweep"]
     rows = []
-    for name, timing in timings.items():
-        many = "sweep" in name
+    for way, timing in timings.items():
+        many = "sweep" in way
         made = timing.result.images if isinstance(timing.result, Swept) else timing.result[0]
         agreement = min(decibels(made, wanted[places] if many else wanted[last : last + 1]))
         theirs = isinstance(timing.result, Swept)
         calls = str(timing.result.evaluations) if theirs else _our_calls(many, drawn, degrader)
         factors = ["" if many else f"{timing.faster_than(stopped):.1f}", f"{timing.faster_than(swept):.1f}"]
-        rows.append((name, calls, *_rates(timing, hr, count if many else 1), *factors, f"{agreement:.1f}"))
+        rows.append((way, calls, *_rates(timing, hr, count if many else 1), *factors, f"{agreement:.1f}"))
     height, width = hr.shape[-2:]
     about = (
         f"{width} x {height} pixels, one image at a time, float32, medians of {repeats} alternating repeats, each with "
