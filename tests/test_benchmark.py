@@ -98,6 +98,9 @@ def test_the_comparison_has_every_way_and_its_agreement(degrader, hr):
     rows = cells(table)
     assert list(rows) == ["released, stopped at the scale", "released, sweep", "degflow", "degflow, sweep"]
     assert rows["released, sweep"]["x sweep"] == "1.0"
+    drawn = 1 + 3 * torch.rand(2, generator=torch.Generator().manual_seed(0))
+    counts = [released(degrader, hr, [float(scale)]).evaluations for scale in drawn.double()]
+    assert rows["released, stopped at the scale"]["evaluations"] == f"{sum(counts) / 2:.0f} (mean)"
     assert rows["degflow, sweep"]["evaluations"] == "19"
     assert min(float(row["agreement dB"]) for row in rows.values()) > 50
     for line in table.markdown().splitlines()[-4:]:

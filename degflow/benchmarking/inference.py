@@ -153,8 +153,15 @@ def comparison(
         compiling = time.perf_counter()
         ours["degflow, compiled"](hr, sweep[None, :1])
         compiling = time.perf_counter() - compiling
+    needed: dict[int, int] = {}  # evaluations of each repeat's scale
+
+    def stop(repeat: int) -> Swept:
+        made = released(degrader, hr, [float(drawn[repeat])])
+        needed[repeat] = made.evaluations
+        return made
+
     ways = {
-        "released, stopped at the scale": lambda n: released(degrader, hr, [float(drawn[n])]),
+        "released, stopped at the scale": stop,
         "released, sweep": lambda n: released(degrader, hr, sweep.tolist()),
     }
     for way, model in ours.items():
@@ -173,8 +180,10 @@ def comparison(
         many = "sweep" in way
         made = timing.result.images if isinstance(timing.result, Swept) else timing.result[0]
         agreement = min(decibels(made, wanted[places] if many else wanted[last : last + 1]))
-        theirs = isinstance(timing.result, Swept)
-        calls = str(timing.result.evaluations) if theirs else _our_calls(many, drawn, degrader)
+        if not isinstance(timing.result, Swept):
+            calls = _our_calls(many, drawn, degrader)
+        else:
+            calls = str(timing.result.evaluations) if many else f"{statistics.mean(needed.values()):.0f} (mean)"
         factors = ["" if many else f"{timing.faster_than(stopped):.1f}", f"{timing.faster_than(swept):.1f}"]
         rows.append((way, calls, *_rates(timing, hr, count if many else 1), *factors, f"{agreement:.1f}"))
     height, width = hr.shape[-2:]
