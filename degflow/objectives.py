@@ -152,9 +152,8 @@ class LFMObjective(nn.Module):
         parts, total = {"cfm": flow.detach()}, flow
         # The part may hold more or fewer of the chosen than its share.
         share = self.batch / self.landing_samples if self.landing_samples else 1.0
-        terms = {"lpips": (self.weight, self.perceptual), "l1": (self.pixel_weight, _l1 if self.pixel_weight else None)}
-        for name, (weight, distance) in terms.items():
-            if distance is not None:
+        for name, weight, distance in (("lpips", self.weight, self.perceptual), ("l1", self.pixel_weight, _l1)):
+            if weight and distance is not None:
                 mean = distance(decoded, target).sum() / count * share if len(decoded) else flow.new_zeros(())
                 parts[name], total = mean.detach(), total + weight * mean
         return Losses(total, parts)

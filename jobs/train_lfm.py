@@ -9,7 +9,7 @@ launcher turns every code but 0 into 1).
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -80,7 +80,6 @@ class TrainLFMConfig:
 def main(config: TrainLFMConfig) -> None:
     """Train, then write degrader.safetensors."""
     autoencoder = load_autoencoder(config)
-    check_start(config)
     perceptual = Perceptual("vgg", config.lpips_weights) if config.lpips_weight else None
     main = is_main_process()
     scenes = SceneImages(config.scenes, quiet=not main, share=local_share())
@@ -96,11 +95,11 @@ def main(config: TrainLFMConfig) -> None:
         autoencoder,
         velocity,
         path,
-        perceptual,
-        config.lpips_weight,
-        config.pixel_weight,
-        config.landing,
-        config.landing_samples,
+        perceptual=perceptual,
+        weight=config.lpips_weight,
+        pixel_weight=config.pixel_weight,
+        landing=config.landing,
+        landing_samples=config.landing_samples,
         batch=config.fit.batch,
         seed=config.fit.seed,
     )
@@ -116,21 +115,17 @@ def main(config: TrainLFMConfig) -> None:
     def validate(network: nn.Module) -> Validation:
         return Validation(*evaluation.generation(degrader(network), crops, list(config.scenes.levels)))
 
+    def accept(start: dict[str, Any]) -> None:
+        if (time := start.get("time", config.time)) != config.time:
+            raise ValueError(f"time={config.time}: {config.fit.start_from} was trained with time={time}")
+
     samples = AlignedCrops(scenes, config.scenes.crop, config.fit.seed)
-    result = fit(objective, samples, config.fit, config.output, config, validate)
+    result = fit(objective, samples, config.fit, config.output, config, validate, accept)
     if result:
         file = f"{config.output}/degrader.safetensors"
         provenance = {"config": plain(config), "scenes": [scene.name for scene in scenes.scenes]}
         degrader(result.network).save(file, provenance, half=config.half)
         print(f"degrader: {file}")
-
-
-def check_start(config: TrainLFMConfig) -> None:
-    """Raise ValueError if fit.start_from is a flow of another time."""
-    if config.fit.start_from.endswith(".safetensors"):
-        _, description, _ = storage.load_checkpoint(config.fit.start_from)
-        if (time := description.get("time", config.time)) != config.time:
-            raise ValueError(f"time={config.time}: {config.fit.start_from} was trained with time={time}")
 
 
 def load_autoencoder(config: TrainLFMConfig) -> ResidualAutoencoder:

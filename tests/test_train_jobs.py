@@ -270,6 +270,16 @@ def test_stage_2_leaves_a_flow_map(tree, rae, tmp_path):
     assert degrader(torch.rand(1, 3, 20, 24), torch.tensor([[1.5, 4.0]])).shape == (1, 2, 3, 20, 24)
 
 
+def test_a_finished_training_needs_the_file_that_it_started_from_no_more(tree, rae, lfm, tmp_path):
+    start = tmp_path / "start.safetensors"
+    start.write_bytes((lfm[0] / "degrader.safetensors").read_bytes())
+    keys = {**LFM, "scenes.data": tree, "rae": rae[0] / "rae.safetensors", "output": tmp_path / "out"}
+    keys |= {"fit.steps": 1, "fit.start_from": start}
+    succeed("train_lfm", **keys)
+    start.unlink()
+    assert "resuming after step 1" in succeed("train_lfm", **keys)
+
+
 def job(name):
     spec = importlib.util.spec_from_file_location(name, ROOT / f"jobs/{name}.py")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)

@@ -67,10 +67,8 @@ def interpolate(degrader: Degrader, captured: Tensor, scale: float, path: str) -
     hr, *lower = pad(captured, autoencoder.config.compression).split(1)
     latent, skips = autoencoder.encode(hr)
     latents = torch.cat([latent, *(autoencoder.encode(lr)[0] for lr in lower)])
-    time = degrader.timeline.time(torch.tensor([scale], dtype=torch.float64))
-    latent = (
-        _PATHS[path](degrader.timeline.knots).to(captured.device).at(latents[None], time.to(captured.device)).position
-    )
+    time = degrader.timeline.time(torch.tensor([scale], dtype=torch.float64, device=captured.device))
+    latent = _PATHS[path](degrader.timeline.knots).to(captured.device).at(latents[None], time).position
     decoded = autoencoder.decode(latent, skips)
     return decoded[..., : captured.shape[-2], : captured.shape[-1]].clamp(-1, 1)
 

@@ -52,6 +52,7 @@ def fit(
     output: str,
     settings: Any,
     validate: Callable[[nn.Module], Validation] | None = None,
+    accept: Callable[[dict[str, Any]], None] | None = None,
 ) -> Progress | None:
     """Train `objective.network`.
 
@@ -62,6 +63,7 @@ def fit(
         output: folder or URI for config.yaml, checkpoints, previews and TensorBoard logs.
         settings: the job's resolved configuration, saved as config.yaml; a resume with another one is refused.
         validate: called with the averaged network.
+        accept: called with the description of the file that a training starts from; raises ValueError if unsuitable.
 
     Returns:
         On the main process the averaged network, in eval mode on the CPU; None on the others.
@@ -79,7 +81,7 @@ def fit(
         )
     with Notice() as notice, lost(config.timeout):
         run = _Run(accelerator, objective, config, Place(output), settings)
-        run.open()
+        run.open(accept)
         try:
             _train(run, samples, validate, notice)
         finally:
@@ -168,7 +170,7 @@ class _Run:
         self.checkpoints = Checkpoints(place, config.keep)
         self.shield = Shield()
 
-    def open(self) -> None:
+    def open(self, accept: Callable[[dict[str, Any]], None] | None) -> None:
         """Continue from the newest checkpoint of the same configuration, or begin; write config.yaml.
 
         Raises:
@@ -178,7 +180,7 @@ class _Run:
         if found and self.config.resume == "auto":
             self._restore(found[-1])
         elif self.config.start_from:
-            self._start_from(self.config.start_from)
+            self._start_from(self.config.start_from, accept)
         steps = everyones(self.accelerator, self.step)
         if len(set(steps)) > 1:
             raise ValueError(
@@ -321,9 +323,11 @@ class _Run:
         self.step = state["step"]
         self.accelerator.print(f"resuming after step {self.step} ({self.place.uri_of(name)})")
 
-    def _start_from(self, uri: str) -> None:
+    def _start_from(self, uri: str, accept: Callable[[dict[str, Any]], None] | None) -> None:
         if uri.endswith(".safetensors"):
-            tensors, _, _ = load_checkpoint(uri)
+            tensors, description, _ = load_checkpoint(uri)
+            if accept:
+                accept(description)
             weights = _part_for(self.network, tensors)
         else:
             weights = read_checkpoint(*split_uri(uri))["ema"]
