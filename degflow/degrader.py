@@ -130,25 +130,25 @@ class Degrader(nn.Module):
         image, autoencoder, r = pad(hr, self.multiple), self.autoencoder, self.autoencoder.config.compression
         if image is hr and not hr.is_inference():
             image = hr.clone()  # compiled networks tell inference mode's tensors, as padding makes them, from others
-        if grid.whole:
-            latent, kept = autoencoder.encode(image)
-        else:
-            latent, kept = self._encode(image, grid, keep)
+        latent, kept = self._encode(image, grid, keep)
         latent = latent.to(image.dtype)
         latents = self.velocity.carry(latent, time, **solver)
         latents, lr = (x[:, None] if time.ndim == 1 else x for x in (latents, lr))
         for tile in grid.tiles():
             if kept:
-                skips = tuple(tile.cut(skip, r >> level) for level, skip in enumerate(kept))
+                merged = tuple(tile.cut(part, r >> level) for level, part in enumerate(kept))
             else:
-                skips = autoencoder.skips(tile.cut(image, r))
+                merged = autoencoder.decoder.merged(autoencoder.skips(tile.cut(image, r)))
             for n in range(latents.shape[1]):
-                decoded = autoencoder.decode(tile.cut(latents[:, n], 1), skips)
+                decoded = autoencoder.decoder(tile.cut(latents[:, n], 1), merged)
                 tile.paste(lr[:, n], decoded.clamp_(-1, 1), r)
 
     def _encode(self, image: Tensor, grid: Grid, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The latent tile by tile, and with `keep` the skips (else none)."""
-        config, (height, width) = self.autoencoder.config, image.shape[-2:]
+        """The latent tile by tile, and with `keep` the merged skips (else none)."""
+        config, decoder, (height, width) = self.autoencoder.config, self.autoencoder.decoder, image.shape[-2:]
+        if grid.whole:
+            latent, skips = self.autoencoder.encode(image)
+            return latent, decoder.merged(skips)
         latent = image.new_empty((len(image), config.latent_channels, grid.height, grid.width))
         kept = tuple(
             image.new_empty((len(image), height >> level, width >> level, channels)).permute(0, 3, 1, 2)
@@ -158,8 +158,9 @@ class Degrader(nn.Module):
         for tile in grid.tiles():
             inner, skips = self.autoencoder.encode(tile.cut(image, config.compression))
             tile.paste(latent, inner, 1)
-            for level, (whole, skip) in enumerate(zip(kept, skips, strict=False)):
-                tile.paste(whole, skip, config.compression >> level)
+            if keep:
+                for level, (whole, part) in enumerate(zip(kept, decoder.merged(skips), strict=True)):
+                    tile.paste(whole, part, config.compression >> level)
         return latent, kept
 
     def fit(self, height: int, width: int, memory: float = MEMORY) -> tuple[int, Grid, bool]:

@@ -1,5 +1,9 @@
 import copy
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -236,3 +240,25 @@ def test_compiled_for_all_sizes_new_sizes_compile_nothing_anew():
 def test_an_unknown_precision_is_named(degrader):
     with pytest.raises(ValueError, match=r"precision=half: must be one of float32, float16, bfloat16"):
         degrader(pictures(1, 32, 32), torch.tensor([2.0]), precision="half")
+
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(), reason="the kernel gives no large pages"
+)
+@pytest.mark.parametrize("asked", [{}, {"THP_MEM_ALLOC_ENABLE": "0"}])
+def test_large_tensors_lie_in_large_pages_unless_the_environment_says_otherwise(asked):
+    measured = (
+        "from degflow import Degrader; import torch, resource\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "torch.ones(64, 2**20)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
+    )
+    clean = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    done = subprocess.run(
+        [sys.executable, "-c", measured], env=clean | asked, capture_output=True, text=True, check=True
+    )
+    faults, pages = int(done.stdout), 2**28 // 4096
+    assert (faults < pages / 4) == (not asked or "[always]" in HUGE_PAGES.read_text())

@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file
 from scipy.interpolate import CubicSpline
 
+from degflow.benchmarking.inference import plain_decode
 from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork, velocity_network
 from degflow.models.released import autoencoder_config, fit_autoencoder, fit_velocity, velocity_config
 
@@ -57,6 +58,19 @@ def test_compression_width_and_depth_are_configuration(multipliers, hr_skips):
     assert latent.shape == (1, 6, 32 // config.compression, 48 // config.compression)
     assert [skip.shape[-1] for skip in skips] == [48 // 2**level for level in range(len(multipliers) - 1)]
     assert network.decode(latent, skips).shape == (1, 3, 32, 48)
+
+
+@pytest.mark.parametrize("hr_skips", [True, False])
+def test_multiplying_out_the_steps_up_changes_neither_image_nor_gradient(hr_skips):
+    torch.manual_seed(0)
+    config = AutoencoderConfig(base_width=8, multipliers=(1, 2, 3), hr_skips=hr_skips, gate_init=0.5)
+    network = ResidualAutoencoder(config).double()
+    latent, skips = network.encode(torch.rand(2, 3, 24, 40, dtype=torch.float64))
+    images = network.decode(latent, skips), plain_decode(network.decoder, latent, skips)
+    torch.testing.assert_close(*images, rtol=0, atol=1e-12)
+    parameters = list(network.parameters())
+    ours, plain = (torch.autograd.grad(image.square().sum(), parameters, retain_graph=True) for image in images)
+    torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-9)
 
 
 def test_without_hr_skips_the_decoder_ignores_them():

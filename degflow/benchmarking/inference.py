@@ -6,11 +6,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,6 +19,7 @@ from degflow.benchmarking.measure import Table, Timing, alternate
 from degflow.degrader import PRECISIONS, Degrader, pad
 from degflow.flow import SOLVER, STEPS, integrate
 from degflow.models import FlowMap
+from degflow.models.autoencoder import Decoder, Expand
 
 START = 1e-3  # where the released procedure's integration begins
 CANDIDATES = (
@@ -33,6 +35,20 @@ class Swept(NamedTuple):
 
     images: Tensor
     evaluations: int
+
+
+def plain_decode(decoder: Decoder, latent: Tensor, skips: tuple[Tensor, ...]) -> Tensor:
+    """The decoder as the paper draws it, each 1x1 convolution by itself and the skip at its side.
+
+    Args:
+        decoder: whose weights are used.
+        latent, skips: as of `ResidualAutoencoder.decode`.
+    """
+    x, expands = decoder.stem(latent), cast(Iterable[Expand], decoder.expands)
+    for level, expand, skip in zip(decoder.levels[:-1], expands, reversed(skips), strict=True):
+        x = expand.narrow(F.pixel_shuffle(expand.widen(level(x)), 2))
+        x = expand.merge(torch.cat((x, skip), 1) if expand.hr_skips else x)
+    return decoder.head(F.gelu(decoder.levels[-1](x)))
 
 
 @torch.inference_mode()
@@ -64,7 +80,8 @@ def released(
     else:
         solution = solve_ivp(field, (start, end), first, "RK45", times.numpy(), rtol=tolerance, atol=tolerance)
         states, evaluations = list(solution.y.T.copy()), solution.nfev
-    made = [degrader.autoencoder.decode(torch.from_numpy(s).to(latent).view_as(latent), skips) for s in states]
+    ends = [torch.from_numpy(state).to(latent).view_as(latent) for state in states]
+    made = [plain_decode(degrader.autoencoder.decoder, end, skips) for end in ends]
     height, width = hr.shape[-2:]
     return Swept(torch.cat(made)[..., :height, :width].clamp(-1, 1), evaluations)
 

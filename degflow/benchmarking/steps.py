@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from degflow.benchmarking.inference import plain_decode
 from degflow.benchmarking.measure import Table, alternate
 from degflow.models import FlowMap, ResidualAutoencoder, VelocityNetwork
 from degflow.objectives import LFMObjective, RAEObjective, to_float
@@ -16,17 +17,17 @@ KNOTS = (0.0, 1 / 3, 1.0)
 
 
 def careless_rae(objective: RAEObjective, images: Tensor, draw: Tensor) -> Tensor:
-    """Stage 1's loss with HR encoded for its skips, and every target encoded, HR or not."""
+    """Stage 1's loss with HR encoded for its skips, every target encoded, HR or not, and a plain decoder."""
     image = to_float(images)
     level = (draw * images.shape[1]).long().clamp(max=images.shape[1] - 1)
     target = image[torch.arange(len(level), device=level.device), level]
     _, skips = objective.network.encode(image[:, 0])
     latent, _ = objective.network.encode(target)
-    return F.l1_loss(objective.network.decode(latent, skips), target)
+    return F.l1_loss(plain_decode(objective.network.decoder, latent, skips), target)
 
 
 def careless_lfm(objective: LFMObjective, images: Tensor, draw: Tensor) -> Tensor:
-    """Stage 2's loss with a graph through the frozen encoder, every level by itself, and HR once more for its skips."""
+    """Stage 2's loss with a graph through the frozen encoder, each level alone, HR once more, and plain decoding."""
     image = to_float(images)
     values = torch.stack([objective.autoencoder.encode(level)[0] for level in image.unbind(1)], 1)
     _, skips = objective.autoencoder.encode(image[:, 0])
@@ -36,7 +37,7 @@ def careless_lfm(objective: LFMObjective, images: Tensor, draw: Tensor) -> Tenso
     if objective.perceptual is None:
         return loss
     after, gap = next_knot(objective.path.knots, draw)
-    generated = objective.autoencoder.decode(taylor_step(point, velocity, gap), skips)
+    generated = plain_decode(objective.autoencoder.decoder, taylor_step(point, velocity, gap), skips)
     target = image[torch.arange(len(image), device=image.device), after]
     return loss + objective.weight * objective.perceptual(generated, target).mean()
 
@@ -78,7 +79,8 @@ def training(
     about = (
         f"Steps per second with Adam, batch {batch} of {crop} x {crop} crops at 3 levels, float32, medians of "
         f"{repeats} alternating repeats; stage 2 {'with LPIPS on all of it' if perceptual else 'without LPIPS'}. "
-        "Careless: every level encoded by itself, HR twice, and in stage 2 gradients for the frozen autoencoder."
+        "Careless: every level encoded by itself, HR twice, the decoder's 1x1 convolutions one by one, and in stage 2 "
+        "gradients for the frozen autoencoder."
     )
     return Table("Training steps", about, ("", "degflow", "careless", "factor"), rows)
 

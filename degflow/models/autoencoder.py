@@ -3,8 +3,10 @@
 Convolutions and per-pixel LayerNorm only, so no output pixel depends on anything beyond a fixed receptive field.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -68,10 +70,10 @@ class AutoencoderConfig:
 
     @property
     def working_channels(self) -> float:
-        """Numbers alive at the peak of `decode` without gradients, the skips apart, per image pixel."""
+        """Numbers alive at the peak of decoding without gradients, the merged skips apart, per image pixel."""
         widths = self.widths  # `encode` needs less, its skips included
         level = max(5 * width / 4**n for n, width in enumerate(widths))
-        expand = max((2.25 * coarse + 2 * fine) / 4**n for n, (fine, coarse) in enumerate(pairwise(widths)))
+        expand = max((0.25 * coarse + 2 * fine) / 4**n for n, (fine, coarse) in enumerate(pairwise(widths)))
         return max(level, expand)
 
 
@@ -120,12 +122,17 @@ class Level(nn.Module):
         """ "B C H W" -> "B C' H W", or half of H and W where the level reduces."""
         x = self.reduce(x)
         for gate, block in zip(self.gates, self.blocks, strict=True):
-            x = x + gate * block(x)
+            x = torch.addcmul(x, gate, block(x))
         return x
 
 
 class Expand(nn.Module):
-    """Double the resolution (1x1 convolution to 4 x width, pixel shuffle, 1x1 convolution) and merge the skip."""
+    """Double the resolution and merge the skip.
+
+    The network is W (1x1 convolution to 4 x width), a pixel shuffle, N (1x1 convolution), and M (1x1 convolution of the
+    result beside the skip). All of it is linear, so that M N W is multiplied out, which spares the tensors between, and
+    what M makes of the skip is a term of its own (`merged`), the same for every latent that is decoded with the skip.
+    """
 
     def __init__(self, coarse: int, fine: int, hr_skips: bool):
         super().__init__()
@@ -134,10 +141,34 @@ class Expand(nn.Module):
         self.merge = nn.Conv2d(2 * fine if hr_skips else fine, fine, 1)
         self.hr_skips = hr_skips
 
-    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        """ "B coarse H W" and the skip "B fine 2H 2W" -> "B fine 2H 2W"."""
-        x = self.narrow(F.pixel_shuffle(self.widen(x), 2))
-        return self.merge(torch.cat((x, skip), 1) if self.hr_skips else x)
+    def merged(self, skip: Tensor) -> Tensor:
+        """The skip "B fine 2H 2W" -> its part of the result, of the same shape."""
+        weight, bias = _matrix(self.merge)
+        if not self.hr_skips:
+            return bias[None, :, None, None].expand(len(skip), -1, *skip.shape[-2:])
+        return F.linear(skip.permute(0, 2, 3, 1), weight[:, -skip.shape[1] :], bias).permute(0, 3, 1, 2)
+
+    def forward(self, x: Tensor, merged: Tensor) -> Tensor:
+        """ "B coarse H W" and the skip's part "B fine 2H 2W" -> "B fine 2H 2W"."""
+        weight, bias = self._multiplied()
+        moved = F.linear(x.permute(0, 2, 3, 1), weight, bias).unflatten(3, (2, 2, -1))  # B H W 2 2 fine
+        there = merged.permute(0, 2, 3, 1).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # B H 2 W 2 fine
+        return (there + moved.transpose(2, 3)).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+    def _multiplied(self) -> tuple[Tensor, Tensor]:
+        """M N W and its bias, "4*fine coarse" and "4*fine", the pixels of a 2 x 2 block one after the other."""
+        (merge, _), (narrow, shift), (wide, shifts) = map(_matrix, (self.merge, self.narrow, self.widen))
+        merge = merge[:, : len(narrow)]
+        with torch.autocast(merge.device.type, enabled=False):  # multiplied out first, rounded afterwards
+            narrow, shift = merge @ narrow, merge @ shift
+            weight = torch.einsum("fm,mpc->pfc", narrow, wide.unflatten(0, (-1, 4)))
+            bias = torch.einsum("fm,mp->pf", narrow, shifts.unflatten(0, (-1, 4))) + shift
+        return weight.flatten(0, 1), bias.flatten()
+
+
+def _matrix(convolution: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    """Weight "out in" and bias of a 1x1 convolution."""
+    return convolution.weight[..., 0, 0], cast(Tensor, convolution.bias)
 
 
 class Encoder(nn.Module):
@@ -176,11 +207,16 @@ class Decoder(nn.Module):
         self.expands = nn.ModuleList(Expand(coarse, fine, config.hr_skips) for coarse, fine in pairwise(widths))
         self.head = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
-    def forward(self, latent: Tensor, skips: tuple[Tensor, ...]) -> Tensor:
-        """Latent, skips -> image; see `ResidualAutoencoder.decode`."""
+    def merged(self, skips: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What the skips add to every latent that is decoded with them; as many tensors, of the same shapes."""
+        expands = cast(Iterable[Expand], self.expands)
+        return tuple(expand.merged(skip) for expand, skip in zip(expands, reversed(skips), strict=True))[::-1]
+
+    def forward(self, latent: Tensor, merged: tuple[Tensor, ...]) -> Tensor:
+        """Latent and `merged` skips -> image; see `ResidualAutoencoder.decode`."""
         x = self.stem(latent)
-        for level, expand, skip in zip(self.levels[:-1], self.expands, reversed(skips), strict=True):
-            x = expand(level(x), skip)
+        for level, expand, part in zip(self.levels[:-1], self.expands, reversed(merged), strict=True):
+            x = expand(level(x), part)
         x = self.levels[-1](x)
         with torch.autocast(x.device.type, enabled=False):  # half precision here would show in 8-bit images
             return self.head(F.gelu(x.to(self.head.weight.dtype)))
@@ -217,7 +253,7 @@ class ResidualAutoencoder(nn.Module):
 
     def decode(self, latent: Tensor, skips: tuple[Tensor, ...]) -> Tensor:
         """Latent of any level and the *HR* image's skips -> image "B 3 H W", not clamped."""
-        return self.decoder(latent, skips)
+        return self.decoder(latent, self.decoder.merged(skips))
 
     @torch.no_grad()
     def rescale_latent(self, factor: Tensor) -> None:
