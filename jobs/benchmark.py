@@ -16,13 +16,13 @@ import torch
 from degflow import benchmarking, images
 from degflow.benchmarking import Table
 from degflow.config import option, run
-from degflow.degrader import Degrader
+from degflow.degrader import PRECISIONS, Degrader
 from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityNetwork
 from degflow.perceptual import Perceptual
 from degflow.storage import Place
 
 FULL_WIDTH = ", full width, RANDOM weights (no trained full-width degrader is here)"
-PARTS = ("accuracy", "comparison", "roofline", "large", "training", "job", "actors", "codecs")
+PARTS = ("accuracy", "comparison", "roofline", "optimisations", "large", "training", "job", "actors", "codecs")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class BenchmarkConfig:
     sizes: tuple[int, ...] = option((256,), "sides of the square images of the comparison (full width: 64)")
     scales: int = option(30, "scales of a sweep")
     repeats: int = option(3, "alternating repeats of everything timed")
+    precision: str = option("float32", "of ours in comparison and roofline: float32, float16 or bfloat16")
     compile: bool = option(True, "measure with torch.compile as well")
     large: tuple[int, int] = option((4000, 3000), "width and height of the large image")
     memory: float = option(2.0, "GB for the large image")
@@ -51,6 +52,7 @@ class BenchmarkConfig:
             ("sizes", self.sizes and min(self.sizes) >= 8, "at least one side, each at least 8"),
             ("scales", self.scales >= 2, "must be at least 2"),
             ("repeats", self.repeats >= 1, "must be at least 1"),
+            ("precision", self.precision in PRECISIONS, f"must be one of {', '.join(PRECISIONS)}"),
             ("large", min(self.large) >= 8, "each at least 8"),
             ("memory", self.memory > 0, "must be above 0"),
             ("actors", self.actors and min(self.actors) >= 1, "at least one number, each at least 1"),
@@ -122,16 +124,23 @@ class _Bench:
 
     def comparison(self) -> Iterator[Table]:
         for side in self.config.sizes:
-            yield benchmarking.comparison(
-                self.degrader, self._crops(side)[0], self.config.repeats, self.config.scales, self.config.compile
-            )
+            yield self._compared(self.degrader, side, self.config.compile)
         if self.config.full_width:
-            crop, repeats, scales = self._crops(64)[0], self.config.repeats, self.config.scales
-            yield benchmarking.comparison(self._full_width(), crop, repeats, scales, name=FULL_WIDTH)
+            yield self._compared(self._full_width(), 64, False, FULL_WIDTH)
+
+    def _compared(self, degrader: Degrader, side: int, compiled: bool, name: str = "") -> Table:
+        repeats, scales, precision = self.config.repeats, self.config.scales, self.config.precision
+        return benchmarking.comparison(degrader, self._crops(side)[0], repeats, scales, compiled, precision, name)
 
     def roofline(self) -> Iterator[Table]:
         side = 256 if self.config.quick else 2048
-        yield benchmarking.roofline(self.degrader, self._crops(max(self.config.sizes))[0], self.config.repeats, side)
+        hr, repeats = self._crops(max(self.config.sizes))[0], self.config.repeats
+        yield benchmarking.roofline(self.degrader, hr, repeats, side, self.config.compile, self.config.precision)
+
+    def optimisations(self) -> Iterator[Table]:
+        hr, side = self._crops(max(self.config.sizes))[0], 128 if self.config.quick else 1024
+        repeats, compiled, model = self.config.repeats, self.config.compile, self.config.model
+        yield benchmarking.optimisations(self.degrader, hr, repeats, compiled=compiled, model=model, side=side)
 
     def large(self) -> Iterator[Table]:
         width, height = self.config.large

@@ -1,11 +1,13 @@
 """The speed tables: what each part of degflow costs, beside the released procedure with the same weights.
 
 Times are medians over repeats in which the ways alternate, and ratios are medians of each repeat's ratio: a busy
-machine slows both. `inference` has the networks, `steps` the training steps, `pipeline` the Ray job and the codecs.
+machine slows both. `inference` has the networks, `optimisations` what each
+optimisation should gain and does, `steps` the training steps, `pipeline` the Ray job and the codecs.
 """
 
 from degflow.benchmarking.inference import accuracy, comparison, large, roofline
 from degflow.benchmarking.measure import Table, machine
+from degflow.benchmarking.optimisations import optimisations
 from degflow.benchmarking.pipeline import actors, codecs, job
 from degflow.benchmarking.steps import training
 
@@ -18,6 +20,7 @@ __all__ = [
     "job",
     "large",
     "machine",
+    "optimisations",
     "roofline",
     "training",
 ]

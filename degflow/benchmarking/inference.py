@@ -6,21 +6,22 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from degflow.benchmarking.measure import Table, Timing, alternate
+from degflow.benchmarking.measure import Table, Timing, alternate, flop
 from degflow.degrader import PRECISIONS, Degrader, pad
-from degflow.flow import SOLVER, STEPS, integrate
-from degflow.models import FlowMap
+from degflow.flow import SOLVER, STEPS
+from degflow.models import FlowMap, VelocityNetwork
 from degflow.models.autoencoder import Decoder, Expand
 
+ASKED_AS_A_FIELD = " The released procedure evaluates a flow map as it does any field."
+ONE, SWEEP = ", one scale", ", sweep"  # end the names of ways
 START = 1e-3  # where the released procedure's integration begins
 CANDIDATES = (
     *(("euler", steps) for steps in (8, 16)),
@@ -108,7 +109,7 @@ def accuracy(degrader: Degrader, crops: Sequence[Tensor], count: int = 9, name: 
     """
     scales = torch.linspace(degrader.low, degrader.high, count + 1, dtype=torch.float64)[1:]
     references = [exact(degrader, hr, scales.tolist()) for hr in crops]
-    evaluations = statistics.median(reference.evaluations for reference in references)
+    exactly = statistics.median(reference.evaluations for reference in references)
     rows = []
     halves = [(SOLVER, STEPS, precision) for precision in PRECISIONS if precision != "float32"]
     mapped = isinstance(degrader.velocity, FlowMap)
@@ -120,9 +121,10 @@ def accuracy(degrader: Degrader, crops: Sequence[Tensor], count: int = 9, name: 
             dense += decibels(degrader(hr, scales[None], **options)[0], reference.images)
             ends += decibels(degrader(hr.expand(count, -1, -1, -1), scales, **options), reference.images)
         title = ("flow map" if mapped else f"{solver} x {steps}") + f", {precision}".replace(", float32", "")
-        rows.append((title, "1" if mapped else str(_evaluations(solver, steps)), *map(_spread, (dense, ends))))
+        calls = evaluations(degrader, scales.tolist(), solver, steps)
+        rows.append((title, str(calls), *map(_spread, (dense, ends))))
     about = (
-        f"PSNR in dB of the LR image against SciPy's RK45 at 1e-7 in float64 ({evaluations:.0f} evaluations), "
+        f"PSNR in dB of the LR image against SciPy's RK45 at 1e-7 in float64 ({exactly:.0f} evaluations), "
         f"{len(crops)} photographs x {count} scales: smallest / median. Dense: all scales from one integration, "
         "as in the dataset job. Own end: each scale integrated to its own time."
     )
@@ -133,20 +135,29 @@ def _spread(values: Sequence[float]) -> str:
     return f"{min(values):.1f} / {statistics.median(values):.1f}"
 
 
-def _evaluations(solver: str, steps: int, end_time: float = 1.0) -> int:
-    calls = 0
-
-    def still(z: Tensor, time: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return torch.zeros_like(z)
-
-    integrate(still, torch.zeros(1, 1), torch.tensor([[end_time]]), steps=steps, solver=solver)
-    return calls
+@torch.inference_mode()
+def evaluations(degrader: Degrader, scales: Sequence[float], solver: str = SOLVER, steps: int = STEPS) -> int:
+    """How often one integration to these scales of an image asks the U-Net, counted on a latent of zeros."""
+    networks = (module for module in degrader.velocity.modules() if isinstance(module, VelocityNetwork))
+    calls, config = [], degrader.velocity.config
+    handle = next(networks).register_forward_hook(lambda *_: calls.append(1))
+    latent = next(degrader.parameters()).new_zeros(1, config.latent_channels, config.multiple, config.multiple)
+    time = degrader.timeline.time(torch.tensor([scales], dtype=torch.float64)).clamp(0, 1)
+    try:
+        degrader.velocity.carry(latent, time.to(latent), steps=steps, solver=solver)
+    finally:
+        handle.remove()
+    return len(calls)
 
 
 def comparison(
-    degrader: Degrader, hr: Tensor, repeats: int, count: int = 30, compiled: bool = False, name: str = ""
+    degrader: Degrader,
+    hr: Tensor,
+    repeats: int,
+    count: int = 30,
+    compiled: bool = False,
+    precision: str = "float32",
+    name: str = "",
 ) -> Table:
     """One random scale per image, and a sweep: the released procedure beside ours.
 
@@ -156,72 +167,82 @@ def comparison(
         repeats: how often; each has a scale of its own.
         count: scales of the sweep.
         compiled: measure ours with torch.compile as well.
+        precision: of ours, see `Degrader`.
         name: of the model, for the title.
     """
-    mapped = isinstance(degrader.velocity, FlowMap)
-    generator = torch.Generator().manual_seed(0)
-    drawn = (degrader.low + (degrader.high - degrader.low) * torch.rand(repeats, generator=generator)).double()
-    sweep = torch.linspace(degrader.low, degrader.high, count, dtype=torch.float64)
-    ours = {"degflow": degrader}
-    compiling = 0.0
+    drawn = _drawn(degrader, repeats)
+    sweep = torch.linspace(degrader.low, degrader.high, count, dtype=torch.float64).tolist()
+    scales = {ONE: [[scale] for scale in drawn.tolist()], SWEEP: [sweep] * repeats}  # of each repeat
+    ours, compiling = {"degflow": degrader}, 0.0
     if compiled:
-        ours["degflow, compiled"] = copy.deepcopy(degrader)
-        ours["degflow, compiled"].compile(dynamic=False)
-        compiling = time.perf_counter()
-        ours["degflow, compiled"](hr, sweep[None, :1])
-        compiling = time.perf_counter() - compiling
-    needed: dict[int, int] = {}  # evaluations of each repeat's scale
-
-    def stop(repeat: int) -> Swept:
-        made = released(degrader, hr, [float(drawn[repeat])])
-        needed[repeat] = made.evaluations
-        return made
-
-    ways = {
-        "released, stopped at the scale": stop,
-        "released, sweep": lambda n: released(degrader, hr, sweep.tolist()),
-    }
-    for way, model in ours.items():
-        ways[way] = lambda n, model=model: model(hr, drawn[None, n : n + 1])
-        ways[f"{way}, sweep"] = lambda n, model=model: model(hr, sweep[None])
-    device = hr.device.type
+        begun = time.perf_counter()
+        ours["degflow, compiled"] = compiled_copy(degrader, hr, precision)
+        compiling = time.perf_counter() - begun
+    calls: dict[str, list[int]] = {}
+    ways: dict[str, Callable[[int], Tensor]] = {}
+    for kind, each in scales.items():
+        ways[f"released{kind}"] = _counted(degrader, hr, each, calls.setdefault(f"released{kind}", []))
+        for way, model in ours.items():
+            calls[f"{way}{kind}"] = [evaluations(degrader, asked) for asked in each]
+            ways[f"{way}{kind}"] = lambda n, model=model, each=each: model(
+                hr, torch.tensor(each[n : n + 1], dtype=torch.float64), precision=precision
+            )[0]
     for once in ways.values():
         once(0)
-    timings = alternate(ways, repeats, device)
-    asked = sorted({*sweep.tolist(), float(drawn[-1])})
+    for kind in scales:
+        calls[f"released{kind}"].clear()
+    timings = alternate(ways, repeats, hr.device.type)
+    asked = sorted({*sweep, *scales[ONE][-1]})
     wanted = exact(degrader, hr, asked).images
-    places, last = [asked.index(scale) for scale in sweep.tolist()], asked.index(float(drawn[-1]))
-    stopped, swept = timings["released, stopped at the scale"], timings["released, sweep"]
     rows = []
-    for way, timing in timings.items():
-        many = "sweep" in way
-        made = timing.result.images if isinstance(timing.result, Swept) else timing.result[0]
-        agreement = min(decibels(made, wanted[places] if many else wanted[last : last + 1]))
-        if not isinstance(timing.result, Swept):
-            calls = _our_calls(many, drawn, degrader)
-        else:
-            calls = str(timing.result.evaluations) if many else f"{statistics.mean(needed.values()):.0f} (mean)"
-        factors = ["" if many else f"{timing.faster_than(stopped):.1f}", f"{timing.faster_than(swept):.1f}"]
-        rows.append((way, calls, *_rates(timing, hr, count if many else 1), *factors, f"{agreement:.1f}"))
+    for way in (f"{way}{kind}" for way in ("released", *ours) for kind in scales):
+        timing, last = timings[way], scales[SWEEP if way.endswith(SWEEP) else ONE][-1]
+        agreement = min(decibels(timing.result, wanted[[asked.index(scale) for scale in last]]))
+        factors = f"{timing.faster_than(timings[f'released{ONE}']):.1f}" if way.endswith(ONE) else ""
+        factors = factors, f"{timing.faster_than(timings[f'released{SWEEP}']):.1f}"
+        rows.append((way, _mean(calls[way]), *_rates(timing, hr, len(last)), *factors, f"{agreement:.1f}"))
     height, width = hr.shape[-2:]
     about = (
-        f"{width} x {height} pixels, one image at a time, float32, medians of {repeats} alternating repeats, each with "
-        f"a scale of its own; a sweep is {count} scales. Factors: how many times faster than the released procedure "
-        "stopped at the same scale, and than its sweep. Agreement: smallest PSNR against RK45 at 1e-7 in float64."
-        + (" The released procedure evaluates a flow map as it does any field." if mapped else "")
+        f"{width} x {height} pixels, one image at a time, ours in {precision}, medians of {repeats} alternating "
+        f"repeats, each with a scale of its own; a sweep is {count} scales. Factors: how many times faster than the "
+        "released procedure stopped at the same scale, and than its sweep. Agreement: smallest PSNR against RK45 at "
+        "1e-7 in float64."
+        + (ASKED_AS_A_FIELD if isinstance(degrader.velocity, FlowMap) else "")
         + (f" Compiling took {compiling:.0f} s." if compiled else "")
     )
     header = ("", "evaluations", "s", "LR images/s", "LR MP/s", "peak GB", "x stopped", "x sweep", "agreement dB")
     return Table(f"Against the released procedure, {width} x {height}{name}", about, header, rows)
 
 
-def _our_calls(many: bool, drawn: Tensor, degrader: Degrader) -> str:
-    if isinstance(degrader.velocity, FlowMap):
-        return "1"
-    if many:
-        return str(_evaluations(SOLVER, STEPS))
-    times = degrader.timeline.time(drawn)
-    return f"{statistics.mean(_evaluations(SOLVER, STEPS, float(time)) for time in times):.0f} (mean)"
+def _counted(
+    degrader: Degrader, hr: Tensor, scales: Sequence[Sequence[float]], calls: list[int]
+) -> Callable[[int], Tensor]:
+    """The released procedure for each repeat's scales; `calls` gets its evaluations."""
+
+    def way(repeat: int) -> Tensor:
+        made = released(degrader, hr, scales[repeat])
+        calls.append(made.evaluations)
+        return made.images
+
+    return way
+
+
+def compiled_copy(degrader: Degrader, hr: Tensor, precision: str = "float32") -> Degrader:
+    """A compiled copy that has seen this size."""
+    copied = copy.deepcopy(degrader)
+    copied.compile(dynamic=False)
+    copied(hr, torch.full((len(hr), 1), degrader.high), precision=precision)
+    return copied
+
+
+def _drawn(degrader: Degrader, count: int) -> Tensor:
+    """Random scales, the same ones in every run."""
+    generator = torch.Generator().manual_seed(0)
+    return (degrader.low + (degrader.high - degrader.low) * torch.rand(count, generator=generator)).double()
+
+
+def _mean(counts: Sequence[int]) -> str:
+    return str(counts[0]) if len(set(counts)) == 1 else f"{statistics.mean(counts):.0f} (mean)"
 
 
 def _rates(timing: Timing, hr: Tensor, images: int) -> tuple[str, ...]:
@@ -230,23 +251,29 @@ def _rates(timing: Timing, hr: Tensor, images: int) -> tuple[str, ...]:
     return f"{timing.median:.2f}", f"{rate:.2f}", f"{megapixels:.3f}", f"{timing.peak / 1e9:.2f}"
 
 
-def roofline(degrader: Degrader, hr: Tensor, repeats: int, side: int = 2048) -> Table:
-    """FLOP/s over encoding, flow and decoding, over that of a large matrix product in the same type."""
-    scale = torch.full((1, 1), degrader.high)
-    with FlopCounterMode(display=False) as counter:
-        degrader(hr, scale)
-    matrix = torch.randn(side, side, device=hr.device, dtype=hr.dtype)
-    ways = {"product": lambda n: matrix @ matrix, "degrader": lambda n: degrader(hr, scale)}
+def roofline(
+    degrader: Degrader, hr: Tensor, repeats: int, side: int = 2048, compiled: bool = False, precision: str = "float32"
+) -> Table:
+    """FLOP/s over encoding, flow and decoding, over that of a large matrix product in the same precision."""
+    scale = torch.full((len(hr), 1), degrader.high)
+    matrix = torch.randn(side, side, device=hr.device, dtype=PRECISIONS[precision])
+    models = {"degflow": degrader} | ({"degflow, compiled": compiled_copy(degrader, hr, precision)} if compiled else {})
+    ways = {"product": lambda n: matrix @ matrix}
+    ways |= {way: lambda n, model=model: model(hr, scale, precision=precision) for way, model in models.items()}
+    for once in ways.values():
+        once(0)
     timings = alternate(ways, repeats, hr.device.type)
-    peak, achieved = 2 * side**3 / timings["product"].median, counter.get_total_flops() / timings["degrader"].median
-    share = statistics.median(
-        counter.get_total_flops() / b / (2 * side**3 / a)
-        for a, b in zip(timings["product"].seconds, timings["degrader"].seconds, strict=True)
+    product, work = timings["product"], flop(lambda n: degrader(hr, scale))
+    rows = []
+    for way in models:
+        rates = (work / timings[way].median, 2 * side**3 / product.median)
+        share = timings[way].faster_than(product) * work / (2 * side**3)
+        rows.append((way, f"{work / 1e9:.0f}", *(f"{rate / 1e9:.0f}" for rate in rates), f"{share:.0%}"))
+    about = (
+        f"One image of {hr.shape[-1]} x {hr.shape[-2]} pixels to the largest scale, {precision}; the product is "
+        f"{side} x {side}. Attention is not counted."
     )
-    row = (f"{hr.shape[-1]} x {hr.shape[-2]}", f"{counter.get_total_flops() / 1e9:.0f}")
-    row = (*row, f"{achieved / 1e9:.0f}", f"{peak / 1e9:.0f}", f"{share:.0%}")
-    about = f"One image to the largest scale, {hr.dtype}; the product is {side} x {side}. Attention is not counted."
-    return Table("Roofline", about, ("image", "GFLOP", "GFLOP/s", "of a product", "share"), [row])
+    return Table("Roofline", about, ("", "GFLOP", "GFLOP/s", "of a product", "share"), rows)
 
 
 _LARGE = """

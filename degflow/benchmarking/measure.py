@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 
 class Table(NamedTuple):
@@ -61,6 +62,13 @@ def alternate(ways: Mapping[str, Callable[[int], Any]], repeats: int, device: st
             seconds[name].append(time.perf_counter() - begun)
             peaks[name] = max(peaks[name], peak(device) - before)
     return {name: Timing(seconds[name], peaks[name], results[name]) for name in ways}
+
+
+def flop(way: Callable[[int], object]) -> int:
+    """Floating-point operations of the products and convolutions of one call, its backward passes included."""
+    with FlopCounterMode(display=False) as counter:
+        way(0)
+    return counter.get_total_flops()
 
 
 def forget_peak(device: str) -> float:
