@@ -131,19 +131,21 @@ class LFMObjective(nn.Module):
             values = torch.cat((latent[:, None], lower.unflatten(0, (len(image), -1))), 1).float()
             with torch.autocast(values.device.type, enabled=False):  # it would round the path to half precision
                 point = self.path.at(values, time)
-        velocity = self.network(point.position, time, values[:, 0], sample_keys(self.seed, number)).float()
+        keys, (after, gap) = sample_keys(self.seed, number), next_knot(self.path.knots, time)
+        alone = self.perceptual is None and self.pixel_weight == 0
+        chosen = number[:0] if alone else self._chosen(number)
+        if self.landing == "integrated" and len(chosen):
+            where, ends = (point.position, time, values[:, 0], keys), self.path.knots[after[chosen]]
+            velocity, landed = self.network.velocity_and_ends(*where, chosen, ends, solver="rk4", steps=2)
+            velocity = velocity.float()
+        else:
+            velocity = self.network(point.position, time, values[:, 0], keys).float()
+            landed = taylor_step(point, velocity, gap)[chosen]
         flow = F.mse_loss(velocity, point.velocity)
-        if self.perceptual is None and self.pixel_weight == 0:
+        if alone:
             return Losses(flow, {"cfm": flow.detach()})
-        after, gap = next_knot(self.path.knots, time)
-        chosen = self._chosen(number)
         if not len(chosen):
             return self._total(flow, image[:0, 0], image[:0, 0], len(number))
-        if self.landing == "taylor":
-            landed = taylor_step(point, velocity, gap)[chosen]
-        else:
-            keys = sample_keys(self.seed, number[chosen])
-            landed = self.network.carry(values[chosen, 0], self.path.knots[after[chosen]], keys, solver="rk4", steps=2)
         decoded = self.autoencoder.decode(landed, tuple(skip[chosen] for skip in skips))
         return self._total(flow, decoded.float(), image[chosen, after[chosen]], len(number))
 

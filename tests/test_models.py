@@ -134,6 +134,26 @@ def test_a_flow_map_carries_along_scipys_natural_spline_through_its_levels_and_i
         flow_map(other, time[:, 0])
 
 
+@pytest.mark.parametrize(("settings", "asked"), [({"source": True}, 9), ({"flow_map": True}, 1)])
+def test_velocity_and_ends_are_a_call_and_a_carry_and_a_flow_map_is_asked_once(settings, asked):
+    torch.manual_seed(0)
+    sizes = {"width": 16, "multipliers": (1, 1), "blocks": 1, "dropout": 0.5}
+    network = velocity_network(VelocityConfig(**sizes, **settings), (0.0, 0.3, 1.0)).train()
+    z, source = torch.randn(3, 4, 6, 8), torch.randn(3, 4, 6, 8)
+    time, key, chosen, ends = torch.rand(3), torch.arange(3), torch.tensor([2, 0]), torch.tensor([1.0, 0.3])
+    how = {"solver": "rk4", "steps": 2}
+    apart = network(z, time, source, key), network.carry(source[chosen], ends, key[chosen], **how)
+    calls = []
+    unet = network.network if settings.get("flow_map") else network
+    unet.register_forward_hook(lambda *_: calls.append(1))
+    together = network.velocity_and_ends(z, time, source, key, chosen, ends, **how)
+    assert len(calls) == asked
+    torch.testing.assert_close(together, apart, rtol=0, atol=1e-5)
+    weight = unet.stem.weight
+    slopes = [torch.autograd.grad(sum(x.square().sum() for x in pair), weight)[0] for pair in (together, apart)]
+    torch.testing.assert_close(*slopes, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [

@@ -33,6 +33,7 @@ class Oracle(nn.Module):
         return self.path.at(self.values, time).velocity + self.offset
 
     carry = VelocityNetwork.carry
+    velocity_and_ends = VelocityNetwork.velocity_and_ends
 
 
 class Recorder(nn.Module):

@@ -45,6 +45,20 @@ class FlowMap(nn.Module):
             return self.spline.at(values, time).position
         return torch.stack([self.spline.at(values, times).position for times in time.unbind(1)], 1)
 
+    def velocity_and_ends(
+        self,
+        latent: Tensor,
+        time: Tensor,
+        source: Tensor,
+        key: Tensor | None,
+        chosen: Tensor,
+        ends: Tensor,
+        **solver: object,
+    ) -> tuple[Tensor, Tensor]:
+        """A call, and `carry` of the samples with the indices `chosen` to their times `ends`, by one evaluation."""
+        values = self.levels(source, key)
+        return self.spline.at(values, time).velocity, self.spline.at(values[chosen], ends).position
+
     def forward(self, latent: Tensor, time: Tensor, source: Tensor | None = None, key: Tensor | None = None) -> Tensor:
         """Velocity "B C_z H W" at the times "B"; the latent is not looked at. See `VelocityNetwork`.
 

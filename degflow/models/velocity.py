@@ -225,6 +225,22 @@ class VelocityNetwork(nn.Module):
 
         return integrate(velocity, source, time, steps=steps, solver=solver)
 
+    def velocity_and_ends(
+        self,
+        latent: Tensor,
+        time: Tensor,
+        source: Tensor,
+        key: Tensor | None,
+        chosen: Tensor,
+        ends: Tensor,
+        *,
+        steps: int,
+        solver: str,
+    ) -> tuple[Tensor, Tensor]:
+        """A call, and `carry` of the samples with the indices `chosen` to their times `ends`."""
+        keys = None if key is None else key[chosen]
+        return self(latent, time, source, key), self.carry(source[chosen], ends, keys, steps=steps, solver=solver)
+
     def forward(self, latent: Tensor, time: Tensor, source: Tensor | None = None, key: Tensor | None = None) -> Tensor:
         """Velocity.
 
