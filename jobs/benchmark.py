@@ -164,7 +164,7 @@ class _Bench:
         yield benchmarking.job(degrader, self.config.model, photos, min(2, self.config.repeats), threads)
 
     def actors(self) -> Iterator[Table]:
-        seconds, count = (0.02, 2) if self.config.quick else (0.2, 8)
+        seconds, count = (0.02, 2) if self.config.quick else (0.2, 32)
         yield benchmarking.actors(self.config.actors, seconds, count)
 
     def codecs(self) -> Iterator[Table]:
