@@ -173,7 +173,9 @@ def test_what_an_optimisation_should_gain_is_counted(degrader, hr):
     assert work[0] > work[1]
     counted = float(rows["decoder's 1x1 convolutions multiplied out"]["predicted"])
     assert work[0] / work[1] < counted < 1.3 * work[0] / work[1]  # merging is done beforehand
-    assert all(float(row["predicted"]) > 1 for row in rows.values())
+    *counts, pages = rows.values()
+    assert all(float(row["predicted"]) > 1 for row in counts)
+    assert " page faults of " in pages["by"]  # how many fewer is the kernel's settings' business
 
 
 @pytest.mark.parametrize("scales", [[1.0], [1.7], [4.0], [1.0, 2.0, 4.0]])

@@ -1,8 +1,8 @@
 """The speed tables: what each part of degflow costs, beside the released procedure with the same weights.
 
 Times are medians over repeats in which the ways alternate, and ratios are medians of each repeat's ratio: a busy
-machine slows both. `inference` has the networks, `optimisations` what each
-optimisation should gain and does, `steps` the training steps, `pipeline` the Ray job and the codecs.
+machine slows both. `inference` has the networks, `optimisations` what each optimisation should gain and does, `steps`
+the training steps, `pipeline` the Ray job and the codecs.
 """
 
 from degflow.benchmarking.inference import accuracy, comparison, large, roofline
