@@ -61,11 +61,12 @@ def test_compression_width_and_depth_are_configuration(multipliers, hr_skips):
 
 
 @pytest.mark.parametrize("hr_skips", [True, False])
-def test_multiplying_out_the_steps_up_changes_neither_image_nor_gradient(hr_skips):
+@pytest.mark.parametrize(("multipliers", "size"), [((1, 2, 3), (24, 40)), ((1, 2), (10, 22))])
+def test_the_decoder_makes_the_images_and_gradients_of_the_one_that_is_drawn(hr_skips, multipliers, size):
     torch.manual_seed(0)
-    config = AutoencoderConfig(base_width=8, multipliers=(1, 2, 3), hr_skips=hr_skips, gate_init=0.5)
+    config = AutoencoderConfig(base_width=8, multipliers=multipliers, hr_skips=hr_skips, gate_init=0.5)
     network = ResidualAutoencoder(config).double()
-    latent, skips = network.encode(torch.rand(2, 3, 24, 40, dtype=torch.float64))
+    latent, skips = network.encode(torch.rand(2, 3, *size, dtype=torch.float64))
     images = network.decode(latent, skips), plain_decode(network.decoder, latent, skips)
     torch.testing.assert_close(*images, rtol=0, atol=1e-12)
     parameters = list(network.parameters())

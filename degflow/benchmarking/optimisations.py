@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from degflow.benchmarking.inference import compiled_copy, evaluations, plain_decode, released
+from degflow.benchmarking.inference import (
+    compiled_copy,
+    evaluations,
+    pixel_by_pixel,
+    plain_decode,
+    released,
+)
 from degflow.benchmarking.measure import Table, alternate, flop
 from degflow.degrader import Degrader, pad
 from degflow.flow import SOLVER, STEPS
@@ -44,6 +50,7 @@ def optimisations(
         _few_evaluations(degrader, hr, repeats),
         _shared(degrader, hr, repeats, count),
         _merged(degrader, hr, repeats),
+        _head(degrader, hr, repeats),
     ]
     if compiled:
         rows.append(_compiled(degrader, hr, repeats))
@@ -130,10 +137,34 @@ def _shared(degrader: Degrader, hr: Tensor, repeats: int, count: int) -> tuple[s
 def _merged(degrader: Degrader, hr: Tensor, repeats: int) -> tuple[str, ...]:
     """The decoder as drawn against the one whose 1x1 convolutions are multiplied out and whose skips are merged."""
     ways = {name: way for name, way in _Parts(degrader, hr).ways().items() if name.startswith("decode")}
-    work = {name: flop(way) for name, way in ways.items()}
-    timings = alternate(ways, repeats, hr.device.type)
+    with pixel_by_pixel(degrader.autoencoder.decoder):
+        work = {name: flop(way) for name, way in ways.items()}
+        timings = alternate(ways, repeats, hr.device.type)
     achieved = timings["decode"].faster_than(timings["decode plainly"])
     return _row("decoder's 1x1 convolutions multiplied out", work["decode plainly"] / work["decode"], "FLOP", achieved)
+
+
+def _head(degrader: Degrader, hr: Tensor, repeats: int) -> tuple[str, ...]:
+    """The decoder's head for one pixel at a time against several, which take 3 x (2 + n) / 9n of the wide products."""
+    parts, decoder = _Parts(degrader, hr), degrader.autoencoder.decoder
+    decode, n = parts.ways()["decode"], decoder.together
+    fine = torch.randn(1, decoder.head.in_channels, *parts.image.shape[-2:], device=hr.device)
+    fine = fine.contiguous(memory_format=torch.channels_last)
+
+    def one_by_one(repeat: int) -> None:
+        with pixel_by_pixel(decoder):
+            decode(repeat)
+
+    ways = {"several": decode, "one": one_by_one, "head": lambda n: decoder.head(fine)}
+    for once in ways.values():
+        once(0)
+    timings = alternate(ways, repeats, hr.device.type)
+    before, head = timings["one"].median, timings["head"].median
+    predicted = before / (before - head * (1 - (2 + n) / (3 * n)))
+    achieved = timings["several"].faster_than(timings["one"])
+    return _row(
+        f"decoder's last convolution for {n} pixels at once", predicted, "the head's time, wide products", achieved
+    )
 
 
 def _compiled(degrader: Degrader, hr: Tensor, repeats: int) -> tuple[str, ...]:
