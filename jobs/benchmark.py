@@ -159,7 +159,7 @@ class _Bench:
 
     def job(self) -> Iterator[Table]:
         side = min(self.config.sizes)
-        photos = [cut(photo, side, side) for photo in self.photos] * (1 if self.config.quick else 4)
+        photos = [cut(photo, side, side) for photo in self.photos] * (1 if self.config.quick else 32)
         degrader, threads = self.degrader.to("cpu"), torch.get_num_threads()
         yield benchmarking.job(degrader, self.config.model, photos, min(2, self.config.repeats), threads)
 
