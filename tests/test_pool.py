@@ -1,6 +1,8 @@
 """Where the pool's work runs on a cluster, and what a decoder that crashes takes along."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,20 @@ from degflow.config import load
 from degflow.synthesis import SynthesizeConfig, synthesize
 from tests.hooks import DEADLY
 from tests.sources import png, rejects_of, rows_of, save_model
+
+FREED = """
+import resource, torch
+from degflow.synthesis.pool import keep_freed_memory
+keep_freed_memory()
+def once():
+    tensors = [torch.ones(2**21) for number in range(4)]  # as activations, 8 MiB each
+for _ in range(3):
+    once()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    once()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +126,10 @@ def test_a_file_that_kills_its_decoder_is_a_reject_and_the_others_are_rows(photo
     rejects = rejects_of(tmp_path / "out")
     assert {key: row["stage"] for key, row in rejects.items()} == {"04b.png": "decode", "07b.png": "decode"}
     assert all("its process died" in row["error"] for row in rejects.values())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_what_an_actor_has_freed_is_not_paged_in_again():
+    # fewer pages for 640 MiB than there would be of 2 MiB, were they fresh each time
+    done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 300
