@@ -10,13 +10,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from degflow.benchmarking.inference import (
-    compiled_copy,
-    evaluations,
-    pixel_by_pixel,
-    plain_decode,
-    released,
-)
+from degflow.benchmarking.inference import compiled_copy, evaluations, pixel_by_pixel, plain_decode, released
 from degflow.benchmarking.measure import Table, alternate, flop
 from degflow.degrader import Degrader, pad
 from degflow.flow import SOLVER, STEPS

@@ -118,8 +118,8 @@ class _Tasks:
         return _Task(self.call.remote(function, *(a.reference if isinstance(a, _Task) else a for a in arguments)))
 
 
-def keep_freed_memory(megabytes: int = 128) -> None:
-    """Let this process keep that much free memory, for tensors of up to 32 MiB, where the C library is glibc.
+def keep_freed_memory() -> None:
+    """Let this process keep up to 128 MiB of free memory, for tensors of up to 32 MiB, where the C library is glibc.
 
     Otherwise it gives a freed tensor of some MB back at once and pages the next one in anew: in an actor 18 000 page
     faults, and a third of the time, for each image of 256 x 256 pixels; then 51.
@@ -127,7 +127,7 @@ def keep_freed_memory(megabytes: int = 128) -> None:
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # glibc's largest
-        libc.mallopt(M_TRIM_THRESHOLD, megabytes << 20)
+        libc.mallopt(M_TRIM_THRESHOLD, 128 << 20)
 
 
 class _ShardActor:
