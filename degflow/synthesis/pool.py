@@ -6,9 +6,10 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from degflow.dataset import Plan, Record
 from degflow.degrader import Degrader
 from degflow.planning import SynthesizeConfig
-from degflow.shards import CodecDied, ShardMaker, Threads
+from degflow.shards import CodecDied, Progress, ShardMaker, Threads
 from degflow.storage import Source
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
@@ -131,7 +132,7 @@ def keep_freed_memory() -> None:
 
 
 class _ShardActor:
-    """A Ray Data callable: one planned shard in; finished images out, with the last of them the shard's record.
+    """A Ray Data callable: one planned shard in; counts of finished images out, with the last the shard's record.
 
     A failure is reported like anything else, because Ray Data rewords the exceptions that it passes on.
 
@@ -154,13 +155,23 @@ class _ShardActor:
         shard = batch.to_pylist()[0]
         sources = [Source(*source.values()) for source in shard["sources"]]
         try:
-            for images, rejects, record in self.maker.make(shard["shard"], sources):
+            for images, rejects, record in _seldom(self.maker.make(shard["shard"], sources)):
                 yield _report(images, rejects, record=json.dumps(asdict(record)) if record else "")
             self.maker.workers = self.usual
         except OSError as error:
             yield _report(storage_failure=f"shard {shard['shard']}: {type(error).__name__}: {error}")
         except Exception:
             yield _report(failure=f"shard {shard['shard']}: {traceback.format_exc()}")
+
+
+def _seldom(reports: Iterable[Progress], seconds: float = 1.0) -> Iterator[Progress]:
+    """The reports summed up over `seconds`: handing one to Ray keeps an actor from its device for some 2 ms."""
+    images, rejects, begun = 0, 0, time.monotonic()
+    for report in reports:
+        images, rejects = images + report.images, rejects + report.rejects
+        if report.record or time.monotonic() - begun >= seconds:
+            yield Progress(images, rejects, report.record)
+            images, rejects, begun = 0, 0, time.monotonic()
 
 
 def _report(images: int = 0, rejects: int = 0, **texts: str) -> dict[str, list[Any]]:
