@@ -15,8 +15,8 @@ from ray.data import ActorPoolStrategy
 
 from degflow import Degrader, images
 from degflow.config import load
-from degflow.dataset import Record
-from degflow.planning import resolve
+from degflow.dataset import Plan, Record
+from degflow.planning import first_part, resolve
 from degflow.shards import Progress
 from degflow.synthesis import SynthesizeConfig, synthesize
 from degflow.synthesis.pool import _seldom, _ShardActor
@@ -25,16 +25,17 @@ from tests.sources import png, rejects_of, rows_of, save_model
 
 
 class Watched(_ShardActor):
-    """An actor of the pool that allocates and frees as networks do, and tells its page faults."""
+    """An actor of the pool that makes a shard, then allocates and frees as networks do, and tells what that took."""
 
     def __call__(self, batch):
-        """Faults of 640 MiB, 2 MiB each, after some for a start."""
+        """Reports of the shard; page faults of 640 MiB, 2 MiB each, after some for a start."""
+        reports = sum(1 for _ in super().__call__(batch))
         for _ in range(10):
             self.once()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(40):
             self.once()
-        return {"faults": [resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before]}
+        return {"faults": [resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before], "reports": [reports]}
 
     def once(self):
         """Eight tensors alive together."""
@@ -139,23 +140,30 @@ def test_a_file_that_kills_its_decoder_is_a_reject_and_the_others_are_rows(photo
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
-def test_what_an_actor_has_freed_is_not_paged_in_again(photos, model, tmp_path):
-    words = [f"input={photos}", f"output={tmp_path}", f"model={model}"]
-    config, degrader = load(SynthesizeConfig, words), Degrader.load(model)
+def test_an_actor_pages_nothing_in_again_and_reports_less_often_than_images(photos, model, tmp_path):
+    words = [f"input={photos}", f"output={tmp_path}", f"model={model}", "batch=1"]
+    degrader = Degrader.load(model)
+    config = resolve(load(SynthesizeConfig, words), degrader)
+    task = Plan.empty().plus(first_part(config)).task(0)  # twelve images, which are reported one by one
     ray.shutdown()
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
-        arguments = (ray.put(degrader), resolve(config, degrader), 0, 1)
-        found = ray.data.range(1).map_batches(
-            Watched, fn_constructor_args=arguments, compute=ActorPoolStrategy(size=1), num_cpus=1
+        found = ray.data.from_arrow(task).map_batches(
+            Watched,
+            fn_constructor_args=(ray.put(degrader), config, 0, 1),
+            compute=ActorPoolStrategy(size=1),
+            batch_format="pyarrow",
+            num_cpus=1,
         )
-        faults = found.take(1)[0]["faults"]
-        assert faults < 640 * 256 / 2  # 256 pages in a MiB; some 5% here, and 75 to 100% without
+        found = found.take(1)[0]
+        assert len(rows_of(tmp_path)) == 12
+        assert 1 <= found["reports"] < 12
+        assert found["faults"] < 640 * 256 / 2  # 256 pages in a MiB; some 5% here, and 75 to 100% without
     finally:
         ray.shutdown()
 
 
-def test_an_actor_reports_seldom_and_loses_no_count():
+def test_reports_summed_up_lose_no_count():
     record = Record("data/part-000000.parquet", 3, 1, 1, "", "", 1.0, None, None, None)
     reports = [Progress(1, 0), Progress(1, 1), Progress(0, 0), Progress(2, 0), Progress(0, 0, record)]
     assert list(_seldom(reports, seconds=0)) == reports
