@@ -4,9 +4,10 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from degflow.dataset.pairs import SynthesizedPairs
     from degflow.degrader import Degrader
 
-__all__ = ["Degrader"]
+__all__ = ["Degrader", "SynthesizedPairs"]
 
 # On CPUs the kernel's handing out of fresh 4 KiB pages costs a third of the time of a megapixel image; PyTorch asks for
 # pages of 2 MiB if this stands in the environment when it makes its first tensor.
@@ -14,9 +15,13 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def __getattr__(name: str) -> object:
-    # Codec processes import rooms of degflow, and need not wait for torch.
+    # Imported when first asked for: the processes that read and write files need not wait for torch.
     if name == "Degrader":
         from degflow.degrader import Degrader
 
         return Degrader
+    if name == "SynthesizedPairs":
+        from degflow.dataset.pairs import SynthesizedPairs
+
+        return SynthesizedPairs
     raise AttributeError(f"module 'degflow' has no attribute {name!r}")

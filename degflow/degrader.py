@@ -23,14 +23,14 @@ from degflow.models import (
     VelocityNetwork,
     velocity_network,
 )
-from degflow.storage import load_checkpoint, save_checkpoint
+from degflow.models.files import load_checkpoint, save_checkpoint
 from degflow.tiling import Grid, cheapest, finest
 from degflow.trajectory import Rule, Timeline
 
 MEMORY = 4.0  # GB
 OVERHEAD = 150e6  # bytes: what libraries and the allocator take whatever the size
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-SHIPPED = str(Path(__file__).parent / "weights" / "canon-simulated.safetensors")
+SHIPPED = str(Path(__file__).parent / "models" / "weights" / "canon-simulated.safetensors")
 
 
 class Degrader(nn.Module):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from degflow.filters import blur
+from degflow.capture.filters import blur
 from degflow.models import FlowMap, ResidualAutoencoder, VelocityNetwork
 from degflow.models.dropout import sample_keys
 from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear, next_knot, taylor_step

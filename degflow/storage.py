@@ -1,4 +1,4 @@
-"""Places (any fsspec URI), and checkpoints that describe themselves.
+"""Places: folders and buckets behind any fsspec URI.
 
 Every filesystem of degflow is opened here. Objects are written whole: a reader sees all of one or none of it. What an
 object store does wrong for a while (throttling, 5xx, resets, timeouts, truncated bodies, a restart) is tried again with
@@ -8,7 +8,6 @@ growing pauses for `PATIENCE` seconds; what it refuses (no such file or bucket, 
 import contextlib
 import errno
 import hashlib
-import json
 import logging
 import math
 import os
@@ -20,14 +19,11 @@ import uuid
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import fsspec
 import fsspec.config
 from fsspec.implementations.local import LocalFileSystem
-
-if TYPE_CHECKING:  # torch takes seconds to import; those who only read and write files need not wait for it
-    from torch import Tensor
 
 T = TypeVar("T")
 PATIENCE = float(os.environ.get("DEGFLOW_PATIENCE", "60"))  # seconds
@@ -328,47 +324,6 @@ def split_uri(uri: str) -> tuple[Place, str]:
     if folder.endswith(":/"):  # directly below a filesystem's root, e.g. memory://name
         folder += "/"
     return Place(folder or ("/" if uri.startswith("/") else ".")), name
-
-
-def save_checkpoint(uri: str, tensors: "dict[str, Tensor]", description: dict[str, Any]) -> None:
-    """Write tensors and a JSON description of what they are as one safetensors file."""
-    import safetensors.torch
-
-    place, name = split_uri(uri)
-    contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    place.write(name, safetensors.torch.save(contiguous, {"degflow": json.dumps(description)}))
-
-
-def load_checkpoint(uri: str, *kinds: str) -> "tuple[dict[str, Tensor], dict[str, Any], str]":
-    """Read a file of `save_checkpoint`.
-
-    Args:
-        uri: the file.
-        kinds: what its description may call itself, e.g. "degrader"; none: anything.
-
-    Returns:
-        The tensors, the description, and the file's sha256.
-
-    Raises:
-        ValueError: no such file, not safetensors, or of another kind; the message names the file.
-    """
-    import safetensors.torch
-
-    place, name = split_uri(uri)
-    try:
-        data = place.read(name)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise ValueError(f"{uri}: no such file") from None
-    try:
-        tensors = safetensors.torch.load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        description = json.loads(header["__metadata__"]["degflow"])
-        found = description["kind"]
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{uri}: not a degflow checkpoint ({type(error).__name__}: {error})") from None
-    if kinds and found not in kinds:
-        raise ValueError(f"{uri}: of kind {found!r}, where {' or '.join(map(repr, kinds))} is needed")
-    return tensors, description, hashlib.sha256(data).hexdigest()
 
 
 def _place(path: str, new: bool, fill: Callable[[BinaryIO], Any]) -> bool:

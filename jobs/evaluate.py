@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from degflow import evaluation
+from degflow.capture.scenes import HR_LABEL, SceneConfig, SceneImages, check_levels
 from degflow.config import dump, option, required, run
 from degflow.degrader import Degrader
 from degflow.evaluation import Baselines, BestTime, Measurement, SweepPoint
@@ -21,7 +22,6 @@ from degflow.evaluation.realism import SMALLEST
 from degflow.flow import SOLVER, STEPS, Solver
 from degflow.images import encode_png
 from degflow.perceptual import Perceptual
-from degflow.scenes import HR_LABEL, SceneConfig, SceneImages, check_levels
 from degflow.storage import Place
 
 REALISM = (

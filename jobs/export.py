@@ -8,7 +8,7 @@ The same command continues an export that was stopped, and leaves a finished one
 """
 
 from degflow.config import run
-from degflow.exports import ExportConfig, export
+from degflow.dataset.exports import ExportConfig, export
 
 if __name__ == "__main__":
     run(export, ExportConfig, __doc__)

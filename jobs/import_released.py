@@ -17,10 +17,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from degflow.capture.scenes import check_levels
 from degflow.config import option, required, run
 from degflow.degrader import Degrader
 from degflow.models import ResidualAutoencoder, VelocityNetwork, released
-from degflow.scenes import check_levels
 from degflow.storage import split_uri
 
 LAYOUTS = {

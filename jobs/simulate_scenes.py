@@ -14,9 +14,9 @@ import numpy as np
 from tqdm import tqdm
 
 from degflow import images
-from degflow.camera import SCALE_RANGE, SimulatedCamera
+from degflow.capture.camera import SCALE_RANGE, SimulatedCamera
+from degflow.capture.scenes import HR_LABEL
 from degflow.config import dump, option, required, run
-from degflow.scenes import HR_LABEL
 from degflow.storage import Place
 
 

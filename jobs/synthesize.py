@@ -8,7 +8,8 @@ stopped, and leaves a finished dataset alone.
 """
 
 from degflow.config import run
-from degflow.synthesis import SynthesizeConfig, synthesize
+from degflow.synthesis.run import synthesize
+from degflow.synthesis.settings import SynthesizeConfig
 
 if __name__ == "__main__":
     run(synthesize, SynthesizeConfig, __doc__)

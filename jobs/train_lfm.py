@@ -14,7 +14,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
-from degflow import evaluation, storage
+from degflow import evaluation
+from degflow.capture.scenes import AlignedCrops, SceneConfig, SceneImages
 from degflow.config import option, parse, plain, required, run
 from degflow.degrader import Degrader
 from degflow.models import (
@@ -25,9 +26,9 @@ from degflow.models import (
     VelocityNetwork,
     velocity_network,
 )
+from degflow.models.files import load_checkpoint
 from degflow.objectives import Landing, LFMObjective
 from degflow.perceptual import Perceptual
-from degflow.scenes import AlignedCrops, SceneConfig, SceneImages
 from degflow.training import FitConfig, Validation, fit, is_main_process, local_share
 from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear, Rule, Timeline
 
@@ -130,7 +131,7 @@ def main(config: TrainLFMConfig) -> None:
 
 def load_autoencoder(config: TrainLFMConfig) -> ResidualAutoencoder:
     """The autoencoder of stage 1; its levels must be this stage's, and the crop must suit both networks."""
-    tensors, description, _ = storage.load_checkpoint(config.rae, "autoencoder", "degrader")
+    tensors, description, _ = load_checkpoint(config.rae, "autoencoder", "degrader")
     if description["levels"] != config.scenes.levels:
         raise ValueError(f"scenes.levels={config.scenes.levels}: {config.rae} was trained on {description['levels']}")
     autoencoder = ResidualAutoencoder(parse(AutoencoderConfig, description["autoencoder"]))

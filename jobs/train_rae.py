@@ -14,11 +14,12 @@ from typing import cast
 import torch
 from torch import nn
 
-from degflow import evaluation, storage
+from degflow import evaluation
+from degflow.capture.scenes import AlignedCrops, SceneConfig, SceneImages
 from degflow.config import option, plain, required, run
 from degflow.models import AutoencoderConfig, ResidualAutoencoder
+from degflow.models.files import save_checkpoint
 from degflow.objectives import RAEObjective, to_float
-from degflow.scenes import AlignedCrops, SceneConfig, SceneImages
 from degflow.training import FitConfig, Validation, fit, is_main_process, local_share
 
 
@@ -72,7 +73,7 @@ def main(config: TrainRAEConfig) -> None:
         if not config.freeze_encoder:
             network.rescale_latent(1 / latent_spread(network, evaluation.validation_crops(scenes, count=32)))
         description = {"kind": "autoencoder", "autoencoder": plain(config.autoencoder), "levels": config.scenes.levels}
-        storage.save_checkpoint(f"{config.output}/rae.safetensors", network.state_dict(), description)
+        save_checkpoint(f"{config.output}/rae.safetensors", network.state_dict(), description)
         print(f"autoencoder: {config.output}/rae.safetensors")
 
 

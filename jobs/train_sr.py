@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from degflow import evaluation, images, restoration
+from degflow.capture.scenes import HR_LABEL, SceneConfig, SceneImages
 from degflow.config import option, plain, required, run
 from degflow.evaluation.crops import central
 from degflow.objectives import to_float
 from degflow.perceptual import Perceptual
 from degflow.restoration import NetworkConfig, PairCrops, RestorationObjective, find_pairs
-from degflow.scenes import HR_LABEL, SceneConfig, SceneImages
 from degflow.storage import Place
 from degflow.training import FitConfig, Validation, fit, is_main_process, local_share
 

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from degflow import Degrader
+from degflow.capture.scenes import Scene
 from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork
-from degflow.scenes import Scene
 
 
 @dataclass

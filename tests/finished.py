@@ -5,12 +5,18 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
-from degflow import dataset, images
+from degflow import images
 from degflow.config import dump, load
+from degflow.dataset.layout import CONFIG, SUCCESS
+from degflow.dataset.manifest import finished_shards, write_manifest
+from degflow.dataset.plan import Plan, read_plan, write_part
+from degflow.dataset.scales import ScaleConfig
+from degflow.dataset.writer import ShardWriter
 from degflow.degrader import Degrader
-from degflow.planning import ScaleConfig, SynthesizeConfig, first_part, news, recipe_of, rejected, resolve
-from degflow.shards import ShardMaker, Threads
 from degflow.storage import Place
+from degflow.synthesis.resuming import first_part, news, recipe_of, rejected
+from degflow.synthesis.settings import SynthesizeConfig, resolve
+from degflow.synthesis.shard import ShardMaker, Threads
 
 
 def finish(photos, output, model, *words, retry=False):
@@ -22,18 +28,18 @@ def finish(photos, output, model, *words, retry=False):
     words = [f"input={photos}", f"output={output}", f"model={model}", *words]
     config = resolve(load(SynthesizeConfig, words), degrader)
     place, recipe = Place(str(output)), partial(recipe_of, config)
-    plan, maker = dataset.read_plan(place), ShardMaker(degrader, config, Threads(1))
+    plan, maker = read_plan(place), ShardMaker(degrader, config, Threads(1))
     if retry:
-        part = rejected(config, plan, dataset.finished(place, plan, recipe), place)
+        part = rejected(config, plan, finished_shards(place, plan, recipe), place)
     else:
         part = news(config, plan) if len(plan) else first_part(config)
     grown = plan.plus(part)
-    place.write(dataset.CONFIG, dump(config).encode())
-    dataset.write_part(place, plan.parts, part)
+    place.write(CONFIG, dump(config).encode())
+    write_part(place, plan.parts, part)
     for number in range(len(plan), len(grown)):
         list(maker.make(number, grown[number]))
-    dataset.write_manifest(place, grown, dataset.finished(place, grown, recipe))
-    place.write(dataset.SUCCESS, b"")
+    write_manifest(place, grown, finished_shards(place, grown, recipe))
+    place.write(SUCCESS, b"")
     return str(output)
 
 
@@ -50,11 +56,9 @@ def save_coordinates(folder, count, height=24, width=32):
 def finish_rows(output, keys, draws=1):
     """One part with rows of these keys, whatever they are, each with an image of its own; no photograph is needed."""
     place = Place(str(output))
-    place.write(
-        dataset.CONFIG, dump(SynthesizeConfig("none", str(output), scale=ScaleConfig(low=2.0, high=2.0))).encode()
-    )
+    place.write(CONFIG, dump(SynthesizeConfig("none", str(output), scale=ScaleConfig(low=2.0, high=2.0))).encode())
     random = np.random.default_rng(0)
-    with dataset.ShardWriter(place, 0, "") as writer:
+    with ShardWriter(place, 0, "") as writer:
         for key in keys:
             hr = {"bytes": images.encode_png(random.integers(256, size=(8, 8, 3), dtype=np.uint8)), "path": key}
             about = {"key": key, "scale": 2.0, "time": 0.5, "height": 8, "width": 8, "seed": 0, "hr_sha256": ""}
@@ -63,6 +67,6 @@ def finish_rows(output, keys, draws=1):
                 row = {"draw": draw, "lr": {"bytes": lr, "path": key}, "hr": hr, "model_sha256": ""}
                 writer.add([about | row])
         record = writer.finish(0.0, None, None, None)
-    dataset.write_manifest(place, dataset.Plan.empty(), {0: record})
-    place.write(dataset.SUCCESS, b"")
+    write_manifest(place, Plan.empty(), {0: record})
+    place.write(SUCCESS, b"")
     return str(output)

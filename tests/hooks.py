@@ -28,8 +28,8 @@ def trace():
 
     Imports no torch: every process of a node runs this as it starts.
     """
-    from degflow.codec import Codec
-    from degflow.dataset import ShardWriter
+    from degflow.dataset.writer import ShardWriter
+    from degflow.synthesis.codec import Codec
 
     def traced(function, name):
         @functools.wraps(function)

@@ -21,7 +21,7 @@ from pathlib import Path
 from tests.faults import proxying
 from tests.s3 import serving
 from tests.sources import save_model
-from tests.test_objects import driver, finish, rows_of, save_small_photos
+from tests.synthesis.test_storms import driver, finish, rows_of, save_small_photos
 
 
 def children_of(process: subprocess.Popen, name: str) -> list[int]:

@@ -21,7 +21,7 @@ from degflow.models import (
     VelocityNetwork,
     velocity_network,
 )
-from degflow.storage import load_checkpoint, save_checkpoint
+from degflow.models.files import load_checkpoint, save_checkpoint
 from degflow.trajectory import Timeline
 
 LEVELS = {"1": 1.0, "2": 2.1, "4": 3.75}

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from degflow.filters import blur
+from degflow.capture.filters import blur
 from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork
 from degflow.objectives import SIGMAS, LFMObjective, RAEObjective, to_float
 from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from degflow import Degrader, images
-from degflow.camera import SimulatedCamera
+from degflow.capture.camera import SimulatedCamera
 from degflow.degrader import SHIPPED
 from degflow.evaluation import bicubic, psnr
 from degflow.perceptual import Perceptual
+from tests import ROOT
 
-PHOTOGRAPHS = Path(__file__).parents[1] / "examples/photographs"
+PHOTOGRAPHS = ROOT / "examples/photographs"
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ import safetensors.torch
 import torch
 
 from degflow import storage
-from degflow.storage import Place, load_checkpoint, save_checkpoint, split_uri
+from degflow.models.files import load_checkpoint, save_checkpoint
+from degflow.storage import Place, split_uri
 from tests.s3 import forget_clients
 
 NAMES = [

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +9,7 @@ import torch
 from degflow import Degrader
 from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork
 from degflow.tiling import Grid, cheapest, finest, spans
-
-ROOT = Path(__file__).parent.parent
+from tests import ROOT
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from degflow import dataset, images
+from degflow import images
 from degflow.benchmarking.measure import Table, alternate
+from degflow.dataset.layout import MANIFEST
 from degflow.degrader import Degrader
 from degflow.flow import STEPS
 
@@ -99,7 +100,7 @@ def job(degrader: Degrader, model: str, photographs: Sequence[np.ndarray], repea
             words += [f"solver.steps={STEPS}"]
             words += [f"actors.threads={threads}", "actors.max=1", "actors.gpus=0", f"shard.images={len(photographs)}"]
             _run_job([str(ROOT / "jobs/synthesize.py")], words)
-            shards.append(_rate(Path(output, dataset.MANIFEST)))
+            shards.append(_rate(Path(output, MANIFEST)))
     share = statistics.median(b / a for a, b in zip(bare, shards, strict=True))
     cost = _cpu_seconds(photographs)
     height, width, _ = photographs[0].shape

@@ -10,7 +10,7 @@ from torch import Tensor
 from degflow.config import load
 from degflow.degrader import Degrader
 from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork
-from degflow.planning import SynthesizeConfig
+from degflow.synthesis.settings import SynthesizeConfig
 
 
 class StandIn(Degrader):
@@ -30,7 +30,7 @@ class StandIn(Degrader):
 def main() -> None:
     """Run the job; only the driver's `Degrader.load` is replaced, actors get the object that it gives."""
     from degflow.benchmarking import stand_in
-    from degflow.synthesis import synthesize
+    from degflow.synthesis.run import synthesize
 
     # By its importable name: this file runs as __main__, which actors could not unpickle.
     degrader = stand_in.StandIn(float(os.environ["DEGFLOW_STAND_IN_SECONDS"]))

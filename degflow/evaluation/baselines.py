@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from degflow import images
+from degflow.capture.filters import blur
+from degflow.capture.scenes import HR_LABEL, SceneImages
 from degflow.degrader import Degrader, pad
 from degflow.evaluation.crops import central
 from degflow.evaluation.metrics import SHAVE, luma
 from degflow.evaluation.random_pipeline import random_degradation
-from degflow.filters import blur
 from degflow.models import ResidualAutoencoder
-from degflow.scenes import HR_LABEL, SceneImages
 from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear
 
 BASELINES = ("gaussian", "random", "spline", "linear")

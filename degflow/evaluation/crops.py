@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from degflow.capture.scenes import SceneImages
 from degflow.evaluation.metrics import luma
-from degflow.scenes import SceneImages
 
 
 def central(pixels: np.ndarray, crop: int) -> np.ndarray:

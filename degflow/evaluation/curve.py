@@ -7,10 +7,10 @@ import numpy as np
 import torch
 
 from degflow import images
+from degflow.capture.scenes import HR_LABEL, SceneImages
 from degflow.degrader import Degrader
 from degflow.evaluation.crops import central
 from degflow.evaluation.metrics import psnr
-from degflow.scenes import HR_LABEL, SceneImages
 from degflow.trajectory import Timeline
 
 TOGETHER = 8  # scales decoded at once

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from degflow import images
+from degflow.capture.scenes import HR_LABEL, SceneImages
 from degflow.degrader import Degrader
 from degflow.evaluation import realism
 from degflow.evaluation.baselines import BASELINES, Baselines, bicubic, reconstruct
 from degflow.evaluation.crops import central
 from degflow.evaluation.metrics import psnr, ssim
-from degflow.scenes import HR_LABEL, SceneImages
 
 METHODS = ("generated", "hr", "bicubic", "autoencoder")
 TITLES = {

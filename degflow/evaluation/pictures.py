@@ -8,9 +8,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from degflow import images
+from degflow.capture.scenes import HR_LABEL, SceneImages
 from degflow.degrader import Degrader
 from degflow.evaluation.crops import central, most_detailed
-from degflow.scenes import HR_LABEL, SceneImages
 
 
 def contact_sheet(columns: Sequence[tuple[str, Tensor]], margin: int = 4, title: int = 16) -> np.ndarray:

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from degflow.capture.scenes import HR_LABEL
 from degflow.evaluation.baselines import BASELINES
 from degflow.evaluation.curve import BestTime
 from degflow.evaluation.fidelity import METHODS, TITLES, Measurement, methods_of
-from degflow.scenes import HR_LABEL
 from degflow.trajectory import Timeline
 
 _FORMS = (("psnr", "{:.2f}"), ("ssim", "{:.4f}"), ("lpips", "{:.4f}"))

@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from degflow import dataset, images
-from degflow.finished import FinishedDataset
+from degflow import images
+from degflow.capture.scenes import HR_LABEL, SceneConfig, SceneImages
+from degflow.dataset.layout import SUCCESS
+from degflow.dataset.reader import FinishedDataset
 from degflow.restoration.liif import pixel_centres
-from degflow.scenes import HR_LABEL, SceneConfig, SceneImages
 from degflow.storage import Place
 
 SHRINK = 4  # LIIF's LR crops have this part of the crop's side
@@ -65,7 +66,7 @@ def find_pairs(
     Raises:
         ValueError: nothing to read there, or images that do not suit; the message names the first of them.
     """
-    if Place(uri).exists(dataset.SUCCESS):
+    if Place(uri).exists(SUCCESS):
         return _from_shards(FinishedDataset(uri), crop, resize_lr, _Keeper(uri, cache, memory), quiet)
     if HR_LABEL in levels or not levels:
         raise ValueError(f"levels={dict(levels)}: must name at least one level of LR images, and not HR's {HR_LABEL}")

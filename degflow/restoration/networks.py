@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from degflow import images
 from degflow.config import option, parse, plain
 from degflow.degrader import pad
+from degflow.models.files import load_checkpoint, save_checkpoint
 from degflow.objectives import Losses, to_float
 from degflow.perceptual import mend_torchvision
 from degflow.restoration.liif import LIIF, LIIFConfig, pixel_centres
 from degflow.restoration.mambair import MambaIR, MambaIRConfig, upsampler
-from degflow.storage import load_checkpoint, save_checkpoint
 
 UNSHUFFLE = 4
 _CHANNELS = 3 * UNSHUFFLE**2

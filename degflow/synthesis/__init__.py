@@ -8,8 +8,3 @@
    GPUs, files are decoded and encoded by Ray tasks on any node's CPUs (see `codec`).
 4. When every shard is done: the manifest, the card, the preview, and last `_SUCCESS` (see `dataset`).
 """
-
-from degflow.planning import SynthesizeConfig
-from degflow.synthesis.job import synthesize
-
-__all__ = ["SynthesizeConfig", "synthesize"]

@@ -21,11 +21,12 @@ from ray._private import worker as ray_worker
 from ray.data import ActorPoolStrategy, DataContext
 from tqdm import tqdm
 
-from degflow.dataset import Plan, Record
+from degflow.dataset.layout import Record
+from degflow.dataset.plan import Plan
 from degflow.degrader import Degrader
-from degflow.planning import SynthesizeConfig
-from degflow.shards import CodecDied, Progress, ShardMaker, Threads
 from degflow.storage import Source
+from degflow.synthesis.settings import SynthesizeConfig
+from degflow.synthesis.shard import CodecDied, Progress, ShardMaker, Threads
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
 

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from degflow import config as configuration
 from degflow import images
-from degflow.storage import Place, load_checkpoint, split_uri
+from degflow.models.files import load_checkpoint
+from degflow.storage import Place, split_uri
 from degflow.training.checkpoints import Checkpoints, read_checkpoint
 from degflow.training.logs import Logs
 from degflow.training.processes import everyones, join, largest, lost

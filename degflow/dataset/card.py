@@ -1,0 +1,221 @@
+"""What people see first of a synthesized dataset: README.md (the dataset card) and preview.png (a contact sheet)."""
+
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from PIL import Image, ImageDraw, ImageFont
+
+from degflow import images
+from degflow.dataset.layout import Record
+from degflow.storage import Place, split_uri
+
+CROP, IMAGES, DRAWS = 192, 6, 6
+_GAP, _CAPTION = 6, 20
+
+_CARD = """\
+---
+license: other
+task_categories:
+- image-to-image
+tags:
+- super-resolution
+- image-restoration
+size_categories:
+- {size_category}
+configs:
+- config_name: default
+  data_files: data/*.parquet
+---
+
+# {rows:,} LR images of {files:,} photographs, at sampled degradation scales
+
+Low-resolution images made from high-resolution ones by [DegFlow](https://arxiv.org/abs/2602.04193)'s latent flow, with
+`jobs/synthesize.py` of degflow. A scale is the strength of the degradation, not a resize{resize}
+
+![HR crops beside their LR images](preview.png)
+
+| | |
+|---|---|
+| LR images | {rows:,} |
+| HR images used / rejected | {used:,} / {rejects:,} |
+| scales | {scales} |
+| mean PSNR of LR against HR | {psnr} |
+| parts, bytes | {parts:,}, {bytes:,} |
+| seed | {seed} |
+| model sha256 | `{model_sha256}` |
+
+## Reading it
+
+```python
+from datasets import load_dataset
+rows = load_dataset("parquet", data_files="data/*.parquet", split="train")
+rows[0]["lr"], rows[0]["hr"], rows[0]["scale"]
+```
+
+`manifest.parquet` lists the parts with rows, bytes and sha256; `_SUCCESS` says that all of them are there. `rejects/`
+holds the files that gave no rows, each with stage and reason. `config.yaml` is the configuration that makes the same
+dataset again.
+
+| column | type | meaning |
+|---|---|---|
+| key | string | path of the HR image below the input's root |
+| draw | int32 | number of the LR image among those of its HR image |
+| scale | float64 | degradation scale |
+| time | float64 | time on the flow, 0 at the smallest trained scale and 1 at the largest |
+| lr | struct(bytes, path) | PNG, 8-bit sRGB |
+| hr | struct(bytes, path) | {hr} |
+| height, width | int32 | of the LR image |
+| hr_sha256 | string | of the source file |
+| seed | int64 | of the run; with key and draw it decides the scale |
+| model_sha256 | string | of the degrader file |
+
+## Licence
+
+The images are derived from the photographs in the input, and their licences apply. Say here which ones they are.
+"""
+
+
+def card(records: Mapping[int, Record], rejects: int, recipe: Mapping[str, Any], scales: str) -> str:
+    """README.md of a finished dataset.
+
+    Args:
+        records: of all shards.
+        rejects: files that gave no rows.
+        recipe: the resolved configuration.
+        scales: how they were drawn, in words.
+    """
+    rows = sum(record.rows for record in records.values())
+    used = rows // recipe["scale"]["per_image"]
+    psnr = sum((record.psnr or 0) * record.rows for record in records.values()) / max(1, rows)
+    embedded = recipe["hr"] == "embed"
+    return _CARD.format(
+        size_category=_size_category(rows),
+        rows=rows,
+        files=used,
+        used=used,
+        rejects=rejects,
+        scales=scales,
+        psnr=f"{psnr:.2f} dB" if rows else "no images",
+        parts=len(records),
+        bytes=sum(record.bytes for record in records.values()),
+        seed=recipe["seed"],
+        model_sha256=recipe["model_sha256"],
+        resize=": LR images have HR's size."
+        if recipe["size"] == "same"
+        else "; here each LR image was then shrunk by it.",
+        hr="PNG of exactly the pixels that were degraded"
+        if embedded
+        else "no bytes; path is the URI of the source file",
+    )
+
+
+def _size_category(rows: int) -> str:
+    bounds = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
+    return next((name for bound, name in bounds if rows < bound), "n>10M")
+
+
+def preview(output: Place, records: Mapping[int, Record], max_pixels: int) -> bytes | None:
+    """A PNG: for some images, the crop of the HR image with the most detail beside its LR images, by scale.
+
+    Args:
+        output: the dataset.
+        records: of its finished shards.
+        max_pixels: as for the run; decides which referenced HR images are decoded again.
+
+    Returns:
+        None when there is no row to show.
+    """
+    lines = []
+    for part, key in sample_keys(output, records, IMAGES):
+        rows = read_rows(output, part, ("draw", "scale", "lr", "hr", "hr_sha256"), [key])
+        rows.sort(key=lambda row: (row["scale"], row["draw"]))
+        if len(rows) > DRAWS:
+            rows = [rows[round(n * (len(rows) - 1) / (DRAWS - 1))] for n in range(DRAWS)]
+        lines.append(_line(rows, max_pixels))
+    lines = [line for line in lines if line]
+    if not lines:
+        return None
+    step = CROP + _GAP
+    sheet = Image.new("RGB", (_GAP + step * max(map(len, lines)), _GAP + (step + _CAPTION) * len(lines)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for y, line in enumerate(lines):
+        for x, (caption, tile) in enumerate(line):
+            left, top = _GAP + x * step, _GAP + y * (step + _CAPTION)
+            sheet.paste(Image.fromarray(tile), (left, top))
+            draw.text((left + 2, top + CROP + 2), caption, fill="black", font=font)
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _line(rows: Sequence[dict[str, Any]], max_pixels: int) -> list[tuple[str, np.ndarray]]:
+    """HR and LR tiles with their captions; empty when a referenced HR image is no longer there as it was."""
+    hr_cell = rows[0]["hr"]
+    try:
+        hr = images.decode(hr_cell["bytes"] or _source(rows[0]), max_pixels=max_pixels)
+    except Exception:  # a picture is not worth failing a finished dataset for, whatever its storage raises
+        return []
+    size = min(CROP, *hr.shape[:2])
+    top, left = most_detail(hr, size)
+    tiles = [("HR", hr[top : top + size, left : left + size])]
+    for row in rows:
+        lr = np.asarray(Image.open(io.BytesIO(row["lr"]["bytes"])))
+        if lr.shape != hr.shape:
+            lr = np.asarray(Image.fromarray(lr).resize((hr.shape[1], hr.shape[0]), Image.Resampling.NEAREST))
+        tiles.append((f"x{row['scale']:.2f}", lr[top : top + size, left : left + size]))
+    return tiles
+
+
+def _source(row: dict[str, Any]) -> bytes:
+    place, name = split_uri(row["hr"]["path"])
+    data = place.read(name)
+    if hashlib.sha256(data).hexdigest() != row["hr_sha256"]:
+        raise ValueError(f"{row['hr']['path']}: changed since it was degraded")
+    return data
+
+
+def most_detail(pixels: np.ndarray, size: int) -> tuple[int, int]:
+    """Top and left of the size x size window of uint8 "H W 3" with the largest sum of absolute gradients."""
+    grey = pixels.mean(2, dtype=np.float32)
+    energy = np.zeros((grey.shape[0] + 1, grey.shape[1] + 1))
+    energy[1:-1, 1:] += np.abs(np.diff(grey, axis=0))
+    energy[1:, 1:-1] += np.abs(np.diff(grey, axis=1))
+    total = energy.cumsum(0).cumsum(1)
+    stride = max(1, size // 8)
+    tops, lefts = (np.arange(0, side - size + 1, stride) for side in grey.shape)
+    sums = total[tops + size][:, lefts + size] - total[tops][:, lefts + size]
+    sums += total[tops][:, lefts] - total[tops + size][:, lefts]
+    best = np.unravel_index(int(sums.argmax()), sums.shape)
+    return int(tops[best[0]]), int(lefts[best[1]])
+
+
+def read_rows(
+    output: Place, part: str, columns: Sequence[str], keys: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """Some columns of a data part, of all rows or of the images with these keys, reading no other row groups."""
+    with output.open(part) as file:
+        parquet = pq.ParquetFile(file)
+        rows: list[dict[str, Any]] = []
+        for group in range(parquet.num_row_groups):
+            wanted = parquet.read_row_group(group, ["key"]).column("key").to_pylist()
+            picked = [n for n, key in enumerate(wanted) if keys is None or key in keys]
+            if picked:
+                rows += parquet.read_row_group(group, list(columns)).take(picked).to_pylist()
+    return rows
+
+
+def sample_keys(output: Place, records: Mapping[int, Record], count: int) -> list[tuple[str, str]]:
+    """Up to `count` images (part, key) of the first shards, spread evenly over the scales."""
+    found: list[tuple[float, str, str]] = []
+    for record in islice((records[n] for n in sorted(records) if records[n].rows), 4):
+        rows = read_rows(output, record.part, ("key", "draw", "scale"))
+        found += [(row["scale"], record.part, row["key"]) for row in rows if row["draw"] == 0]
+    found.sort()
+    spread = range(count) if len(found) > count else range(len(found))
+    picked = [found[round(n * (len(found) - 1) / max(1, len(spread) - 1))] for n in spread]
+    return [(part, key) for _, part, key in picked]

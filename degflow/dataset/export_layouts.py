@@ -1,0 +1,195 @@
+"""The layouts of an export: which files a photograph's rows become, and their names.
+
+A layout takes the rows of one photograph at a time, and holds none. `exports` writes what it gives.
+"""
+
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from degflow import images
+from degflow.config import parse
+from degflow.dataset.reader import FinishedDataset
+from degflow.dataset.scales import ScaleConfig, scales_of
+
+# Short, lower-case, one suffix; hyphens and slashes single, so that two hyphens can stand for a slash.
+_PLAIN_KEY = re.compile(rf"(?=.{{1,48}}$)[a-z0-9_]+([-/][a-z0-9_]+)*({'|'.join(map(re.escape, images.SUFFIXES))})")
+_EQUAL = 1e-9  # scales that differ by less are the same
+
+
+class Pair(NamedTuple):
+    """An exported row: what the index says of it, and its files."""
+
+    info: dict[str, Any]
+    files: dict[str, bytes]
+
+
+class Layout(Protocol):
+    """How the rows of one photograph become files, and what is written at the end."""
+
+    def pairs(self, rows: Sequence[dict[str, Any]]) -> list[Pair]:
+        """The pairs of one photograph's rows; rows that the layout has no place for are not among them."""
+        ...
+
+    def listings(self, index: Iterable[dict[str, Any]]) -> dict[str, str]:
+        """Files that name all pairs, given what the index says of them."""
+        ...
+
+
+def scales_in(recipe: Mapping[str, Any]) -> list[float]:
+    """The scales that a dataset's draws can have, increasing; empty when they are continuous."""
+    scale = parse(ScaleConfig, recipe["scale"])
+    if scale.distribution == "list":
+        return sorted(set(scale.values))
+    return sorted(set(scales_of(scale, 0, ""))) if scale.distribution == "grid" or scale.low == scale.high else []
+
+
+def _scales_in_words(recipe: Mapping[str, Any]) -> str:
+    scale = recipe["scale"]
+    few = ", ".join(f"{value:g}" for value in scales_in(recipe))
+    return few or f"{scale['distribution']} in [{scale['low']:g}, {scale['high']:g}]"
+
+
+class Paired:
+    """gt/ and lq/ with equal names; where LR images are shrunk, a tree for each scale, HR being that multiple of LR."""
+
+    def __init__(self, source: FinishedDataset):
+        self.source, self.scaled = source, source.recipe["size"] == "scaled"
+        scales = scales_in(source.recipe)
+        if self.scaled and (not scales or any(scale != int(scale) for scale in scales)):
+            raise ValueError(
+                f"layout=paired: {source.uri} has size=scaled and scales {_scales_in_words(source.recipe)}; trainers "
+                "of paired folders want HR to be a whole multiple of LR (scale.distribution=list scale.values=[2,4]), "
+                "and webdataset and realsr take any scale"
+            )
+
+    def pairs(self, rows: Sequence[dict[str, Any]]) -> list[Pair]:
+        """One pair for each row."""
+        hr, pairs = _hr_png(self.source, rows[0]), []
+        for row in rows:
+            name, gt, lq, off = file_name(row["key"], row["draw"]), hr, row["lr"]["bytes"], 0
+            if self.scaled:
+                gt, lq, off = self._multiple(row, hr)
+            folder = f"x{row['scale']:.0f}/" if self.scaled else ""
+            height, width = _size_of(gt)
+            info = _info(row, name) | {"folder": folder, "height": height, "width": width, "off": off}
+            pairs.append(Pair(info, {f"{folder}gt/{name}.png": gt, f"{folder}lq/{name}.png": lq}))
+        return pairs
+
+    def _multiple(self, row: dict[str, Any], hr: bytes) -> tuple[bytes, bytes, int]:
+        """Both as PNG, HR being `scale` times LR in size, and how far apart they are at the far edge, in HR pixels."""
+        scale, sizes = round(row["scale"]), list(zip(_size_of(hr), (row["height"], row["width"]), strict=True))
+        off = max(abs(large - scale * small) for large, small in sizes)
+        if not off:
+            return hr, row["lr"]["bytes"], 0
+        height, width = (min(large // scale, small) for large, small in sizes)
+        gt = self.source.hr_of(row | {"hr": {"bytes": hr}})[: scale * height, : scale * width]
+        return images.encode_png(gt), images.encode_png(self.source.lr_of(row)[:height, :width]), off
+
+    def listings(self, index: Iterable[dict[str, Any]]) -> dict[str, str]:
+        """Of BasicSR's two forms, `NAME (height,width,3)` of gt, and `gt/NAME, lq/NAME`."""
+        lines: dict[str, list[str]] = {}
+        for pair in index:
+            file, folder = f"{pair['name']}.png", pair["folder"]
+            lines.setdefault(f"{folder}meta_info.txt", []).append(f"{file} ({pair['height']},{pair['width']},3)\n")
+            lines.setdefault(f"{folder}meta_info_pair.txt", []).append(f"gt/{file}, lq/{file}\n")
+        return {name: "".join(found) for name, found in lines.items()}
+
+
+class RealSR:
+    """A folder for each label, as `scenes` reads it.
+
+    Scene n of a photograph holds, at every label, the n-th of those draws whose scale is nearest to the label's,
+    the best first; so draws at several labels make one scene, and no draw is lost.
+    """
+
+    def __init__(self, source: FinishedDataset, labels: dict[str, float], tolerance: float | None):
+        self.source, self.labels, self.tolerance = source, labels, tolerance
+        if self.labels:
+            return
+        self.labels = {f"{scale:g}": scale for scale in scales_in(source.recipe) if scale != 1}
+        if self.tolerance is None:
+            self.tolerance = _EQUAL  # draws at scale 1 have no label
+        if not self.labels:
+            raise ValueError(
+                f"labels={{}}: {source.uri} has scales {_scales_in_words(source.recipe)}; say which label takes "
+                "which, as labels='{2: 2.0, 3: 3.0, 4: 4.0}'"
+            )
+
+    def pairs(self, rows: Sequence[dict[str, Any]]) -> list[Pair]:
+        """One pair for each row that is within the tolerance and not too small for `scenes`."""
+        found: dict[str, list[tuple[float, int]]] = {}
+        for place, row in enumerate(rows):
+            away, label = min((abs(row["scale"] - scale), label) for label, scale in self.labels.items())
+            readable = min(row["height"], row["width"]) >= images.SMALLEST_SIDE
+            if readable and (self.tolerance is None or away <= self.tolerance):
+                found.setdefault(label, []).append((away, place))
+        hr = _hr_png(self.source, rows[0]) if found else b""
+        pairs = []
+        for label, draws in found.items():
+            for number, (_, place) in enumerate(sorted(draws)):
+                row, name = rows[place], file_name(rows[place]["key"], number)
+                files = {f"{label}/{name}_HR.png": hr, f"{label}/{name}_LR{label}.png": row["lr"]["bytes"]}
+                pairs.append(Pair(_info(row, name) | {"label": label}, files))
+        return pairs
+
+    def listings(self, index: Iterable[dict[str, Any]]) -> dict[str, str]:
+        """No file."""
+        return {}
+
+
+class WebDataset:
+    """Members of a tar, NAME.hr.png, NAME.lr.png and NAME.json."""
+
+    def __init__(self, source: FinishedDataset):
+        self.source = source
+
+    def pairs(self, rows: Sequence[dict[str, Any]]) -> list[Pair]:
+        """One pair for each row."""
+        hr, pairs = _hr_png(self.source, rows[0]), []
+        for row in rows:
+            name = file_name(row["key"], row["draw"])
+            about = {key: value for key, value in row.items() if key not in ("lr", "hr")}
+            files = {"hr.png": hr, "lr.png": row["lr"]["bytes"], "json": json.dumps(about).encode()}
+            pairs.append(Pair(_info(row, name), {f"{name}.{suffix}": data for suffix, data in files.items()}))
+        return pairs
+
+    def listings(self, index: Iterable[dict[str, Any]]) -> dict[str, str]:
+        """No file."""
+        return {}
+
+
+def file_name(key: str, number: int) -> str:
+    """Name without suffix of a pair's files, at most 84 characters of A-Z a-z 0-9 _ -.
+
+    A short lower-case key stays readable: "2024/img-1.png" is "2024--img-1_png_0". Any other (long, or with capitals,
+    spaces, dots, ...) becomes a few of its own characters and 128 bits of its digest. Different rows have different
+    names, also where a file system ignores case: a name of the first kind ends in an image's suffix before the number,
+    one of the second in 32 hexadecimal digits.
+
+    Args:
+        key: any text.
+        number: not negative.
+    """
+    if _PLAIN_KEY.fullmatch(key):
+        stem, _, suffix = key.rpartition(".")
+        return f"{stem.replace('/', '--')}_{suffix}_{number}"
+    shown = re.sub(r"[^A-Za-z0-9]+", "_", key.rpartition("/")[2]).strip("_")[:32]
+    return f"{shown or 'image'}-{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}_{number}"
+
+
+def _info(row: dict[str, Any], name: str) -> dict[str, Any]:
+    return {"name": name} | {field: row[field] for field in ("key", "draw", "scale", "time")}
+
+
+def _hr_png(source: FinishedDataset, row: dict[str, Any]) -> bytes:
+    return row["hr"]["bytes"] or images.encode_png(source.hr_of(row))
+
+
+def _size_of(png: bytes) -> tuple[int, int]:
+    """Height and width."""
+    width, height = struct.unpack(">II", png[16:24])
+    return height, width

@@ -1,0 +1,134 @@
+"""The layout of a synthesized dataset: names of its objects and their schemas.
+
+    OUTPUT/config.yaml  plan/part-000000.parquet ...  data/part-000000.parquet ...  rejects/part-000000.parquet ...
+           manifest.parquet  README.md  preview.png  _SUCCESS
+
+A shard is planned before any work starts, and its plan never changes. A finished shard has two objects of its number,
+each put whole. The first is in `rejects/`: its schema metadata holds the shard's `Record` (rows, bytes and sha256 of
+the data part, statistics). The second is in `data/`: its bytes depend on the images alone. A shard is done when both
+are there, the data part has the size in the record, and the record's recipe (configuration and files) is the one that
+is wanted now. So a restart needs no state but these objects. Data is put only where there is none yet: of two drivers
+on one output, the second finds the first one's shard, equal to the byte, and leaves it.
+
+The plan grows by parts: `extend` and `retry_rejects` append one, with shards of new numbers. A key is planned again
+only after a shard rejected it. The newest shard that names a key decides.
+"""
+
+import json
+import re
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from degflow.storage import Place
+
+CONFIG, PLAN, DATA, REJECTS = "config.yaml", "plan", "data", "rejects"
+MANIFEST, CARD, PREVIEW, SUCCESS = "manifest.parquet", "README.md", "preview.png", "_SUCCESS"
+_TOP = (CONFIG, MANIFEST, CARD, PREVIEW, SUCCESS)
+PART = re.compile(r"(plan|data|rejects)/part-\d{6,}\.parquet")
+_LEFTOVER = re.compile(r"((?:plan/|data/|rejects/)?)\.(.+)\.[0-9a-f]{32}")
+
+SOURCE = pa.schema([("key", pa.string()), ("size", pa.int64()), ("etag", pa.string())])
+PLAN_ROW = pa.schema([("shard", pa.int32()), *SOURCE])
+_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+_ROW_FIELDS = {
+    "key": pa.string(),
+    "draw": pa.int32(),
+    "scale": pa.float64(),
+    "time": pa.float64(),
+    "lr": _IMAGE,
+    "hr": _IMAGE,
+    "height": pa.int32(),
+    "width": pa.int32(),
+    "hr_sha256": pa.string(),
+    "seed": pa.int64(),
+    "model_sha256": pa.string(),
+}
+_FEATURES = {
+    name: {"_type": "Image"} if kind == _IMAGE else {"_type": "Value", "dtype": str(kind).replace("double", "float64")}
+    for name, kind in _ROW_FIELDS.items()
+}
+ROW = pa.schema(list(_ROW_FIELDS.items()), {"huggingface": json.dumps({"info": {"features": _FEATURES}})})
+REJECT = pa.schema([("key", pa.string()), ("stage", pa.string()), ("error", pa.string()), ("attempts", pa.int32())])
+
+
+class Reject(NamedTuple):
+    """A file that gave no rows: where it stopped (read, decode, degrade or encode), why, and after how many tries."""
+
+    key: str
+    stage: str
+    error: str
+    attempts: int = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished shard, one row of the manifest.
+
+    `recipe` is the digest of the configuration and of the planned files that it was made from. `seconds` is the time
+    from its first read to its last write. `psnr` (HR against LR, in dB, at most 99), `clipped` (share of LR values at 0
+    or 255) and `colour_shift` (distance of the mean colours, in levels of 255) are means over its rows, before any
+    resize, and null without rows.
+    """
+
+    part: str
+    rows: int
+    rejects: int
+    bytes: int
+    sha256: str
+    recipe: str
+    seconds: float
+    psnr: float | None
+    clipped: float | None
+    colour_shift: float | None
+
+
+MANIFEST_ROW = pa.schema(
+    [
+        *[
+            (field.name, {str: pa.string(), int: pa.int64()}.get(field.type, pa.float64()))  # pyright: ignore[reportArgumentType, reportCallIssue]
+            for field in fields(Record)
+        ],
+        ("retried", pa.int64()),  # of the rejects, those that a newer shard takes again
+    ]
+)
+
+
+def part_name(folder: str, number: int) -> str:
+    """Name of a plan part or of a shard's data or rejects, e.g. "data/part-000012.parquet"."""
+    return f"{folder}/part-{number:06d}.parquet"
+
+
+def find_objects(output: Place) -> list[str]:
+    """Every object of this layout that is there, in the order to delete them; leftovers of killed writes included.
+
+    So that what a kill leaves is still this job's: _SUCCESS goes first, the newest parts before older ones, and the
+    configuration last.
+    """
+    names = [file.key for file in output.files() if _is_ours(file.key) or is_leftover(file.key)]
+    names.sort(reverse=True)
+    return sorted(names, key=lambda name: (name != SUCCESS, name == CONFIG))
+
+
+def is_leftover(name: str) -> bool:
+    """Whether this is the hidden file of a local write that was killed before it was renamed into place."""
+    match = _LEFTOVER.fullmatch(name)
+    return bool(match) and _is_ours("".join(match.groups()))
+
+
+def _is_ours(name: str) -> bool:
+    return name in _TOP or bool(PART.fullmatch(name))
+
+
+def serialise(table: pa.Table) -> bytes:
+    """A table as the bytes of a parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
+
+
+def read_table(place: Place, name: str) -> pa.Table:
+    """Read a small parquet file whole."""
+    return pq.read_table(pa.BufferReader(place.read(name)))

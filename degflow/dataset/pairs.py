@@ -1,0 +1,260 @@
+"""A finished dataset as a PyTorch dataset of (LR, HR) pairs.
+
+1. An epoch is one sequence of rows: the parts in an order drawn from (seed, epoch), their rows as stored. Every loader
+   worker of every rank takes one contiguous slice of it. The slices have equal length to one row, whatever the number
+   of parts, overlap nowhere and leave nothing out.
+2. A buffer of bounded size shuffles the slice. It is run on row numbers alone, so that a resumed epoch replays it
+   without reading, and then reads only the rows that are still to come.
+3. Crop, flips and rotation of a row follow from (seed, epoch, key, draw), whoever reads it.
+"""
+
+import hashlib
+import itertools
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+from torch.utils.data import IterableDataset, get_worker_info
+
+from degflow import images
+from degflow.dataset.reader import FinishedDataset
+
+_BUFFER_BYTES, _BUFFER_ROWS = 256 << 20, 1024
+
+
+class SynthesizedPairs(IterableDataset[dict[str, Any]]):
+    """The rows of a finished dataset, for training.
+
+    An element is a dict with
+        lr, hr: float32 "3 H W" in [-1, 1].
+        scale, time: float; collated, float64 "B".
+        key, draw: str and int; the two name a row.
+
+    `crop` cuts `lr` to crop x crop at a random place, and `hr` at the same one. In a dataset of `size=same` both have
+    that size. In one of `size=scaled`, `hr` has round(crop * scale) pixels a side, so a batch needs equal scales (or a
+    collate_fn of its own): the crops share their centre to within half an HR pixel, and exactly where the scale is
+    whole and HR's sides are multiples of it. An image smaller than its crop is continued by reflection.
+
+    All ranks must have equally many loader workers, which start in any multiprocessing context, whatever the storage.
+    `set_epoch` reaches them, persistent ones too. At the end of an epoch a rank may have one batch per worker less than
+    another; where that would leave one waiting, `repeat` has no end. Frameworks that split an IterableDataset among
+    ranks themselves (Accelerate's `prepare`) want rank=0, world=1. With loader workers the state is kept by torchdata's
+    StatefulDataLoader; without, DataLoader and `state_dict` do as well.
+
+    A worker's memory holds `buffer` rows as PNG, one row group (100 rows or some 64 MB; with Arrow's own buffers
+    some 240 MB), and the pair being decoded.
+
+    Args:
+        uri: the dataset's folder or URI.
+        crop: side of the LR crops, in pixels; None gives whole images.
+        flips: mirror at random, left to right and upside down.
+        rotations: turn by 0, 90, 180 or 270 degrees at random.
+        shuffle: parts in an order by (seed, epoch), and rows through the buffer; False: as stored.
+        buffer: rows to shuffle among; None: as many as take some 256 MB on average, at most 1024.
+        seed: decides order, crops, flips and rotations.
+        repeat: go on with the next epoch for ever.
+        rank, world: of this process; None: torch.distributed's, else RANK's and WORLD_SIZE's, else one process.
+        verify: compare each part with the manifest's sha256 before its first use.
+
+    Raises:
+        ValueError: no finished dataset, or a bad argument; while reading, a part or a source that is
+            missing or not as it was.
+        OSError: a part that cannot be read.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        *,
+        crop: int | None = None,
+        flips: bool = False,
+        rotations: bool = False,
+        shuffle: bool = True,
+        buffer: int | None = None,
+        seed: int = 0,
+        repeat: bool = False,
+        rank: int | None = None,
+        world: int | None = None,
+        verify: bool = False,
+    ):
+        self.rank, self.world = _processes(rank, world)
+        rules = (
+            ("crop", crop, crop is None or crop >= 1, "must be None or at least 1"),
+            ("buffer", buffer, buffer is None or buffer >= 1, "must be None or at least 1"),
+            ("seed", seed, seed >= 0, "must not be negative"),
+        )
+        for name, value, kept, rule in rules:
+            if not kept:
+                raise ValueError(f"{name}={value}: {rule}")
+        self.dataset = FinishedDataset(uri, verify)
+        self.crop, self.flips, self.rotations = crop, flips, rotations
+        self.shuffle, self.seed, self.repeat = shuffle, seed, repeat
+        self._total = sum(part.rows for part in self.dataset.parts)
+        size = sum(part.bytes for part in self.dataset.parts)
+        self.buffer = buffer or max(1, min(_BUFFER_ROWS, _BUFFER_BYTES * self._total // max(1, size)))
+        self._scaled = self.dataset.recipe["size"] == "scaled"
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that are already running
+        self._at = (0, 0)  # epoch, and rows given of it
+        self._resume: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        """Rows of this rank in one epoch."""
+        return self._total * (self.rank + 1) // self.world - self._total * self.rank // self.world
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration gives."""
+        self._epoch.fill_(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where this process is, for `load_state_dict` of the same worker of the same rank."""
+        consumer, consumers = self._consumer()
+        epoch, position = self._at
+        place = {"epoch": epoch, "position": position, "consumer": consumer, "consumers": consumers}
+        return place | {"identity": self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next iteration go on after the last row of the state, with the same rows in the same order.
+
+        Raises:
+            ValueError: the state is of another dataset, other arguments, or another number of ranks and workers.
+        """
+        here = self._identity() | dict(zip(("consumer", "consumers"), self._consumer(), strict=True))
+        there = state["identity"] | {name: state[name] for name in ("consumer", "consumers")}
+        if changed := [
+            f"{name} was {there.get(name)}, now {value}" for name, value in here.items() if there.get(name) != value
+        ]:
+            raise ValueError(f"{self.dataset.uri}: the state does not fit: {'; '.join(changed)}")
+        self._resume = self._at = state["epoch"], state["position"]
+        self.set_epoch(state["epoch"])
+
+    def _identity(self) -> dict[str, Any]:
+        names = ("crop", "flips", "rotations", "shuffle", "buffer", "seed", "repeat")
+        return {"manifest": self.dataset.sha256} | {name: getattr(self, name) for name in names}
+
+    def _consumer(self) -> tuple[int, int]:
+        worker = get_worker_info()
+        number, count = (worker.id, worker.num_workers) if worker else (0, 1)
+        return self.rank * count + number, self.world * count
+
+    def _slice(self) -> tuple[int, int]:
+        """First row of the epoch that is this worker's, and the first that is not."""
+        consumer, consumers = self._consumer()
+        return self._total * consumer // consumers, self._total * (consumer + 1) // consumers
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self._at = self._resume or (int(self._epoch), 0)
+        self._resume = None
+        return self._samples(*self._at)
+
+    def _samples(self, epoch: int, position: int) -> Iterator[dict[str, Any]]:
+        first, last = self._slice()
+        for number in itertools.count(epoch) if self.repeat and first < last else (epoch,):
+            for row in self._rows(number, position):
+                position += 1
+                self._at = number, position
+                yield self._sample(number, row)
+            position = 0
+
+    def _rows(self, epoch: int, position: int) -> Iterator[dict[str, Any]]:
+        """This worker's rows of an epoch, from `position` on."""
+        first, last = self._slice()
+        order = iter(range(last - first))
+        if self.shuffle:
+            random = np.random.default_rng((self.seed, 1, epoch, self._consumer()[0]))
+            order = _shuffled(last - first, self.buffer, random)
+        wanted = np.ones(last - first, bool)
+        wanted[np.fromiter(itertools.islice(order, position), np.int64)] = False
+        stored, held = self._stored(epoch, first, wanted), {}
+        for number in order:
+            while number not in held:
+                found, row = next(stored)
+                held[found] = row
+            yield held.pop(number)
+
+    def _stored(self, epoch: int, first: int, wanted: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The wanted rows of the slice that begins at row `first` of the epoch, in the epoch's stored order."""
+        parts = self.dataset.parts
+        if self.shuffle:
+            parts = [parts[n] for n in np.random.default_rng((self.seed, 0, epoch)).permutation(len(parts))]
+        begin = -first  # of the part, in the slice
+        for part in parts:
+            mask = np.zeros(part.rows, bool)
+            low, high = max(0, begin), min(len(wanted), begin + part.rows)
+            if low < high:
+                mask[low - begin : high - begin] = wanted[low:high]
+            if mask.any():
+                yield from ((begin + n, row) for n, row in self.dataset.rows(part, mask))
+            begin += part.rows
+
+    def _sample(self, epoch: int, row: dict[str, Any]) -> dict[str, Any]:
+        lr, hr = self.dataset.lr_of(row), self.dataset.hr_of(row)
+        digest = hashlib.blake2b(f"{self.seed}/{epoch}/{row['draw']}/{row['key']}".encode(), digest_size=16).digest()
+        random = np.random.default_rng(int.from_bytes(digest, "little"))
+        if self.crop:
+            lr, hr = aligned_crops(lr, hr, self.crop, row["scale"] if self._scaled else 1.0, random)
+        if self.flips:
+            steps = tuple(int(step) for step in random.choice((-1, 1), 2))
+            lr, hr = (image[:: steps[0], :: steps[1]] for image in (lr, hr))
+        if self.rotations:
+            turns = int(random.integers(4))
+            lr, hr = np.rot90(lr, turns), np.rot90(hr, turns)
+        names = ("scale", "time", "key", "draw")
+        return {"lr": images.to_tensor(lr), "hr": images.to_tensor(hr)} | {name: row[name] for name in names}
+
+
+def _processes(rank: int | None, world: int | None) -> tuple[int, int]:
+    if rank is None and world is None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        else:
+            rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if rank is None or world is None or not 0 <= rank < world:
+        raise ValueError(f"rank={rank}, world={world}: must be given together, with 0 <= rank < world")
+    return rank, world
+
+
+def _shuffled(count: int, buffer: int, random: np.random.Generator) -> Iterator[int]:
+    """0 .. count - 1, each taken at random from those of a buffer that the next in order then fills."""
+    held: list[int] = []
+    for number in range(count):
+        if len(held) < buffer:
+            held.append(number)
+            continue
+        place = int(random.integers(buffer))
+        yield held[place]
+        held[place] = number
+    random.shuffle(held)
+    yield from held
+
+
+def aligned_crops(
+    lr: np.ndarray, hr: np.ndarray, crop: int, scale: float, random: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cut the same random place out of both.
+
+    Args:
+        lr: uint8 "h w 3".
+        hr: uint8 "H W 3", at each side `scale` times `lr` to rounding.
+        crop: side of the LR crop.
+        scale: side of the HR crop / side of the LR crop.
+        random: where.
+
+    Returns:
+        "crop crop 3", and "S S 3" with S = round(crop * scale) around the same centre, to half an HR pixel.
+    """
+    side, places = round(crop * scale), []
+    for small, large in zip(lr.shape[:2], hr.shape[:2], strict=True):
+        start = int(random.integers(max(0, small - crop) + 1))
+        centre = (start + crop / 2) * large / small
+        places.append((start, min(max(0, round(centre - side / 2)), max(0, large - side))))
+    (top, left), (hr_top, hr_left) = zip(*places, strict=True)
+    return _window(lr, top, left, crop), _window(hr, hr_top, hr_left, side)
+
+
+def _window(pixels: np.ndarray, top: int, left: int, side: int) -> np.ndarray:
+    cut = pixels[top : top + side, left : left + side]
+    missing = [(0, side - found) for found in cut.shape[:2]]
+    return np.pad(cut, (*missing, (0, 0)), mode="reflect") if cut.shape[:2] != (side, side) else cut

@@ -1,0 +1,106 @@
+"""The plan: which photographs each shard takes. It is written before any work starts, and only ever grows."""
+
+from collections.abc import Iterable
+from typing import Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+
+from degflow.dataset.layout import PART, PLAN, PLAN_ROW, SOURCE, part_name, read_table, serialise
+from degflow.storage import Place, Source
+
+pc: Any = pyarrow.compute  # its functions are made at import, unseen by type checkers
+Part: TypeAlias = pa.Table  # of PLAN_ROW
+
+
+class Plan:
+    """Which files each shard takes: shards are numbered from 0, and a shard's files are in the order of their keys.
+
+    Args:
+        table: of PLAN_ROW, in the order of the shards.
+        parts: how many objects hold it.
+    """
+
+    def __init__(self, table: pa.Table, parts: int):
+        self.table, self.parts = table.combine_chunks(), parts
+        shards = self.table["shard"].to_numpy()
+        count = int(shards[-1]) + 1 if len(shards) else 0
+        self.offsets = np.searchsorted(shards, np.arange(count + 1))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, number: int) -> list[Source]:
+        first, end = self.offsets[number], self.offsets[number + 1]
+        rows = self.table.select(SOURCE.names).slice(first, end - first)
+        return [Source(*row) for row in zip(*(column.to_pylist() for column in rows.columns), strict=True)]
+
+    def task(self, number: int) -> pa.Table:
+        """One row: the shard's number and its files, as lists."""
+        first, end = self.offsets[number], self.offsets[number + 1]
+        rows = self.table.select(SOURCE.names).slice(first, end - first).to_struct_array()
+        whole = pa.concat_arrays(rows.chunks)
+        return pa.table({"shard": [number], "sources": pa.ListArray.from_arrays([0, len(whole)], whole)})
+
+    @property
+    def files(self) -> int:
+        """Files named, however often."""
+        return pc.count_distinct(self.table["key"]).as_py()
+
+    @property
+    def bytes(self) -> int:
+        """Their sizes together, as far as these are known."""
+        return pc.sum(pc.max_element_wise(self.table["size"], 0)).as_py() or 0
+
+    def images(self, numbers: Iterable[int]) -> int:
+        """How many files these shards name."""
+        return sum(int(self.offsets[n + 1] - self.offsets[n]) for n in numbers)
+
+    def newest(self) -> dict[str, int]:
+        """The deciding shard of every key that is planned more than once."""
+        counts = pc.value_counts(self.table["key"])
+        repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+        again = self.table.filter(pc.is_in(self.table["key"], repeated))
+        return dict(zip(again["key"].to_pylist(), again["shard"].to_pylist(), strict=True))
+
+    def sample(self, count: int) -> list[Source]:
+        """Up to so many files, spread evenly over the plan."""
+        places = np.unique(np.linspace(0, len(self.table) - 1, count).round().astype(int)) if len(self.table) else []
+        rows = self.table.select(SOURCE.names).take(pa.array(places, pa.int64()))
+        return [Source(*row.values()) for row in rows.to_pylist()]
+
+    def next_part(self, sources: pa.Table, images: int) -> Part:
+        """These files (a table of SOURCE) in new shards of at most so many images."""
+        shards = np.arange(len(sources), dtype=np.int32) // images + len(self)
+        return sources.add_column(0, PLAN_ROW.field("shard"), pa.array(shards, pa.int32())).cast(PLAN_ROW)
+
+    def plus(self, part: Part) -> "Plan":
+        """The plan with a part more."""
+        return Plan(pa.concat_tables([self.table, part]), self.parts + 1)
+
+    @classmethod
+    def empty(cls) -> "Plan":
+        """A plan of nothing."""
+        return cls(PLAN_ROW.empty_table(), 0)
+
+
+def joined(first: Part | None, second: Part) -> Part:
+    """Two parts, numbered one after the other, as one."""
+    return second if first is None else pa.concat_tables([first, second])
+
+
+def write_part(output: Place, number: int, part: Part) -> bool:
+    """Write a part of the plan; False, and nothing written, when there is one of its number already."""
+    return output.write(part_name(PLAN, number), serialise(part), new=True)
+
+
+def read_plan(output: Place) -> Plan:
+    """The plan; of nothing when nothing is planned yet."""
+    tables = [read_table(output, file.key).cast(PLAN_ROW) for file in output.files(PLAN) if PART.fullmatch(file.key)]
+    return Plan(pa.concat_tables(tables), len(tables)) if tables else Plan.empty()
+
+
+def count_parts(output: Place) -> int:
+    """How many parts the plan has."""
+    return sum(bool(PART.fullmatch(file.key)) for file in output.files(PLAN))

@@ -1,0 +1,136 @@
+"""A finished dataset: what `synthesize` left, read through its manifest."""
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL.PngImagePlugin import PngImageFile
+
+from degflow import config, images
+from degflow.dataset.layout import CONFIG, MANIFEST, SUCCESS
+from degflow.storage import Place, split_uri
+
+_CHUNK = 8 << 20  # bytes read at a time where a part's sha256 is checked
+
+
+class Part(NamedTuple):
+    """A data part as the manifest describes it."""
+
+    name: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+class FinishedDataset:
+    """A dataset that has its `_SUCCESS`.
+
+    It keeps no open connection: it can be pickled, and used in forked and in spawned processes.
+
+    Args:
+        uri: the dataset's folder or URI.
+        verify: compare each part with the manifest's sha256 before its first use in a process; reads it twice.
+
+    Raises:
+        ValueError: no finished dataset there.
+    """
+
+    def __init__(self, uri: str, verify: bool = False):
+        self.uri, self.verify = uri, verify
+        place = Place(uri)
+        if not place.exists(SUCCESS):
+            raise ValueError(f"{uri}: no finished dataset ({SUCCESS} is missing); synthesize writes it last")
+        manifest = place.read(MANIFEST)
+        table = pq.read_table(pa.BufferReader(manifest), columns=["part", "rows", "bytes", "sha256"])
+        records = [Part(*row) for row in zip(*(column.to_pylist() for column in table.columns), strict=True)]
+        self.parts = [part for part in records if part.rows]
+        self.sha256 = hashlib.sha256(manifest).hexdigest()
+        self.recipe: dict[str, Any] = config.read(place.read(CONFIG).decode())
+        self._verified: set[str] = set()
+
+    def rows(self, part: Part, wanted: np.ndarray | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Rows of a part in stored order, each with its number; memory holds one row group at a time.
+
+        Args:
+            part: one of `parts`.
+            wanted: bool "rows", which of them; row groups without one are not read.
+
+        Raises:
+            ValueError: the part is missing, or not what the manifest describes; the message names it.
+            OSError: the part cannot be read, or is damaged inside; the message names it.
+        """
+        place = Place(self.uri)
+        where = place.uri_of(part.name)
+        try:
+            with place.open(part.name) as file:
+                self._check(file, where, part)
+                parquet = pq.ParquetFile(file, pre_buffer=True)
+                if parquet.metadata.num_rows != part.rows:
+                    raise ValueError(f"{where}: {parquet.metadata.num_rows} rows, where the manifest says {part.rows}")
+                first = 0
+                for group in range(parquet.num_row_groups):
+                    count = parquet.metadata.row_group(group).num_rows
+                    chosen = np.arange(count) if wanted is None else np.flatnonzero(wanted[first : first + count])
+                    if len(chosen):
+                        table = parquet.read_row_group(group)
+                        yield from ((first + n, table.slice(n, 1).to_pylist()[0]) for n in chosen.tolist())
+                        del table
+                    first += count
+        except FileNotFoundError:
+            raise ValueError(f"{where}: no such part, though the manifest lists it") from None
+        except (pa.ArrowException, OSError) as error:  # Arrow calls some kinds of damage an OSError
+            raise OSError(f"{where}: cannot be read ({type(error).__name__}: {error})") from error
+
+    def _check(self, file: BinaryIO, where: str, part: Part) -> None:
+        if (size := file.seek(0, os.SEEK_END)) != part.bytes:
+            raise ValueError(f"{where}: {size} bytes, where the manifest says {part.bytes}")
+        file.seek(0)
+        if not self.verify or part.name in self._verified:
+            return
+        digest = hashlib.sha256()
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+        if digest.hexdigest() != part.sha256:
+            raise ValueError(f"{where}: sha256 {digest.hexdigest()}, where the manifest says {part.sha256}")
+        self._verified.add(part.name)
+
+    def lr_of(self, row: dict[str, Any]) -> np.ndarray:
+        """LR image of a row, uint8 "H W 3"."""
+        return _png(row, "lr")
+
+    def hr_of(self, row: dict[str, Any]) -> np.ndarray:
+        """HR image of a row, uint8 "H W 3": exactly the pixels that were degraded.
+
+        Raises:
+            ValueError: with `hr=reference`, the source is gone or has changed.
+        """
+        if row["hr"]["bytes"] is not None:
+            return _png(row, "hr")
+        return images.decode(_source(row), max_pixels=self.recipe["max_pixels"])
+
+
+def _png(row: dict[str, Any], name: str) -> np.ndarray:
+    try:
+        # The format's own class: an LR image may be smaller than `images.decode` accepts.
+        with PngImageFile(io.BytesIO(row[name]["bytes"])) as image:
+            return np.asarray(image)
+    except Exception as error:  # Pillow's decoders raise many kinds
+        raise ValueError(f"{row['key']}, draw {row['draw']}: damaged {name} ({error})") from error
+
+
+def _source(row: dict[str, Any]) -> bytes:
+    path, key = row["hr"]["path"], row["key"]
+    # A key may hold what a URI would give a meaning to; the input's root was given as one.
+    place, name = (Place(path.removesuffix(f"/{key}")), key) if path.endswith(f"/{key}") else split_uri(path)
+    try:
+        data = place.read(name)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no longer there; draw {row['draw']} was made from it") from None
+    if (found := hashlib.sha256(data).hexdigest()) != row["hr_sha256"]:
+        raise ValueError(f"{path}: changed since it was degraded (sha256 {found}, was {row['hr_sha256']})")
+    return data

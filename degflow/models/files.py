@@ -1,0 +1,48 @@
+"""Checkpoint files that describe themselves: one safetensors file, with a JSON description in its metadata."""
+
+import hashlib
+import json
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from degflow.storage import split_uri
+
+
+def save_checkpoint(uri: str, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
+    """Write tensors and a JSON description of what they are as one safetensors file."""
+    place, name = split_uri(uri)
+    contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    place.write(name, safetensors.torch.save(contiguous, {"degflow": json.dumps(description)}))
+
+
+def load_checkpoint(uri: str, *kinds: str) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """Read a file of `save_checkpoint`.
+
+    Args:
+        uri: the file.
+        kinds: what its description may call itself, e.g. "degrader"; none: anything.
+
+    Returns:
+        The tensors, the description, and the file's sha256.
+
+    Raises:
+        ValueError: no such file, not safetensors, or of another kind; the message names the file.
+    """
+    place, name = split_uri(uri)
+    try:
+        data = place.read(name)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise ValueError(f"{uri}: no such file") from None
+    try:
+        tensors = safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        description = json.loads(header["__metadata__"]["degflow"])
+        found = description["kind"]
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{uri}: not a degflow checkpoint ({type(error).__name__}: {error})") from None
+    if kinds and found not in kinds:
+        raise ValueError(f"{uri}: of kind {found!r}, where {' or '.join(map(repr, kinds))} is needed")
+    return tensors, description, hashlib.sha256(data).hexdigest()

@@ -1,0 +1,127 @@
+"""The two ends of a shard's way, which need CPUs alone: a planned file -> pixels, and pixels with LR images -> rows.
+
+Both run wherever there is a CPU, also on nodes that hold no degrader; so this room imports no torch, which takes
+seconds and hundreds of megabytes.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from degflow import images
+from degflow.dataset.layout import Reject
+from degflow.storage import Place, Source, StorageError
+
+
+class Loaded(NamedTuple):
+    """A decoded HR image."""
+
+    key: str
+    pixels: np.ndarray  # uint8 "H W 3"
+    sha256: str  # of the file
+
+
+class Encoded(NamedTuple):
+    """The rows of one image, keys as in `dataset.ROW`, and the sums of psnr, clipped and colour_shift over them."""
+
+    rows: list[dict[str, Any]]
+    statistics: np.ndarray
+
+
+class Draw(NamedTuple):
+    """One LR image of an HR image: its scale, and that as time in [0, 1]."""
+
+    scale: float
+    time: float
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How a run reads its files and writes its rows; small, for it travels with every task."""
+
+    root: str  # URI of what the keys are below
+    max_pixels: int
+    embed: bool  # HR as PNG in every row, or as URI
+    scaled: bool  # LR shrunk by its scale
+    png_level: int
+    seed: int
+    model_sha256: str
+
+    def load(self, source: Source) -> Loaded | Reject:
+        """Read and decode a file.
+
+        Raises:
+            StorageError: the store itself does not answer, for this file or any other, or refuses us altogether.
+        """
+        place = Place(self.root)
+        try:
+            images.check_bytes(source.size, self.max_pixels)
+            data, etag = place.read_tagged(source.key)
+        except FileNotFoundError:
+            return Reject(source.key, "read", "no longer there")
+        except images.ImageError as error:
+            return Reject(source.key, "read", str(error))
+        except (StorageError, PermissionError) as error:
+            if not place.local and not place.answers():
+                raise StorageError(str(error), getattr(error, "attempts", 1)) from None
+            return Reject(source.key, "read", str(error), getattr(error, "attempts", 1))
+        except Exception as error:  # object stores raise more than OSError
+            return Reject(source.key, "read", _reason(error))
+        if source.size not in (-1, len(data)) or source.etag not in ("", etag):
+            planned = f"size {source.size}, tag {source.etag}"
+            return Reject(source.key, "read", f"changed since the plan: {planned}, now size {len(data)}, tag {etag}")
+        try:
+            pixels = images.decode(data, max_pixels=self.max_pixels)
+        except (images.ImageError, MemoryError) as error:
+            return Reject(source.key, "decode", _reason(error))
+        return Loaded(source.key, pixels, hashlib.sha256(data).hexdigest())
+
+    def encode(self, item: Loaded, draws: Sequence[Draw], lrs: np.ndarray) -> Encoded | Reject:
+        """Make an image's rows; `lrs` is uint8 "N H W 3"."""
+        try:
+            hr = self._hr_of(item)
+            rows = [self._row(item, n, draw, lr, hr) for n, (draw, lr) in enumerate(zip(draws, lrs, strict=True))]
+            return Encoded(rows, np.stack([_compare(item.pixels, lr) for lr in lrs]).sum(0))
+        except Exception as error:  # Pillow's encoders raise many kinds
+            return Reject(item.key, "encode", _reason(error))
+
+    def _hr_of(self, item: Loaded) -> dict[str, Any]:
+        if self.embed:
+            return {"bytes": images.encode_png(item.pixels, self.png_level), "path": item.key}
+        place = Place(self.root)  # a local URI may be relative to a folder that no reader knows
+        return {"bytes": None, "path": place.path(item.key) if place.local else place.uri_of(item.key)}
+
+    def _row(self, item: Loaded, number: int, draw: Draw, lr: np.ndarray, hr: dict[str, Any]) -> dict[str, Any]:
+        if self.scaled:
+            lr = images.resize(lr, *images.shrunk_size(lr.shape[0], lr.shape[1], draw.scale))
+        return {
+            "key": item.key,
+            "draw": number,
+            "scale": draw.scale,
+            "time": draw.time,
+            "lr": {"bytes": images.encode_png(lr, self.png_level), "path": f"{item.key}.{number}.png"},
+            "hr": hr,
+            "height": lr.shape[0],
+            "width": lr.shape[1],
+            "hr_sha256": item.sha256,
+            "seed": self.seed,
+            "model_sha256": self.model_sha256,
+        }
+
+
+def _compare(hr: np.ndarray, lr: np.ndarray) -> np.ndarray:
+    """psnr, clipped and colour_shift of one LR image, as `dataset.Record` defines them."""
+    difference = hr.astype(np.float32) - lr
+    psnr = min(99.0, 10 * math.log10(255**2 / max(float(np.square(difference).mean(dtype=np.float64)), 1e-10)))
+    clipped = float(((lr == 0) | (lr == 255)).mean())
+    shift = np.linalg.norm(difference.mean((0, 1), dtype=np.float64))
+    return np.array([psnr, clipped, shift])
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    return text if isinstance(error, images.ImageError) and text else f"{type(error).__name__}: {text}".rstrip(": ")

@@ -1,0 +1,348 @@
+import os
+import pickle
+import uuid
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from degflow import images
+from degflow.capture.scenes import AlignedCrops, SceneConfig, SceneImages, check_levels, find_scenes
+from degflow.config import load
+from degflow.storage import Place
+
+LEVELS = {"1": 1.0, "2": 2.0, "4": 4.0}
+HEIGHT, WIDTH = 24, 40
+
+
+def coordinates(level, scene=0, height=HEIGHT, width=WIDTH):
+    """Pixels that say where they are: (row, column, level and scene)."""
+    row, column = np.indices((height, width))
+    return np.stack([row, column, np.full_like(row, 10 * scene + level)], -1).astype(np.uint8)
+
+
+def add(place, folder, name, pixels):
+    place.write(f"{folder}/{name}", images.encode_png(pixels))
+
+
+def scene(place, name, number=0, height=HEIGHT, width=WIDTH, labels=("2", "4")):
+    for level, label in enumerate(labels, 1):
+        add(place, label, f"{name}_HR.png", coordinates(0, number, height, width))
+        add(place, label, f"{name}_LR{label}.png", coordinates(level, number, height, width))
+
+
+@pytest.fixture
+def tree(tmp_path):
+    place = Place(str(tmp_path / "Canon [1]/Train"))
+    for number, name in enumerate(("Canon_001", "Canon_002", "Canon_010")):
+        scene(place, name, number)
+    return place
+
+
+def config(place, **changes):
+    return SceneConfig(**({"data": place.uri, "levels": LEVELS, "crop": 16} | changes))
+
+
+def opened(place, **changes):
+    return SceneImages(config(place, **changes), quiet=True)
+
+
+def test_a_scene_is_its_hr_image_and_one_image_per_level(tree):
+    add(tree, "2", "Canon_001_HR.png", coordinates(7))  # HR comes from the lowest level's folder alone
+    scenes, missing = find_scenes(tree.uri, ["1", "2", "4"])
+    assert [found.name for found in scenes] == ["Canon_001", "Canon_002", "Canon_010"]
+    assert scenes[0].files == ("2/Canon_001_HR.png", "2/Canon_001_LR2.png", "4/Canon_001_LR4.png")
+    assert missing == {}
+    pixels = opened(tree).pixels[0]
+    assert pixels.shape == (3, HEIGHT, WIDTH, 3)
+    assert pixels.dtype == np.uint8
+    assert pixels[:, 0, 0, 2].tolist() == [7, 1, 2]
+
+
+def test_levels_choose_the_folders_and_their_order(tree):
+    scenes, _ = find_scenes(tree.uri, ["1", "4"])
+    assert scenes[0].files == ("4/Canon_001_HR.png", "4/Canon_001_LR4.png")
+
+
+def test_labels_may_be_fractions(tree):
+    scene(tree, "Canon_001", labels=("1.532", "3.361"))
+    add(tree, "1.532", "Canon_002_LR1x532.png", coordinates(0))  # the dot is no wildcard
+    scenes, missing = find_scenes(tree.uri, ["1", "1.532", "3.361"])
+    assert [found.files[1] for found in scenes] == ["1.532/Canon_001_LR1.532.png"]
+    assert missing == {}
+
+
+def test_other_files_are_not_scenes(tree):
+    for name in ("2/notes.txt", "2/Canon_003_LR4.png", "2/Canon_004.png", "scenes.csv", "2/deeper/Canon_005_LR2.png"):
+        tree.write(name, b"")
+    scenes, missing = find_scenes(tree.uri, ["1", "2", "4"])
+    assert len(scenes) == 3
+    assert missing == {}
+
+
+def test_files_of_any_accepted_suffix_count(tree):
+    for label in ("2", "4"):
+        tree.write(f"{label}/Canon_050_HR.PNG", images.encode_png(coordinates(0)))
+        tree.write(f"{label}/Canon_050_LR{label}.tiff", images.encode_png(coordinates(1)))
+    assert [found.name for found in find_scenes(tree.uri, ["1", "2", "4"])[0]][-1] == "Canon_050"
+    assert len(opened(tree)) == 4
+
+
+def test_incomplete_scenes_are_counted_and_named(tree):
+    tree.delete("4/Canon_002_LR4.png")
+    add(tree, "2", "Canon_077_LR2.png", coordinates(1))
+    scenes, missing = find_scenes(tree.uri, ["1", "2", "4"])
+    assert [found.name for found in scenes] == ["Canon_001", "Canon_010"]
+    assert missing == {"1": ["Canon_077"], "4": ["Canon_002", "Canon_077"]}
+    found = opened(tree)
+    assert len(found) == 2
+    assert found.missing == missing
+    assert found.describe() == (
+        "2 scenes at levels 1, 2, 4 (40 x 24); 1 without level 1: Canon_077; 2 without level 4: Canon_002, Canon_077"
+    )
+
+
+def test_describe_shortens_long_lists(tree):
+    for number in range(20, 26):
+        scene(tree, f"Canon_{number:03d}", height=16 + number, width=40)
+        add(tree, "2", f"Canon_9{number}_LR2.png", coordinates(0))
+    line = opened(tree).describe()
+    assert line.startswith("9 scenes at levels 1, 2, 4 (40 x 24, 40 x 36, 40 x 37, ...)")
+    assert "6 without level 4: Canon_920, Canon_921, Canon_922, ..." in line
+
+
+def test_a_tree_without_a_whole_scene_says_what_was_found_and_expected(tree):
+    with pytest.raises(
+        ValueError, match=r"no scene has every level of \['1', '2', '3'\] \(found 1: 3, 2: 3, 3: 0\)"
+    ) as error:
+        opened(tree, levels={"1": 1.0, "2": 2.0, "3": 3.0})
+    assert "expected 2/ID_HR.png and 2/ID_LR2.png" in str(error.value)
+    assert tree.uri in str(error.value)
+    with pytest.raises(ValueError, match="found 1: 0, 2: 0, 4: 0"):
+        opened(Place(tree.uri + "/absent"))
+
+
+@pytest.mark.parametrize("resize", [False, True])
+def test_a_file_of_another_size_is_named_with_the_expected_size(tree, resize):
+    add(tree, "4", "Canon_002_LR4.png", coordinates(2, height=HEIGHT + 2))
+    with pytest.raises(ValueError, match=r"4/Canon_002_LR4\.png: 40 x 26 pixels, its HR image 40 x 24; ") as error:
+        opened(tree, resize_lr=resize)
+    assert tree.uri in str(error.value)
+    assert ("takes smaller LR images only" if resize else "resize_lr=true") in str(error.value)
+
+
+def test_the_first_offending_file_is_the_one_named(tree):
+    for name in ("2/Canon_002_LR2.png", "4/Canon_001_LR4.png", "4/Canon_002_LR4.png"):
+        tree.write(name, images.encode_png(coordinates(2, height=HEIGHT - 8)))
+    with pytest.raises(ValueError, match=r"4/Canon_001_LR4\.png: 40 x 16 pixels"):
+        opened(tree)
+
+
+def test_smaller_lr_images_are_brought_to_hrs_grid_when_asked(tree):
+    small = {"2": coordinates(0, height=12, width=20), "4": coordinates(0, height=8, width=10)}
+    for label in ("2", "4"):
+        add(tree, label, f"Canon_002_LR{label}.png", small[label])
+    pixels = opened(tree, resize_lr=True, crop=8).pixels[1]
+    for level, label in enumerate(("2", "4"), 1):
+        np.testing.assert_array_equal(pixels[level], images.resize(small[label], HEIGHT, WIDTH))
+
+
+def test_a_damaged_file_is_named(tree):
+    tree.write("4/Canon_002_LR4.png", b"<html>")
+    with pytest.raises(ValueError, match=r"4/Canon_002_LR4\.png: not a JPEG, PNG, WebP or TIFF file"):
+        opened(tree)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_an_image_smaller_than_the_crop_is_named(tree, tmp_path, cached):
+    cache = str(tmp_path / "cache") if cached else ""
+    assert len(opened(tree, crop=24, cache=cache)) == 3
+    with pytest.raises(ValueError, match=r"2/Canon_001_HR\.png: 40 x 24 pixels, smaller than crop=25"):
+        opened(tree, crop=25, cache=cache)
+
+
+def read(crop):
+    """Row, column and level planes of a sample's images, "K crop crop" each."""
+    return crop["images"].unbind(1)
+
+
+def test_a_sample_is_one_crop_with_the_same_flips_of_every_level(tree):
+    crops, flips, scenes_seen = AlignedCrops(opened(tree), 16, seed=0), set(), set()
+    for n in range(60):
+        sample = crops[n]
+        assert sample["images"].shape == (3, 3, 16, 16)
+        assert sample["images"].dtype == torch.uint8
+        rows, columns, marks = read(sample)
+        assert torch.equal(rows, rows[:1].expand_as(rows))
+        assert torch.equal(columns, columns[:1].expand_as(columns))
+        assert (marks % 10).flatten(1).unique(dim=1).flatten().tolist() == [0, 1, 2]
+        row, column = rows[0, :, 0].int(), columns[0, 0].int()
+        assert rows[0].eq(row[:, None]).all()
+        assert columns[0].eq(column).all()
+        down, right = row[1] - row[0], column[1] - column[0]
+        assert row.diff().eq(down).all()
+        assert column.diff().eq(right).all()
+        flips.add((int(down), int(right)))
+        scenes_seen.add(int(marks[0, 0, 0]) // 10)
+    assert flips == {(1, 1), (1, -1), (-1, 1), (-1, -1)}
+    assert scenes_seen == {0, 1, 2}
+
+
+def test_every_position_is_reached_and_none_beyond(tree):
+    crops, places = AlignedCrops(opened(tree, crop=22), 22, seed=3), set()
+    for n in range(800):
+        rows, columns, _ = read(crops[n])
+        places.add((int(rows.min()), int(columns.min())))
+    assert places == {(top, left) for top in range(3) for left in range(19)}
+
+
+def test_a_crop_of_the_whole_image_works(tmp_path):
+    place = Place(str(tmp_path))
+    scene(place, "A_1", height=16, width=16)
+    rows, _, _ = read(AlignedCrops(opened(place), 16, seed=0)[5])
+    assert sorted(rows[0, :, 0].tolist()) == list(range(16))
+
+
+def test_an_epoch_holds_every_scene_once_and_the_next_is_in_another_order(tree):
+    for number in range(20):
+        scene(tree, f"Canon_1{number:02d}", number % 20)
+    found = opened(tree)
+    crops = AlignedCrops(found, 16, seed=0)
+    drawn = [[int(crops[epoch * 23 + n]["images"][0, 2, 0, 0]) for n in range(23)] for epoch in range(2)]
+    expected = sorted(int(pixels[0, 0, 0, 2]) for pixels in found.pixels)
+    assert sorted(drawn[0]) == sorted(drawn[1]) == expected
+    assert drawn[0] != drawn[1]
+
+
+def same(left, right):
+    return torch.equal(left["images"], right["images"]) and torch.equal(left["draw"], right["draw"])
+
+
+def test_sample_n_depends_on_seed_and_n_alone(tree):
+    found = opened(tree)
+    first = AlignedCrops(found, 16, seed=5)
+    samples = [first[n] for n in range(12)]
+    again = AlignedCrops(opened(tree), 16, seed=5)
+    assert all(same(again[n], samples[n]) for n in reversed(range(12)))
+    np.random.seed(0)
+    torch.manual_seed(0)
+    assert same(again[7], samples[7])
+    assert not any(same(AlignedCrops(found, 16, seed=6)[n], samples[n]) for n in range(12))
+    assert len({float(sample["draw"]) for sample in samples}) == 12
+
+
+def test_draws_are_uniform_in_the_unit_interval(tree):
+    crops = AlignedCrops(opened(tree), 16, seed=0)
+    draws = torch.stack([crops[n]["draw"] for n in range(1000)])
+    assert draws.dtype == torch.float64
+    assert draws.min() >= 0
+    assert draws.max() < 1
+    counts = torch.histc(draws, bins=10, min=0, max=1)
+    assert ((counts - 100) ** 2 / 100).sum() < 28  # chi-squared, 9 degrees of freedom, p = 0.001
+
+
+def test_workers_do_not_change_the_samples(tree):
+    crops = AlignedCrops(opened(tree), 16, seed=0)
+    loader = torch.utils.data.DataLoader(crops, batch_size=None, sampler=range(6), num_workers=2)
+    assert all(same(sample, crops[n]) for n, sample in enumerate(loader))
+
+
+def test_a_cache_gives_the_same_samples_and_is_reused(tree, tmp_path):
+    cache = tmp_path / "cache/decoded"
+    plain, cached = opened(tree), opened(tree, cache=str(cache))
+    assert all(same(AlignedCrops(plain, 16, 1)[n], AlignedCrops(cached, 16, 1)[n]) for n in range(8))
+    assert all(isinstance(pixels, np.memmap) for pixels in cached.pixels)
+    before = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    assert len(before) == 3
+    again = opened(tree, cache=str(cache), crop=8)
+    assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == before
+    np.testing.assert_array_equal(again.pixels[2], plain.pixels[2])
+
+
+def test_processes_that_share_a_cache_begin_with_a_part_each(tree, tmp_path, monkeypatch):
+    order, decode = [], SceneImages._decode
+    monkeypatch.setattr(SceneImages, "_decode", lambda self, scene: order.append(scene.name) or decode(self, scene))
+    names = ["Canon_001", "Canon_002", "Canon_010"]
+    for share, first in (((0, 3), 0), ((1, 3), 1), ((2, 3), 2), ((1, 2), 1)):
+        order.clear()
+        settings = SceneConfig(data=tree.uri, levels=LEVELS, crop=16, cache=str(tmp_path / f"{share}"))
+        shared = SceneImages(settings, quiet=True, share=share)
+        assert order == names[first:] + names[:first]
+        assert [int(pixels[0, 0, 0, 2]) for pixels in shared.pixels] == [0, 10, 20]
+
+
+def test_a_cache_notices_changed_files_and_settings(tree, tmp_path):
+    cache = str(tmp_path / "cache")
+    opened(tree, cache=cache)
+    add(tree, "4", "Canon_002_LR4.png", coordinates(9))
+    os.utime(tree.path("4/Canon_002_LR4.png"), (1, 1))
+    assert opened(tree, cache=cache).pixels[1][2, 0, 0, 2] == 9
+    assert opened(tree, cache=cache, levels={"1": 1.0, "4": 4.0}).pixels[1].shape[0] == 2
+    other = Place(str(tmp_path / "other"))
+    scene(other, "Canon_001", 5)
+    assert opened(other, cache=cache).pixels[0][0, 0, 0, 2] == 50
+
+
+def test_a_cache_file_is_never_half_written_under_its_final_name(tree, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    save = np.save
+
+    def full(path, pixels):
+        with open(path, "wb") as file:
+            save(file, pixels)
+            file.truncate(200)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", full)
+        with pytest.raises(OSError, match="No space"):
+            opened(tree, cache=str(cache))
+    assert list(cache.iterdir()) == []
+    assert len(opened(tree, cache=str(cache))) == 3
+
+
+def test_scenes_are_read_from_any_filesystem(tmp_path):
+    place = Place(f"memory://{uuid.uuid4().hex}")
+    scene(place, "A_1", 3)
+    for cache in ("", str(tmp_path)):
+        found = opened(place, cache=cache)
+        assert found.pixels[0][:, 0, 0, 2].tolist() == [30, 31, 32]
+    place.delete("")
+
+
+def test_scenes_survive_pickling_for_spawned_workers(tree):
+    crops = AlignedCrops(opened(tree), 16, seed=0)
+    assert same(pickle.loads(pickle.dumps(crops))[4], crops[4])
+
+
+def test_levels_come_from_words_with_numbers_as_labels():
+    loaded = load(SceneConfig, ["data=x", "levels={1: 1.0, 2: 2.1}"])
+    assert loaded.levels == {"1": 1.0, "2": 2.1}
+    assert load(SceneConfig, ["data=x"]).levels == LEVELS
+
+
+@pytest.mark.parametrize(
+    ("levels", "rule"),
+    [
+        ({}, "must begin with label 1"),
+        ({"1": 1.0}, "name at least one more"),
+        ({"2": 2.0, "4": 4.0}, "must begin with label 1"),
+        ({"2": 2.0, "1": 1.0}, "must begin with label 1"),
+        ({"1": 1.0, "4": 4.0, "2": 2.0}, "must be above 0 and increase"),
+        ({"1": 1.0, "2": 1.0}, "must be above 0 and increase"),
+        ({"1": 0.0, "2": 2.0}, "must be above 0 and increase"),
+        ({"1": 1.0, "2": float("nan")}, "must be above 0 and increase"),
+    ],
+)
+def test_bad_levels_are_named_with_their_rule(levels, rule):
+    with pytest.raises(ValueError, match=rule) as error:
+        check_levels(levels)
+    assert str(levels) in str(error.value)
+    with pytest.raises(ValueError, match=rule):
+        SceneConfig(data="x", levels=levels)
+
+
+def test_a_crop_below_8_is_refused(tree):
+    with pytest.raises(ValueError, match=r"scenes\.crop=7: must be at least 8"):
+        replace(config(tree), crop=7)

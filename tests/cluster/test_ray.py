@@ -1,0 +1,256 @@
+"""cluster/ray: the submission line of cluster/README.md against a real Ray with its dashboard; the launcher's file."""
+
+import contextlib
+import copy
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import psutil
+import pytest
+import yaml
+from PIL import Image
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from tests import ROOT
+from tests.sources import rows_of, save_model
+
+SHARDS = 16
+KEYS = {"shard.images": 1, "scale.per_image": 4, "actors.threads": 1, "actors.max": 1, "actors.gpus": 0}
+RAY = str(Path(sys.executable).parent / "ray")
+
+
+class Cluster:
+    """`ray start --head` with ports and a folder of its own, and the CLI that talks to its dashboard."""
+
+    def __init__(self, folder):
+        names = (
+            "port",
+            "ray-client-server-port",
+            "dashboard-agent-listen-port",
+            "metrics-export-port",
+            "dashboard-port",
+        )
+        ports = free_ports(len(names))
+        self.port = ports[-1]
+        options = [f"--{name}={port}" for name, port in zip(names, ports, strict=True)]
+        # Another Ray of this machine may have switched tokens on (RAY_AUTH_MODE), and must not be found here.
+        hidden = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "PYTHONPATH")
+        self.environment = {name: value for name, value in os.environ.items() if name not in hidden}
+        self.environment |= {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+        self.environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        fixed = [
+            "--dashboard-host=127.0.0.1",
+            "--num-cpus=2",
+            f"--temp-dir={folder}",
+            "--disable-usage-stats",
+            "--block",
+        ]
+        self.log = (Path(folder) / "head.log").open("wb")
+        self.head = subprocess.Popen(
+            [RAY, "start", "--head", *options, *fixed],
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+        )
+
+    def started(self, seconds=300):
+        """Whether Ray came up; on a busy machine it may miss the 30 s that it gives itself, and ends."""
+        deadline = time.monotonic() + seconds
+        while self.head.poll() is None and time.monotonic() < deadline:
+            if "Ray runtime started" in Path(self.log.name).read_text():
+                with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api/version"):
+                    return True
+            time.sleep(0.5)
+        return False
+
+    def stop(self):
+        processes = psutil.Process(self.head.pid).children(recursive=True) if self.head.poll() is None else []
+        self.head.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.head.wait(30)
+        for process in psutil.wait_procs(processes, timeout=5)[1]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.head.kill()
+        self.head.wait()
+        self.log.close()
+
+    def job(self, verb, *words):
+        """`ray job VERB` from the clone's root: exit status and what it said."""
+        command = [RAY, "job", verb, f"--address=http://127.0.0.1:{self.port}", *words]
+        done = subprocess.run(
+            command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=900, check=False
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    def submit(self, name, *words, options=()):
+        fixed = ["--runtime-env", "cluster/ray/runtime_env.yaml", "--submission-id", name]
+        return self.job("submit", *fixed, *options, "--", "python", "jobs/synthesize.py", *words)
+
+    def info(self, name):
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api/jobs/{name}") as answer:
+            return json.load(answer)
+
+    def stop_job(self, name):
+        """What `ray job stop` sends; the CLI's own start would take longer than what is left to do."""
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/api/jobs/{name}/stop", method="POST")
+        with urllib.request.urlopen(request) as answer:
+            assert json.load(answer)["stopped"] is True
+        deadline = time.monotonic() + 120
+        while self.info(name)["status"] == "RUNNING" and time.monotonic() < deadline:
+            time.sleep(0.2)
+
+
+def free_ports(count):
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    for _ in range(4):
+        folder = tempfile.mkdtemp(prefix="degflow-ray-test-", dir="/tmp")  # short: Ray's sockets lie below it
+        cluster = Cluster(folder)
+        try:
+            if cluster.started():
+                yield cluster
+                return
+            said = Path(cluster.log.name).read_text()
+        finally:
+            cluster.stop()
+            shutil.rmtree(folder, ignore_errors=True)
+    pytest.fail(f"Ray did not start:\n{said}")
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("submitted")
+    (folder / "photos").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (192, 192, 3), np.uint8)
+    for number in range(SHARDS):
+        Image.fromarray(np.roll(noise, number)).save(folder / f"photos/{number:02d}.png")
+    model = save_model(folder / "tiny.safetensors")
+    return [f"input={folder}/photos", f"model={model}", *(f"{name}={value}" for name, value in KEYS.items())]
+
+
+@pytest.fixture(scope="module")
+def finished(cluster, words, tmp_path_factory):
+    """An uninterrupted run: its output, the CLI's exit status and what it said."""
+    output = tmp_path_factory.mktemp("finished") / "set"
+    return output, *cluster.submit("finished", *words, f"output={output}")
+
+
+def content(output):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((output / "data").iterdir())}
+
+
+def test_a_submitted_job_succeeds(cluster, finished):
+    output, code, said = finished
+    assert code == 0, said
+    assert f"{SHARDS * 4} LR images of {SHARDS} photographs in {SHARDS} shards, 0 rejects" in said
+    assert f"dataset: {output}" in said
+    assert "running on a Ray cluster (nodes with CPUs: 1): actors on CPUs" in said
+    assert "Job 'finished' succeeded" in cluster.job("status", "finished")[1]
+    info = cluster.info("finished")
+    assert (info["status"], info["driver_exit_code"]) == ("SUCCEEDED", 0)
+    assert (output / "_SUCCESS").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "word", "reason", "driver"),
+    [
+        ("refused", "scale.high=9", "was trained on scales in [1.0, 4.0]", 1),
+        ("misspelt", "scale.hihg=3", "scale.hihg", 2),
+    ],
+)
+def test_a_failing_job_has_its_status_and_says_why(cluster, words, tmp_path, name, word, reason, driver):
+    code, said = cluster.submit(name, *words, f"output={tmp_path}/set", word)
+    assert code == 1
+    assert reason in said
+    info = cluster.info(name)
+    assert (info["status"], info["driver_exit_code"]) == ("FAILED", driver)
+    assert reason in cluster.job("logs", name)[1]
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_stopped_job_is_completed_by_a_second_submission(cluster, words, finished, tmp_path):
+    output = tmp_path / "set"
+    assert cluster.submit("stopped", *words, f"output={output}", options=["--no-wait"])[0] == 0
+    deadline = time.monotonic() + 600
+    while len(list(output.glob("data/part-*"))) < 2:
+        assert time.monotonic() < deadline, cluster.job("logs", "stopped")[1]
+        assert cluster.info("stopped")["status"] in ("PENDING", "RUNNING"), cluster.job("logs", "stopped")[1]
+        time.sleep(0.1)
+    cluster.stop_job("stopped")
+    assert cluster.info("stopped")["status"] == "STOPPED"
+    time.sleep(2)
+    done = {name: digest for name, digest in content(output).items() if name.startswith("part-")}
+    assert 2 <= len(done) < SHARDS
+    assert not (output / "_SUCCESS").exists()
+    code, said = cluster.submit("again", *words, f"output={output}")
+    assert code == 0, said
+    found = re.search(rf"^{SHARDS} images .* in {SHARDS} shards, (\d+) of them done", said, re.M)
+    assert found
+    assert len(done) <= int(found[1]) < SHARDS
+    assert content(output) == content(finished[0])
+    assert content(output).items() >= done.items()
+    assert len(rows_of(output)) == SHARDS * 4
+
+
+def test_no_more_than_sources_are_sent(cluster, finished):
+    """What the runtime environment's excludes leave out is not in the folder that the job ran in."""
+    assert finished[1] == 0
+    folders = [Path(path).parent for path in Path(cluster.log.name).parent.glob("**/working_dir_files/*/jobs")]
+    assert folders
+    for folder in folders:
+        names = {path.name for path in folder.iterdir()}
+        assert {"degflow", "jobs", "configs", "cluster"} <= names
+        assert not names & {".git", ".venv", "tests", "examples", "runs"}
+        assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 50e6
+
+
+LAUNCHER = yaml.safe_load((ROOT / "cluster/ray/cluster.yaml").read_text())
+
+
+def test_the_launcher_s_file_is_valid():
+    config = prepare_config(copy.deepcopy(LAUNCHER))
+    validate_config(config)
+    types = config["available_node_types"]
+    assert types["head"]["resources"] == {"CPU": 0}
+    assert (types["gpu"]["min_workers"], types["cpu"]["min_workers"]) == (0, 0)
+    assert "--dashboard-host=127.0.0.1" in " ".join(config["head_start_ray_commands"])
+    assert LAUNCHER["file_mounts"] == {"/home/ray/cluster": "cluster"}
+    assert LAUNCHER["setup_commands"][0].endswith("--requirement /home/ray/cluster/requirements.txt")
+    ray = re.search(r"^ray==(.*)$", (ROOT / "cluster/requirements.txt").read_text(), re.M)
+    assert ray
+    images = [LAUNCHER["docker"]["image"], types["gpu"]["docker"]["worker_image"]]
+    assert all(image.startswith(f"rayproject/ray:{ray[1]}-py311") for image in images)
+
+
+@pytest.mark.parametrize(
+    "path", [("idle_timeout_minutes",), ("docker", "image"), ("available_node_types", "gpu", "min_workers")]
+)
+def test_a_misspelt_field_of_the_launcher_s_file_is_refused(path):
+    config = copy.deepcopy(LAUNCHER)
+    parent = config
+    for step in path[:-1]:
+        parent = parent[step]
+    parent[path[-1] + "x"] = parent.pop(path[-1])
+    with pytest.raises((jsonschema.ValidationError, ValueError, AssertionError)):
+        validate_config(prepare_config(config))

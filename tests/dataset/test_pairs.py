@@ -1,0 +1,498 @@
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from degflow import images
+from degflow.dataset import writer
+from degflow.dataset.pairs import SynthesizedPairs, aligned_crops
+from degflow.dataset.reader import FinishedDataset
+from degflow.storage import Place
+from tests.finished import finish, save_coordinates
+from tests.sources import png, rows_of, save_model, save_photos
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model") / "tiny.safetensors")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return save_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="module")
+def made(photos, model, tmp_path_factory):
+    """Nine photographs, two draws each: 18 rows in three parts, HR by reference."""
+    return finish(photos, tmp_path_factory.mktemp("out") / "set", model, "shard.images=3", "scale.per_image=2")
+
+
+@pytest.fixture(scope="module")
+def grid(model, tmp_path_factory):
+    """Forty photographs of 24 x 32 coordinates, one draw each, in parts of 16, 16 and 8 rows, HR embedded."""
+    folder = tmp_path_factory.mktemp("grid")
+    return finish(save_coordinates(folder / "in", 40), folder / "set", model, "shard.images=16", "batch=16")
+
+
+@pytest.fixture(scope="module")
+def scaled(photos, model, tmp_path_factory):
+    return finish(photos, tmp_path_factory.mktemp("out") / "set", model, "shard.images=3", "size=scaled")
+
+
+@pytest.fixture
+def copy(grid, tmp_path):
+    """The same as `grid`, for a test to spoil."""
+    return Path(shutil.copytree(grid, tmp_path / "copy"))
+
+
+def names(samples):
+    return [(sample["key"], sample["draw"]) for sample in samples]
+
+
+def same(left, right):
+    assert left.keys() == right.keys()
+    return all(torch.equal(left[name], right[name]) for name in ("lr", "hr")) and all(
+        left[name] == right[name] for name in ("scale", "time", "key", "draw")
+    )
+
+
+def identity(sample):
+    return sample
+
+
+@pytest.mark.parametrize("source", ["made", "grid", "scaled"])
+def test_every_row_comes_once_with_its_pixels(source, photos, request):
+    uri = request.getfixturevalue(source)
+    rows = rows_of(Path(uri))
+    samples = list(SynthesizedPairs(uri))
+    assert sorted(names(samples)) == sorted(rows)
+    for sample in samples:
+        row = rows[sample["key"], sample["draw"]]
+        assert list(sample) == ["lr", "hr", "scale", "time", "key", "draw"]
+        assert (sample["scale"], sample["time"]) == (row["scale"], row["time"])
+        hr = png(row["hr"]["bytes"]) if row["hr"]["bytes"] else images.decode((photos / row["key"]).read_bytes())
+        for name, pixels in (("lr", png(row["lr"]["bytes"])), ("hr", hr)):
+            assert sample[name].dtype == torch.float32
+            assert torch.equal(sample[name], images.to_tensor(pixels))
+
+
+def test_batches_collate_to_what_the_degrader_takes(grid):
+    batch = next(iter(DataLoader(SynthesizedPairs(grid, crop=16), batch_size=4)))
+    assert batch["lr"].shape == batch["hr"].shape == (4, 3, 16, 16)
+    assert -1 <= batch["hr"].min() < batch["hr"].max() <= 1
+    assert batch["scale"].dtype == batch["time"].dtype == torch.float64
+    assert len(batch["key"]) == len(batch["draw"]) == 4
+
+
+@pytest.mark.parametrize(("world", "workers"), [(2, 2), (3, 0), (1, 1), (50, 0)])
+def test_ranks_and_workers_share_the_rows_out_evenly(grid, world, workers):
+    """Also with more of them than parts (4 for 3), and than rows (50 for 40)."""
+    shares = []
+    for rank in range(world):
+        pairs = SynthesizedPairs(grid, rank=rank, world=world, shuffle=bool(workers))
+        share = names(DataLoader(pairs, batch_size=None, num_workers=workers, collate_fn=identity))
+        assert len(share) == len(pairs)
+        shares.append(share)
+    assert sorted(itertools.chain(*shares)) == sorted(rows_of(Path(grid)))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_rank_and_world_come_from_torch_distributed_or_the_launcher(grid, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    launched = SynthesizedPairs(grid)
+    assert (launched.rank, launched.world, len(launched)) == (1, 4, 10)
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", rank=2, world_size=3, store=FakeStore())
+    try:
+        joined = SynthesizedPairs(grid)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert (joined.rank, joined.world) == (2, 3)
+    given = SynthesizedPairs(grid, rank=0, world=1)
+    assert (given.rank, given.world) == (0, 1)
+
+
+def test_order_follows_from_seed_and_epoch(grid):
+    stored = sorted(rows_of(Path(grid)))
+    assert names(SynthesizedPairs(grid, shuffle=False)) == stored
+    pairs = SynthesizedPairs(grid, buffer=8)
+    first = names(pairs)
+    assert names(pairs) == first == names(SynthesizedPairs(grid, buffer=8))
+    assert sorted(first) == stored != first
+    pairs.set_epoch(1)
+    assert sorted(names(pairs)) == stored
+    assert names(pairs) != first != names(SynthesizedPairs(grid, buffer=8, seed=1))
+    parts = [[key for key, _ in first if int(key[:3]) // 16 == part] for part in range(3)]
+    assert all(keys != sorted(keys) for keys in parts)
+    orders = set()
+    for epoch in range(20):
+        pairs.set_epoch(epoch)
+        orders.add(int(names(pairs)[0][0][:3]) // 16)
+    assert orders == {0, 1, 2}  # any part may be the first
+
+
+def test_the_buffer_bounds_how_far_a_row_is_moved_and_held(grid):
+    order = names(SynthesizedPairs(grid, buffer=4))
+    stored = list(dict.fromkeys(int(key[:3]) // 16 for key, _ in order))
+    place = {
+        key: n
+        for n, key in enumerate(sorted(rows_of(Path(grid)), key=lambda k: (stored.index(int(k[0][:3]) // 16), k)))
+    }
+    assert all(place[key] <= n + 4 for n, key in enumerate(order))
+    assert any(place[key] != n for n, key in enumerate(order))
+
+
+def test_set_epoch_reaches_workers_that_are_already_running(grid):
+    pairs = SynthesizedPairs(grid, crop=8)
+    loader = DataLoader(pairs, batch_size=None, num_workers=2, persistent_workers=True, collate_fn=identity)
+    epochs = []
+    for epoch in range(2):
+        pairs.set_epoch(epoch)
+        epochs.append(list(loader))
+    assert sorted(names(epochs[0])) == sorted(names(epochs[1]))
+    assert names(epochs[0]) != names(epochs[1])
+    again = {(sample["key"], sample["draw"]): sample for sample in epochs[1]}
+    assert not all(same(sample, again[sample["key"], sample["draw"]]) for sample in epochs[0])
+
+
+def test_repeat_goes_on_with_the_next_epoch(grid):
+    endless = iter(SynthesizedPairs(grid, crop=8, repeat=True))
+    for epoch in range(3):
+        pairs = SynthesizedPairs(grid, crop=8)
+        pairs.set_epoch(epoch)
+        assert all(same(sample, next(endless)) for sample in pairs)
+    assert list(SynthesizedPairs(grid, repeat=True, rank=0, world=50)) == []  # it has no row to repeat
+
+
+@pytest.mark.parametrize(("words", "crop"), [({}, 9), ({"flips": True}, 24), ({"flips": True, "rotations": True}, 16)])
+def test_lr_and_hr_are_cut_and_turned_alike(grid, words, crop):
+    """HR pixels are coordinates: LR must be the stored LR image read at them."""
+    rows = rows_of(Path(grid))
+    corners, turned = set(), set()
+    for epoch in range(3):
+        pairs = SynthesizedPairs(grid, crop=crop, **words)
+        pairs.set_epoch(epoch)
+        for sample in pairs:
+            hr, lr = images.to_pixels(sample["hr"]), images.to_pixels(sample["lr"])
+            assert hr.shape == lr.shape == (crop, crop, 3)
+            row, column = (hr[..., n].astype(int) // 2 for n in range(2))
+            np.testing.assert_array_equal(lr, png(rows[sample["key"], 0]["lr"]["bytes"])[row, column])
+            corners.add((row.min(), column.min()))
+            turned.add((int(row[1, 0] - row[0, 0]), int(column[0, 1] - column[0, 0])))
+    assert len(corners) > 5
+    expected = {"": {(1, 1)}, "flips": {(a, b) for a in (1, -1) for b in (1, -1)}}
+    expected["flips rotations"] = expected["flips"] | {(0, 0)}  # transposed
+    assert turned == expected[" ".join(words)]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "scale"), [(96, 120, 2.0), (96, 120, 3.0), (96, 120, 2.37), (101, 87, 2.0), (95, 113, 3.361)]
+)
+def test_crops_of_shrunk_images_share_their_centre(height, width, scale):
+    row, column = np.indices((height, width))
+    hr = np.stack([2 * row, 2 * column, np.zeros_like(row)], -1).astype(np.uint8)
+    lr = images.resize(hr, *images.shrunk_size(height, width, scale))
+    random, exact = np.random.default_rng(0), height % scale == width % scale == 0
+    starts = set()
+    for _ in range(50):
+        small, large = aligned_crops(lr, hr, 16, scale, random)
+        side = round(16 * scale)
+        assert small.shape == (16, 16, 3)
+        assert large.shape == (side, side, 3)
+        inner = small[4:12, 4:12, :2].mean((0, 1)) / 2  # away from the border, where the resize sees an edge
+        apart = np.abs(large[..., :2].mean((0, 1)) / 2 - inner)
+        assert (apart < (0.15 if exact else 0.7)).all()  # half a pixel, and the 8 bits of the coordinates
+        starts.add(tuple(large[0, 0]))
+        if exact:
+            assert (large[0, 0] % (2 * scale) == 0).all()
+    assert len(starts) > 20
+
+
+def test_scaled_crops_have_their_scale(scaled):
+    for sample in SynthesizedPairs(scaled, crop=12, flips=True):
+        assert sample["lr"].shape == (3, 12, 12)
+        side = round(12 * sample["scale"])
+        assert sample["hr"].shape == (3, side, side)
+
+
+def test_an_image_smaller_than_the_crop_is_continued_by_reflection(made):
+    samples = {(s["key"], s["draw"]): s for s in SynthesizedPairs(made, crop=20)}
+    whole = {(s["key"], s["draw"]): s for s in SynthesizedPairs(made)}
+    small, full = samples["smallest.png", 1], whole["smallest.png", 1]
+    for name in ("lr", "hr"):
+        assert full[name].shape == (3, 8, 9)
+        assert small[name].shape == (3, 20, 20)
+        assert torch.equal(small[name][:, :8, :9], full[name])
+        assert torch.equal(small[name][:, 8:15, 0], full[name][:, :7, 0].flip(1))
+
+
+@pytest.mark.parametrize("words", [{"buffer": 7}, {"buffer": 1000}, {"shuffle": False}, {"buffer": 1}])
+def test_a_state_of_any_row_goes_on_exactly(grid, words):
+    words = {"crop": 8, "flips": True, "rotations": True, "rank": 1, "world": 2} | words
+    pairs = SynthesizedPairs(grid, **words)
+    pairs.set_epoch(3)
+    reference = list(pairs)
+    assert len(reference) == 20
+    states = [pairs.state_dict()]
+    for position in range(21):
+        resumed = SynthesizedPairs(grid, **words)
+        resumed.load_state_dict(states[0] | {"position": position})
+        assert resumed.state_dict()["position"] == position
+        rest = []
+        for sample in resumed:
+            rest.append(sample)
+            assert resumed.state_dict() == json.loads(json.dumps(states[0] | {"position": position + len(rest)}))
+        assert len(rest) == 20 - position
+        assert all(map(same, rest, reference[position:]))
+    again = list(resumed)  # the iteration after a resumed one is a whole epoch again
+    assert len(again) == 20
+    assert all(map(same, again, reference))
+
+
+def test_a_resumed_epoch_reads_only_what_is_still_to_come(grid, monkeypatch):
+    read = []
+    rows = FinishedDataset.rows
+
+    def noted(self, part, wanted=None):
+        for number, row in rows(self, part, wanted):
+            read.append(row["key"])
+            yield number, row
+
+    monkeypatch.setattr(FinishedDataset, "rows", noted)
+    pairs = SynthesizedPairs(grid, buffer=4)
+    samples = iter(pairs)
+    given = [next(samples)["key"] for _ in range(30)]
+    assert len(read) <= 34
+    state = pairs.state_dict()
+    read.clear()
+    resumed = SynthesizedPairs(grid, buffer=4)
+    resumed.load_state_dict(state)
+    assert len(list(resumed)) == len(read) == 10
+    assert not set(read) & set(given)
+
+
+@pytest.mark.parametrize("repeat", [False, True])
+def test_a_stateful_loader_goes_on_exactly_in_mid_epoch(grid, repeat):
+    def loader():
+        pairs = SynthesizedPairs(grid, crop=8, flips=True, buffer=6, rank=0, world=2, repeat=repeat)
+        pairs.set_epoch(5)
+        return StatefulDataLoader(pairs, batch_size=3, num_workers=2)
+
+    count = 20 if repeat else 8
+    stop = 13 if repeat else 3
+    running = loader()
+    batches = iter(running)
+    for _ in range(stop):
+        next(batches)
+    state = running.state_dict()
+    rest = [batch for batch, _ in zip(batches, range(count - stop), strict=False)]
+    resumed = loader()
+    resumed.load_state_dict(state)
+    again = [batch for batch, _ in zip(resumed, range(count - stop), strict=False)]
+    assert len(again) == len(rest) == count - stop
+    for left, right in zip(again, rest, strict=True):
+        assert left["key"] == right["key"]
+        assert torch.equal(left["lr"], right["lr"])
+        assert torch.equal(left["hr"], right["hr"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, "seed was 0, now 1"),
+        ({"buffer": 5}, "buffer was 4, now 5"),
+        ({"crop": 16}, "crop was None, now 16"),
+        ({"rank": 1, "world": 2}, "consumer was 0, now 1; consumers was 1, now 2"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(grid, changes, message):
+    state = SynthesizedPairs(grid, buffer=4).state_dict()
+    with pytest.raises(ValueError, match=f"the state does not fit: {message}"):
+        SynthesizedPairs(grid, **({"buffer": 4} | changes)).load_state_dict(state)
+
+
+def test_a_state_of_another_dataset_is_refused(grid, made):
+    with pytest.raises(ValueError, match=r"manifest was [0-9a-f]{64}, now [0-9a-f]{64}"):
+        SynthesizedPairs(made, buffer=4).load_state_dict(SynthesizedPairs(grid, buffer=4).state_dict())
+
+
+def test_rows_of_files_that_were_added_or_tried_again_come_once(photos, model, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    shutil.copy(photos / "astronaut.PNG", folder / "a.png")
+    (folder / "b.png").write_bytes(b"")
+    uri = finish(folder, tmp_path / "set", model, "shard.images=1")
+    state = SynthesizedPairs(uri, buffer=4).state_dict()
+    shutil.copy(photos / "coffee.jpg", folder / "c.jpg")
+    finish(folder, uri, model, "shard.images=1")
+    shutil.copy(photos / "cat.jpeg", folder / "b.png")
+    finish(folder, uri, model, "shard.images=1", retry=True)
+    assert sorted(names(SynthesizedPairs(uri))) == [("a.png", 0), ("b.png", 0), ("c.jpg", 0)]
+    with pytest.raises(ValueError, match=r"the state does not fit: manifest was"):
+        SynthesizedPairs(uri, buffer=4).load_state_dict(state)
+
+
+def test_an_unfinished_dataset_is_refused(copy, tmp_path):
+    (copy / "_SUCCESS").unlink()
+    for uri in (copy, tmp_path / "missing"):
+        with pytest.raises(ValueError, match=rf"^{uri}: no finished dataset \(_SUCCESS is missing\)"):
+            SynthesizedPairs(str(uri))
+
+
+def test_a_missing_part_is_named(copy):
+    (copy / "data/part-000001.parquet").unlink()
+    with pytest.raises(ValueError, match=r"copy/data/part-000001\.parquet: no such part"):
+        list(SynthesizedPairs(str(copy)))
+
+
+def test_a_part_of_another_size_is_named(copy):
+    part = copy / "data/part-000002.parquet"
+    part.write_bytes(part.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"part-000002\.parquet: \d+ bytes, where the manifest says \d+"):
+        list(SynthesizedPairs(str(copy)))
+
+
+@pytest.mark.parametrize("place", ["footer", "page", "pixels"])
+def test_a_damaged_part_is_named(copy, place):
+    part = copy / "data/part-000000.parquet"
+    data = bytearray(part.read_bytes())
+    row = pq.read_table(part).to_pylist()[0]
+    at = {"footer": len(data) - 100, "page": 6, "pixels": data.index(row["hr"]["bytes"]) + 60}[place]
+    data[at : at + 40] = bytes(40)
+    part.write_bytes(data)
+    with pytest.raises(ValueError, match=r"part-000000\.parquet: sha256 [0-9a-f]{64}, where the manifest says"):
+        list(SynthesizedPairs(str(copy), verify=True))
+    message = r"000\.png, draw 0: damaged hr" if place == "pixels" else r"part-000000\.parquet: cannot be read"
+    with pytest.raises((ValueError, OSError), match=message):
+        list(SynthesizedPairs(str(copy)))
+
+
+def test_verifying_gives_the_same_rows(grid):
+    assert names(SynthesizedPairs(grid, verify=True)) == names(SynthesizedPairs(grid))
+
+
+def test_a_referenced_source_that_is_gone_or_changed_is_named(photos, model, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("astronaut.PNG", "coffee.jpg"):
+        shutil.copy(photos / name, folder / name)
+    uri = finish(folder, tmp_path / "out", model, "hr=reference")
+    assert len(list(SynthesizedPairs(uri))) == 2
+    shutil.copy(photos / "cat.jpeg", folder / "coffee.jpg")
+    with pytest.raises(ValueError, match=rf"{folder}/coffee\.jpg: changed since it was degraded"):
+        list(SynthesizedPairs(uri))
+    (folder / "coffee.jpg").unlink()
+    with pytest.raises(ValueError, match=rf"{folder}/coffee\.jpg: no longer there"):
+        list(SynthesizedPairs(uri))
+
+
+def test_references_have_any_name_and_the_runs_own_pixel_limit(photos, model, tmp_path):
+    folder = tmp_path / "in"
+    for key in ("a::b/c d#e%20?.png", "[x]*/zip:∕x.png", "x/..y/ünï.png"):
+        (folder / key).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(photos / "astronaut.PNG", folder / key)
+    uri = finish(folder, tmp_path / "out", model, "hr=reference", "max_pixels=7680")
+    assert len(list(SynthesizedPairs(uri))) == 3
+    config = Path(uri) / "config.yaml"
+    config.write_text(config.read_text().replace("max_pixels: 7680", "max_pixels: 7679"))
+    with pytest.raises(images.ImageError, match="max_pixels=7679"):
+        list(SynthesizedPairs(uri))
+
+
+def test_a_part_without_rows_is_passed_over(photos, model, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").write_bytes(b"")
+    shutil.copy(photos / "astronaut.PNG", tmp_path / "in/b.png")
+    uri = finish(tmp_path / "in", tmp_path / "out", model, "shard.images=1")
+    assert names(SynthesizedPairs(uri)) == [("b.png", 0)]
+
+
+def test_one_row_group_is_held_at_a_time(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "ROW_GROUP_ROWS", 5)
+    uri = finish(save_coordinates(tmp_path / "in", 20, 8, 8), tmp_path / "out", model, "batch=20")
+    part = FinishedDataset(uri).parts[0]
+    parquet = pq.ParquetFile(Path(uri) / part.name)
+    assert parquet.num_row_groups == 4
+    read, group = [], pq.ParquetFile.read_row_group
+
+    def noted(self, number, *arguments, **options):
+        read.append(number)
+        return group(self, number, *arguments, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", noted)
+    rows = FinishedDataset(uri).rows(part)
+    for number in range(20):
+        assert next(rows)[0] == number
+        assert read == list(range(number // 5 + 1))
+    read.clear()
+    wanted = np.zeros(20, bool)
+    wanted[[7, 19]] = True
+    assert [number for number, _ in FinishedDataset(uri).rows(part, wanted)] == [7, 19]
+    assert read == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"crop": 0}, "crop=0: must be None or at least 1"),
+        ({"buffer": 0}, "buffer=0: must be None or at least 1"),
+        ({"seed": -1}, "seed=-1: must not be negative"),
+        ({"rank": 2, "world": 2}, "rank=2, world=2: must be given together"),
+        ({"rank": 0}, "rank=0, world=None: must be given together"),
+    ],
+)
+def test_bad_arguments_are_named(grid, words, message):
+    with pytest.raises(ValueError, match=message):
+        SynthesizedPairs(grid, **words)
+
+
+@pytest.mark.parametrize("hr", ["embed", "reference"])
+def test_object_storage_is_read_by_forked_workers_of_a_process_that_used_it(s3, photos, model, hr):
+    source, output = Place(s3.uri("photos")), s3.uri("set")
+    for name in ("astronaut.PNG", "coffee.jpg", "cat.jpeg", "deep/palette.png"):
+        source.write(name, (photos / name).read_bytes())
+    uri = finish(source.uri, output, model, "shard.images=2", f"hr={hr}")
+    pairs = SynthesizedPairs(uri, verify=True)
+    here = list(pairs)
+    assert len(here) == 4
+    ranks = [SynthesizedPairs(uri, rank=rank, world=2) for rank in range(2)]
+    words = {"batch_size": None, "num_workers": 2, "multiprocessing_context": "fork", "collate_fn": identity}
+    found = list(itertools.chain(*(DataLoader(pairs, **words) for pairs in ranks)))
+    assert len(found) == 4
+    found = {sample["key"]: sample for sample in found}
+    assert all(same(found[sample["key"]], sample) for sample in here)
+    place = Place(uri)
+    place.delete("data/part-000001.parquet")
+    with pytest.raises(ValueError, match=rf"{uri}/data/part-000001\.parquet: no such part"):
+        list(pairs)
+
+
+def test_a_spawned_worker_of_one_rank_reads_its_share_of_an_object_store(s3, grid, monkeypatch):
+    place = Place(s3.uri("set"))
+    for path in Path(grid).rglob("*"):
+        if path.is_file():
+            place.write(str(path.relative_to(grid)), path.read_bytes())
+    shares = [names(SynthesizedPairs(place.uri, rank=rank, world=2)) for rank in range(2)]
+    assert sorted(itertools.chain(*shares)) == sorted(rows_of(Path(grid)))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    pairs = SynthesizedPairs(place.uri)
+    assert names(DataLoader(pairs, batch_size=None, num_workers=1, multiprocessing_context="spawn")) == shares[1]

@@ -1,0 +1,252 @@
+import importlib.util
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from degflow import config, images
+from degflow.capture.camera import SimulatedCamera
+from tests import ROOT
+from tests.captures import small_degrader
+
+LEVELS = "levels={1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0}"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def captured():
+    """Two small simulated scenes: HR and the LR images of x2, x3, x4."""
+    data = pytest.importorskip("skimage.data")
+    camera = SimulatedCamera.named("canon")
+    photos = (data.astronaut()[:96, 100:220], data.coffee()[:96, :120])
+    return {
+        f"Canon_{n:03d}": [camera.capture(photo, scale, seed=n) for scale in (1.0, 2.0, 3.0, 4.0)]
+        for n, photo in enumerate(photos)
+    }
+
+
+@pytest.fixture
+def tree(tmp_path, captured):
+    """The scenes as a tree of RealSR V2, to be spoilt."""
+    for name, pixels in captured.items():
+        for n, label in enumerate("234", 1):
+            write(tmp_path / f"tree/{label}/{name}_HR.png", pixels[0])
+            write(tmp_path / f"tree/{label}/{name}_LR{label}.png", pixels[n])
+    return tmp_path / "tree"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    file = tmp_path_factory.mktemp("model") / "model.safetensors"
+    small_degrader({"1": 1.0, "2": 2.0, "4": 4.0}).save(str(file), {})
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def job():
+    spec = importlib.util.spec_from_file_location("evaluate_job", ROOT / "jobs/evaluate.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["evaluate_job"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["evaluate_job"]
+
+
+@pytest.fixture
+def evaluate(job, tree, model):
+    """Run the job in this process with these words, but for those that every run here has."""
+
+    def run(*words):
+        given = (f"data={tree}", f"output={tree.parent}/out", f"model={model}", "lpips=none", LEVELS)
+        config.run(job.main, job.EvaluateConfig, job.__doc__, [*given, *words])
+
+    return run
+
+
+@pytest.fixture
+def refused(evaluate, tree, capsys):
+    """Run the job, which must end with an error and write nothing; its code and last line."""
+
+    def run(*words):
+        with pytest.raises(SystemExit) as stop:
+            evaluate(*words)
+        assert not (tree.parent / "out").exists()
+        return stop.value.code, capsys.readouterr().err.strip().splitlines()[-1]
+
+    return run
+
+
+def write(file, pixels):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(images.encode_png(pixels))
+
+
+def shrink(file, scale=2):
+    pixels = images.decode(file.read_bytes())
+    write(file, images.resize(pixels, *images.shrunk_size(*pixels.shape[:2], scale)))
+
+
+def rows_of(file):
+    return pq.read_table(file).to_pylist()
+
+
+def test_the_script_writes_tables_rows_and_a_figure(tree, model):
+    out = tree.parent / "out"
+    words = [f"data={tree}", f"output={out}", f"model={model}", LEVELS, "crop=64", "lpips=none", "sweep=7"]
+    command = [sys.executable, "jobs/evaluate.py", *words, "optical={2: 2.1, 4: 3.75}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    files = ["best_times", "measurements", "sweep"]
+    assert sorted(file.name for file in out.iterdir()) == sorted(
+        ["config.yaml", "figure.png", "table.md", *(f"{name}.parquet" for name in files)]
+    )
+    rows = rows_of(out / "measurements.parquet")
+    four = ("generated", "hr", "bicubic", "autoencoder", "gaussian", "random")
+    assert {(row["scene"], row["label"], row["method"]) for row in rows} == {
+        (scene, label, method)
+        for scene in ("Canon_000", "Canon_001")
+        for label in "234"
+        for method in (*four, *(("spline", "linear") if label == "3" else ()))
+    }
+    unchanged = [row for row in rows if row["method"] == "hr"]
+    assert all(row["psnr_to_hr"] == float("inf") for row in unchanged)
+    assert all(15 < row["psnr"] < 45 for row in unchanged)
+    assert {row["scale"] for row in rows_of(out / "sweep.parquet")} == {1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0}
+    best = rows_of(out / "best_times.parquet")
+    assert [(row["scene"], row["level"]) for row in best] == [
+        (s, level) for s in ("Canon_000", "Canon_001") for level in "234"
+    ]
+    text = (out / "table.md").read_text()
+    titles = [line for line in text.splitlines() if line.startswith("#")]
+    assert titles[1:] == ["## Fidelity", "## Baselines", "## Realism", "## Best-matching t", "## Curve"]
+    mean = sum(row["psnr"] for row in unchanged if row["label"] == "2") / 2
+    (line,) = (line for line in text.split("## Baselines")[0].splitlines() if line.startswith("| x2 |"))
+    assert f"{mean:.2f} / " in line.split("|")[3]
+    assert "an advantage" in text
+    assert "| x2 | 0.333 | 0.367 |" in text
+    assert "| x3 | 0.667 | — |" in text
+    assert text.strip() in done.stdout
+    assert "measuring: 100%" in done.stderr
+    with Image.open(out / "figure.png") as figure:
+        assert figure.size == (5 * (48 * 4 + 4) + 4, 2 * (16 + 2 * (48 * 4 + 4) + 4))
+
+
+def test_parts_can_be_left_out(evaluate, tree, capsys):
+    evaluate("levels={1: 1.0, 2: 2.0, 3: 3.0}", "baselines=[linear]", "sweep=0", "figure=0")
+    out = tree.parent / "out"
+    assert sorted(file.name for file in out.iterdir()) == ["config.yaml", "measurements.parquet", "table.md"]
+    text = (out / "table.md").read_text()
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        "## Fidelity",
+        "## Baselines",
+        "## Realism",
+    ]
+    assert "Latent interpolation is left out: it needs captured level 4 too." in capsys.readouterr().out
+
+
+def test_the_blurs_are_fitted_on_other_scenes_when_asked(evaluate, tree, captured):
+    for name, pixels in captured.items():
+        for label in "234":  # LR images that are hardly blurred
+            write(tree.parent / f"other/{label}/{name}_HR.png", pixels[0])
+            write(tree.parent / f"other/{label}/{name}_LR{label}.png", pixels[0])
+    words = ("baselines=[gaussian]", "sweep=0", "figure=0")
+    psnr = []
+    for other in ((), (f"fit_data={tree.parent}/other",)):
+        evaluate(*words, *other)
+        rows = rows_of(tree.parent / "out/measurements.parquet")
+        psnr.append(
+            {name: np.mean([row["psnr"] for row in rows if row["method"] == name]) for name in ("gaussian", "hr")}
+        )
+    assert psnr[0]["gaussian"] > psnr[1]["gaussian"] + 1
+    assert psnr[1]["gaussian"] < psnr[1]["hr"] + 1
+    text = (tree.parent / "out/table.md").read_text()
+    assert f"fitted per level on {tree.parent}/other." in text
+    assert "advantage" not in text
+
+
+def test_a_tree_of_realsr_v3_works_when_asked_and_names_its_first_file_otherwise(evaluate, refused, tree):
+    for label in "234":
+        for name in ("Canon_000", "Canon_001"):
+            shrink(tree / f"{label}/{name}_LR{label}.png", int(label))
+    code, error = refused()
+    assert code == 1
+    assert f"error: {tree}/2/Canon_000_LR2.png: 60 x 48 pixels, its HR image 120 x 96; " in error
+    assert "or set resize_lr=true (V3)" in error
+    evaluate("resize_lr=true", "sweep=0", "figure=0", "baselines=[]")
+    rows = rows_of(tree.parent / "out/measurements.parquet")
+    assert len(rows) == 2 * 3 * 4
+    near = [row["psnr"] for row in rows if row["method"] == "bicubic"]
+    assert min(near) > 25
+
+
+def test_one_image_of_another_size_is_named_with_the_expected_size(refused, tree):
+    shrink(tree / "3/Canon_001_LR3.png")
+    code, error = refused()
+    assert code == 1
+    assert f"{tree}/3/Canon_001_LR3.png: 60 x 48 pixels, its HR image 120 x 96" in error
+
+
+def test_a_level_that_is_not_there_is_named_with_its_first_file(refused, tree):
+    for file in (tree / "3").iterdir():
+        file.unlink()
+    code, error = refused()
+    assert code == 1
+    assert "no scene has every level of ['1', '2', '3', '4'] (found 1: 2, 2: 2, 3: 0, 4: 2)" in error
+    assert "expected 2/ID_HR.png and 2/ID_LR2.png; the first that is missing is 3/Canon_000_LR3.png" in error
+
+
+def test_files_of_other_names_are_named(refused, tree):
+    for label in "234":
+        for file in (tree / label).glob("*_LR*.png"):
+            file.rename(file.with_name(file.name.replace("_LR", "_x")))
+    code, error = refused()
+    assert code == 1
+    assert "expected 2/ID_HR.png and 2/ID_LR2.png" in error
+    assert "; 2/Canon_000_x2.png is not named so" in error
+
+
+def test_a_scene_that_lacks_a_level_is_left_out_and_named(evaluate, tree, capsys):
+    (tree / "4/Canon_001_LR4.png").unlink()
+    evaluate("sweep=0", "figure=0", "baselines=[]")
+    assert "1 scenes at levels 1, 2, 3, 4 (120 x 96); 1 without level 4: Canon_001" in capsys.readouterr().out
+    assert {row["scene"] for row in rows_of(tree.parent / "out/measurements.parquet")} == {"Canon_000"}
+
+
+def test_an_image_smaller_than_the_crop_is_named(refused, tree):
+    code, error = refused("crop=100")
+    assert code == 1
+    assert f"{tree}/2/Canon_000_HR.png: 120 x 96 pixels, smaller than crop=100" in error
+
+
+def test_a_level_beyond_the_trained_range_is_refused(refused):
+    assert refused("levels={1: 1.0, 2: 2.0, 3: 4.5}") == (
+        1,
+        "error: scale=4.5: must lie in the trained range [1.0, 4.0] (DEGFLOW_TRACEBACK=1 shows where)",
+    )
+
+
+@pytest.mark.parametrize(
+    ("word", "rule"),
+    [
+        ("crop=10", "crop=10: must be 0 (whole images) or at least 24"),
+        ("baselines=[gaussian,spine]", "baselines=['gaussian', 'spine']: must be of "),
+        ("optical={5: 5.0}", "optical={'5': 5.0}: its labels must be of ['2', '3', '4']"),
+        ("sweep=2", "sweep=2: must be 0 (none) or at least 3"),
+        ("figure=-1", "figure=-1: must not be negative"),
+    ],
+)
+def test_a_wrong_key_is_refused_with_its_rule(refused, word, rule):
+    code, error = refused(word)
+    assert code == 2
+    assert rule in error

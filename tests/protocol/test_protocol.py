@@ -1,0 +1,302 @@
+"""The experiment: its plan, its cells, its tables, and a tiny one from photographs to table."""
+
+import csv
+import importlib.util
+import json
+import math
+import os
+import re
+import signal
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from degflow import config, protocol
+from degflow.evaluation import Measurement, parquet
+from degflow.protocol import Cell, ProtocolConfig, cells
+from degflow.protocol.tables import PUBLISHED
+from degflow.storage import Place
+from degflow.training import Stopped
+from tests import ROOT
+from tests.sources import save_model
+
+SCHEMAS = {
+    "simulate_scenes": "SimulateConfig",
+    "train_rae": "TrainRAEConfig",
+    "train_lfm": "TrainLFMConfig",
+    "evaluate": "EvaluateConfig",
+    "synthesize": "SynthesizeConfig",
+    "train_sr": "TrainSRConfig",
+}
+
+
+def job(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"jobs/{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def schemas():
+    return {name: getattr(job(name), schema) for name, schema in SCHEMAS.items()}
+
+
+def loaded(*words):
+    return config.load(ProtocolConfig, ["output=out", *words])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("data=RealSR", "config=configs/paper_protocol.yaml"),
+        ("data=RealSR", "config=configs/paper_protocol.yaml", "resize_lr=true", "real=[Canon,Nikon]"),
+        ("photographs=photos", "config=configs/small_protocol.yaml"),
+        ("photographs=photos", "config=configs/small_protocol_ablations.yaml"),
+    ],
+)
+def test_every_cell_of_the_configurations_that_ship_is_one_that_its_job_accepts(words, schemas, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    planned = cells(loaded(*words))
+    assert len({cell.name for cell in planned}) == len(planned)
+    outputs = set()
+    for cell in planned:
+        settings = config.load(schemas[cell.job], cell.words)
+        outputs.add(settings.output)
+        for needed in re.findall(r"out/[\w/ -]+", " ".join(w for w in cell.words if not w.startswith("output="))):
+            folder = needed.removesuffix("/").removesuffix("/degrader").removesuffix("/rae.safetensors")
+            assert any(folder.startswith(made) for made in outputs), (cell.name, needed)
+        if "resize_lr=true" in words and cell.job != "synthesize":
+            assert (settings.scenes if "lfm" in cell.job or "rae" in cell.job else settings).resize_lr
+
+
+def test_the_plan_is_the_papers():
+    planned = {cell.name: cell for cell in cells(loaded("data=R", "config=configs/paper_protocol.yaml"))}
+    assert [name for name in planned if name.startswith("rae")] == [
+        "rae/DegFlow",
+        "rae/no HR skips",
+        "rae/optical scales",
+    ]
+    assert "rae=out/rae/DegFlow/rae.safetensors" in planned["lfm/linear path"].words
+    assert planned["lfm/linear path"].words[-1] == "path=linear"
+    assert "autoencoder.hr_skips=false" in planned["rae/no HR skips"].words
+    assert "autoencoder.hr_skips=false" not in planned["lfm/no HR skips"].words
+    assert "levels={1: 1.0, 2: 2.1, 3: 3.0, 4: 3.75}" in planned["fidelity/optical scales/Nikon"].words
+    assert "input=R/Nikon/Train/2/*_HR.png" in planned["generated/DegFlow"].words
+    assert [name for name in planned if name.startswith("generated")] == ["generated/DegFlow"]
+    assert 'train={"Canon": "R/Canon/Train"}' in planned["sr/hat/real-x2-x4/0"].words
+    assert 'levels={"2": 2.0, "4": 4.0}' in planned["sr/hat/real-x2-x4/0"].words
+    assert 'train={"DegFlow": "out/generated/DegFlow"}' in planned["sr/hat/generated-x2-x4/0"].words
+    assert 'test={"Canon": "R/Canon/Test", "Nikon": "R/Nikon/Test"}' in planned["sr/hat/real-x3/0"].words
+
+
+def test_a_row_may_have_words_of_its_own():
+    planned = {c.name: c.words for c in cells(loaded("photographs=p", "config=configs/small_protocol.yaml"))}
+    noisy, plain = (planned[f"sr/hat/generated-x2-x4{end}/0"] for end in ("-noise", ""))
+    assert noisy[-1] == "noise={DegFlow: 3}"
+    assert [w for w in noisy[:-1] if not w.startswith("output=")] == [w for w in plain if not w.startswith("output=")]
+
+
+def test_the_first_seed_of_every_network_comes_first():
+    planned = cells(loaded("photographs=p", "degrader=d.safetensors", "seeds={hat: 2}", "rows={real x3: ['3']}"))
+    runs = [cell.name for cell in planned if cell.name.startswith("sr")]
+    assert runs == [
+        f"sr/{name}/real-x3/{seed}" for name, seed in (("swinir", 0), ("hat", 0), ("mambair", 0), ("hat", 1))
+    ]
+    assert not [cell for cell in planned if cell.job.startswith("train_") and cell.job != "train_sr"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["cameras=[Canon,Canon]"], "cameras=.*: must be two"),
+        (["real=[Sony]"], "real=.*: must be of cameras=.*, not Sony"),
+        (["rows={a: [Other]}"], "rows: 'a': .*must be level labels and names of degraders"),
+        (["rows={real x3: ['3'], real-x3: ['3']}"], "rows: .*must differ in letters and digits"),
+        (["networks={../x: []}"], "networks: '../x' must be of letters"),
+        (["row_words={b: ['noise={DegFlow: 3}']}"], "row_words: 'b' must be one of rows="),
+        (["seeds={edsr: 2}"], "seeds=.*: 'edsr' must be one of networks"),
+        (["degraders={}"], "degraders, networks: each needs at least one entry"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_named(words, said):
+    with pytest.raises(ValueError, match=said):
+        loaded(*words)
+
+
+@pytest.fixture
+def place(tmp_path):
+    return Place(str(tmp_path / "out"))
+
+
+def script(tmp_path, text):
+    (tmp_path / "train_x.py").write_text(text)
+    return tmp_path
+
+
+def test_a_cell_leaves_its_log_and_is_done_once(tmp_path, place):
+    jobs, cell = (
+        script(tmp_path, "import sys\nprint('words', sys.argv[1:])"),
+        Cell("a/b c", "train_x", [f"x={place.uri}/y"]),
+    )
+    assert not protocol.finished(cell, place)
+    protocol.perform(cell, place, jobs, [])
+    assert protocol.finished(cell, place)
+    assert f"words ['x={place.uri}/y']" in (tmp_path / "out/cells/a/b c.log").read_text()
+    os.rename(tmp_path / "out", tmp_path / "moved")
+    moved = Place(str(tmp_path / "moved"))
+    assert protocol.finished(cell._replace(words=[f"x={moved.uri}/y"]), moved)
+    with pytest.raises(ValueError, match=r"a/b c.json: finished with another x=OUTPUT/y; use the same"):
+        protocol.finished(cell._replace(words=["x=other"]), moved)
+
+
+def test_trainings_are_started_as_asked(tmp_path, place):
+    launch = [sys.executable, "-c", "import sys; print('launched', sys.argv[1:])"]
+    script(tmp_path, "")
+    (tmp_path / "evaluate.py").write_text("print('plain')")
+    protocol.perform(Cell("a", "train_x", ["k=v"]), place, tmp_path, launch)
+    protocol.perform(Cell("b", "evaluate", []), place, tmp_path, launch)
+    assert f"launched ['{tmp_path}/train_x.py', 'k=v']" in (tmp_path / "out/cells/a.log").read_text()
+    assert "plain" in (tmp_path / "out/cells/b.log").read_text()
+
+
+def test_a_failed_cell_is_told_with_its_last_words_and_is_not_done(tmp_path, place):
+    jobs, cell = script(tmp_path, "print('before')\nraise SystemExit('error: no such file')"), Cell("a", "train_x", [])
+    with pytest.raises(
+        ValueError, match=r"a: train_x ended with exit code 1: error: no such file \(whole log: .*a.log"
+    ):
+        protocol.perform(cell, place, jobs, [])
+    assert not protocol.finished(cell, place)
+
+
+WAITING = """
+import signal, sys, time
+def end(number, frame):
+    print("saved", flush=True)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, end)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_sigterm_reaches_the_job_which_may_save(tmp_path, place):
+    jobs, log = script(tmp_path, WAITING), tmp_path / "out/cells/a.log"
+
+    def stop():
+        while "ready" not in (log.read_text() if log.exists() else ""):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped) as stopped:
+        protocol.perform(Cell("a", "train_x", []), place, jobs, [])
+    thread.join()
+    assert stopped.value.code == 75
+    assert "saved" in log.read_text()
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not place.exists("cells/a.json")
+
+
+def result(place, name, scores):
+    """A finished SR cell whose two cameras have these (PSNR, SSIM, LPIPS), and an LR image of 20 dB."""
+    lines = ["tree,scene,image,psnr,ssim,lpips"]
+    for camera, score in scores.items():
+        for scene, shift in (("s1", -1.0), ("s2", 1.0)):
+            lines.append(f"{camera},{scene},restored,{score[0] + shift},{score[1]},{score[2]}")
+            lines.append(f"{camera},{scene},LR,20,0.5,nan")
+    place.write(f"{name}/measurements.csv", "\n".join(lines).encode())
+    place.write(f"cells/{name}.json", b"{}")
+
+
+def test_the_tables_hold_means_spread_and_the_published_numbers(place):
+    settings = config.load(ProtocolConfig, [f"output={place.uri}", "photographs=p", "seeds={hat: 2}"])
+    protocol.write_tables(settings, place)
+    assert "| real x3 | – | 30.69 / 0.8647 / 0.3217 | – | 30.71" in place.read("table.md").decode()
+    result(place, "sr/hat/real-x2-x4/0", {"Canon": (27, 0.7, 0.3), "Nikon": (29, 0.8, 0.4)})
+    result(place, "sr/hat/generated-x2-x4/0", {"Canon": (28, 0.7, 0.3), "Nikon": (30, 0.8, 0.4)})
+    result(place, "sr/hat/real-x2-x4/1", {"Canon": (28, 0.7, 0.3), "Nikon": (30, 0.8, 0.4)})
+    result(place, "sr/hat/generated-x2-x4/1", {"Canon": (28.5, 0.7, 0.3), "Nikon": (30.5, 0.8, 0.4)})
+    place.write("cells/fidelity/DegFlow/Canon.json", b"{}")
+    scored = [
+        Measurement(scene, label, float(label), method, psnr, 0.5, 0.25, *[math.nan] * 7)
+        for label, method, psnr in (("2", "generated", 30), ("2", "hr", 20), ("3", "generated", 25))
+        for scene, psnr in (("s1", psnr - 1), ("s2", psnr + 1))
+    ]
+    place.write("fidelity/DegFlow/Canon/measurements.parquet", parquet(scored))
+    protocol.write_tables(settings, place)
+    text = place.read("table.md").decode()
+    assert "simulated cameras, not RealSR" in text
+    assert "| (LR as it is) | 20.00 / 0.5000 |" in text
+    sd = np.std([28, 29], ddof=1)
+    assert (
+        f"| real x2, x4 | – | 30.23 / 0.8597 / 0.3255 | 28.50 ± {sd:.2f} / 0.7500 ± 0.0000 / 0.3500 ± 0.0000 (2 seeds)"
+        in text
+    )
+    assert "| 29.25 ± 0.35 / 0.7500" in text
+    assert f"| generated x2..x4 over real x2, x4 | – | +0.75 ± {np.std([1, 0.5], ddof=1):.2f} | – |" in text
+    assert "| DegFlow | 30.00 / 0.5000 / 0.2500 | 25.00 / 0.5000 / 0.2500 |" in text
+    rows = list(csv.DictReader(place.read("results.csv").decode().splitlines()))
+    assert len(rows) == 4 * 2 * 2
+    assert set(PUBLISHED) == set(settings.rows)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    data, folder = pytest.importorskip("skimage.data"), tmp_path_factory.mktemp("photos")
+    for n, photo in enumerate((data.astronaut(), data.coffee(), data.chelsea(), data.rocket())):
+        Image.fromarray(photo[100:164, 150:222]).save(folder / f"{n}.png")
+    return folder
+
+
+def test_a_tiny_experiment_ends_in_a_table_and_runs_once(photographs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    rcan = ["network.name=rcan", "network.rcan.width=8", "network.rcan.groups=1", "network.rcan.blocks=1"]
+    tiny = ["network.rcan.squeeze=4", "crop=32", "fit.steps=2", "fit.batch=2", "fit.workers=0", "test_lpips=none"]
+    keys = {
+        "photographs": photographs,
+        "output": tmp_path / "out",
+        "degrader": save_model(tmp_path / "model.safetensors"),
+        "simulate": json.dumps(["test_fraction=0.5", "scales={2: 2.0, 3: 3.0, 4: 4.0}"]),
+        "evaluate": json.dumps(["lpips=none", "sweep=0", "figure=0", "baselines=[]", "levels={1: 1.0, 3: 3.0}"]),
+        "synthesize": json.dumps(["scale.low=2", "scale.high=4", "actors.max=1", "actors.threads=1"]),
+        "rows": "{real x3: ['3'], 'generated x2..x4': [DegFlow]}",
+        "networks": json.dumps({"rcan": rcan}),
+        "sr": json.dumps(tiny),
+    }
+    module, words = job("protocol"), [f"{key}={value}" for key, value in keys.items()]
+    config.run(module.main, ProtocolConfig, "", words)
+    said = capsys.readouterr().out
+    assert re.findall(r"^\d of \d: (.*): \d+ s$", said, re.M) == [
+        "scenes",
+        *(f"fidelity/DegFlow/{camera}" for camera in ("Canon", "Nikon")),
+        "generated/DegFlow",
+        "sr/rcan/real-x3/0",
+        "sr/rcan/generated-x2-x4/0",
+    ]
+    table = (tmp_path / "out/table.md").read_text()
+    assert re.search(r"^\| real x3 \| \d\d\.\d\d / 0\.\d{4} \| – \|$", table, re.M)
+    assert re.search(r"^\| generated x2\.\.x4 \| \d\d\.\d\d / 0\.\d{4} \| – \|$", table, re.M)
+    assert re.search(r"^\| DegFlow \| \d+\.\d\d / ", table, re.M)
+    rows = list(csv.DictReader((tmp_path / "out/results.csv").open()))
+    assert {(row["row"], row["camera"]) for row in rows} == {
+        (r, c) for r in ("real x3", "generated x2..x4") for c in ("Canon", "Nikon")
+    }
+    before = {
+        file: file.stat().st_mtime_ns
+        for file in (tmp_path / "out").rglob("*")
+        if file.suffix in (".log", ".safetensors")
+    }
+    config.run(module.main, ProtocolConfig, "", words)
+    assert not re.search(r"^\d of \d", capsys.readouterr().out, re.M)
+    assert before == {file: file.stat().st_mtime_ns for file in before}
+    with pytest.raises(SystemExit):
+        config.run(module.main, ProtocolConfig, "", [*words, f"sr={json.dumps([*tiny, 'fit.seed=9'])}"])
+    assert "real-x3/0.json: finished with another fit.seed=9" in capsys.readouterr().err

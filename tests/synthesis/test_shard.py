@@ -1,0 +1,388 @@
+import dataclasses
+import functools
+import hashlib
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from degflow import images, storage
+from degflow.config import dump, load
+from degflow.dataset import manifest
+from degflow.dataset.card import preview
+from degflow.dataset.layout import Reject
+from degflow.dataset.manifest import finished_shards
+from degflow.dataset.plan import Plan, read_plan, write_part
+from degflow.dataset.scales import ScaleConfig, scales_of, uniform_of
+from degflow.degrader import Degrader
+from degflow.storage import Place, Source
+from degflow.synthesis.codec import Codec, Loaded
+from degflow.synthesis.resuming import first_part, recipe_of
+from degflow.synthesis.settings import SynthesizeConfig, resolve
+from degflow.synthesis.shard import ShardMaker, Threads
+from tests.faults import proxying
+from tests.s3 import forget_clients
+from tests.sources import keys_of, png, rejects_of, rows_of, save_model, save_photos, save_spoiled
+
+COLUMNS = ["key", "draw", "scale", "time", "lr", "hr", "height", "width", "hr_sha256", "seed", "model_sha256"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model") / "tiny.safetensors")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return save_photos(tmp_path_factory.mktemp("photos"))
+
+
+def plan_of(config):
+    return Plan.empty().plus(first_part(config))
+
+
+def finished_in(photos, output, model, *words):
+    """The plan and the finished shards of a run with these words."""
+    config = load(SynthesizeConfig, [f"input={photos}", f"output={output}", f"model={model}", *words])
+    config = resolve(config, Degrader.load(model))
+    return plan_of(config), finished_shards(Place(str(output)), plan_of(config), functools.partial(recipe_of, config))
+
+
+def run(photos, output, model, *words, plan=None):
+    """Every shard of a run, made in this process."""
+    degrader = Degrader.load(model)
+    config = load(SynthesizeConfig, [f"input={photos}", f"output={output}", f"model={model}", *words])
+    config = resolve(config, degrader)
+    maker, plan = ShardMaker(degrader, config, Threads(2)), plan or plan_of(config)
+    for number in range(len(plan)):
+        *reports, last = maker.make(number, plan[number])
+        assert sum(report.images for report in reports) == len(plan[number])
+        assert sum(report.rejects for report in reports) == last.record.rejects
+    return Path(output)
+
+
+@pytest.fixture(scope="module")
+def made(photos, model, tmp_path_factory):
+    return run(photos, tmp_path_factory.mktemp("out"), model, "shard.images=3")
+
+
+def test_every_photograph_becomes_a_row(photos, model, made):
+    rows = rows_of(made)
+    assert sorted(rows) == [(key, 0) for key in keys_of(photos)]
+    assert len(rows) == 9
+    degrader = Degrader.load(model)
+    for (key, _), row in rows.items():
+        assert list(row) == COLUMNS
+        source = (photos / key).read_bytes()
+        hr, lr = png(row["hr"]["bytes"]), png(row["lr"]["bytes"])
+        assert np.array_equal(hr, images.decode(source))
+        assert lr.shape == hr.shape == (row["height"], row["width"], 3)
+        assert row["hr_sha256"] == hashlib.sha256(source).hexdigest()
+        assert row["seed"] == 0
+        assert row["model_sha256"] == hashlib.sha256(Path(model).read_bytes()).hexdigest()
+        assert 1 <= row["scale"] <= 4
+        assert row["time"] == pytest.approx((row["scale"] - 1) / 3, abs=1e-12)
+        expected = images.to_pixels(degrader(images.to_tensor(hr)[None], torch.tensor([[row["scale"]]]).double()))[0, 0]
+        assert np.abs(lr.astype(int) - expected).max() <= 1
+
+
+def test_times_follow_the_models_rule(photos, tmp_path):
+    model = save_model(tmp_path / "inverse.safetensors", time="inverse")
+    for row in rows_of(run(photos, tmp_path / "out", model, "limit=2")).values():
+        assert row["time"] == pytest.approx((1 - 1 / row["scale"]) / 0.75, abs=1e-12)
+
+
+@pytest.mark.parametrize("words", [["shard.images=2"], ["shard.images=100", "batch=1"], ["shard.images=7", "batch=8"]])
+def test_rows_do_not_depend_on_shards_and_batches(photos, model, made, tmp_path, words):
+    other = rows_of(run(photos, tmp_path, model, *words))
+    reference = rows_of(made)
+    assert other.keys() == reference.keys()
+    for key, row in other.items():
+        assert row["scale"] == reference[key]["scale"]
+        assert row["hr"] == reference[key]["hr"]
+        assert np.abs(png(row["lr"]["bytes"]).astype(int) - png(reference[key]["lr"]["bytes"])).max() <= 1
+
+
+def test_more_draws_leave_the_pixels_of_the_first_alone(photos, model, made, tmp_path):
+    words = ["scale.per_image=3", "shard.images=3"]
+    rows, reference = rows_of(run(photos, tmp_path, model, *words)), rows_of(made)
+    assert len(rows) == 27
+    assert len({row["scale"] for row in rows.values()}) == 27
+    for key, row in reference.items():
+        assert rows[key]["scale"] == row["scale"]
+        assert rows[key]["lr"] == row["lr"]
+    for (key, _), row in rows.items():
+        assert row["hr"] == {"bytes": None, "path": str(photos / key)}
+
+
+def test_scaled_lr_is_the_same_lr_shrunk(photos, model, made, tmp_path):
+    rows = rows_of(run(photos, tmp_path, model, "size=scaled", "shard.images=3"))
+    for key, row in rows_of(made).items():
+        full, small = png(row["lr"]["bytes"]), png(rows[key]["lr"]["bytes"])
+        size = images.shrunk_size(*full.shape[:2], row["scale"])
+        assert small.shape[:2] == size == (rows[key]["height"], rows[key]["width"])
+        assert np.array_equal(small, images.resize(full, *size))
+        assert png(rows[key]["hr"]["bytes"]).shape == full.shape
+
+
+def test_bad_files_are_rejects_with_stage_and_reason(photos, model, tmp_path):
+    spoiled = save_spoiled(tmp_path / "spoiled", photos)
+    output = run(spoiled, tmp_path / "out", model, "max_pixels=80000", "shard.images=4")
+    rejects = rejects_of(output)
+    reasons = {key: (row["stage"], row["error"]) for key, row in rejects.items()}
+    assert {key for key, _ in rows_of(output)} == {"good1.png", "good2.jpg"}
+    assert len(rejects) == 9
+    assert all(row["attempts"] == 1 for row in rejects.values())
+    assert reasons["empty.png"] == ("decode", "empty file")
+    assert reasons["dangling.png"][0] == "read"
+    for key, reason in {
+        "text.jpg": "not a JPEG, PNG, WebP or TIFF",
+        "page.png": "not a JPEG, PNG, WebP or TIFF",
+        "truncated.png": "damaged image",
+        "truncated.jpg": "damaged image",
+        "thin.png": "at least 8",
+        "large.png": "max_pixels=80000",
+        "float.tif": "pixel mode F",
+    }.items():
+        assert reasons[key][0] == "decode"
+        assert reason in reasons[key][1]
+    plan, records = finished_in(spoiled, output, model, "max_pixels=80000", "shard.images=4")
+    assert [record.rejects for record in records.values()] == [3, 3, 3]
+    assert [reject.key for reject in manifest.rejects_of(Place(str(output)), plan, records)] == sorted(rejects)
+    assert finished_in(spoiled, output, model, "max_pixels=80001", "shard.images=4")[1] == {}
+
+
+def test_a_shard_of_rejects_alone_has_an_empty_part(photos, model, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "empty.png").write_bytes(b"")
+    output = run(tmp_path / "in", tmp_path / "out", model)
+    assert rows_of(output) == {}
+    record = finished_in(tmp_path / "in", output, model)[1][0]
+    assert (record.rows, record.rejects, record.psnr, record.clipped) == (0, 1, None, None)
+
+
+class Starved(Degrader):
+    """Has memory for one image of at most 7000 pixels at a time."""
+
+    def forward(self, hr, scale, **solver):
+        if len(hr) > 1 or hr.shape[-1] * hr.shape[-2] > 7000:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        return super().forward(hr, scale, **solver)
+
+
+def test_an_image_too_large_for_the_memory_is_a_reject_and_leaves_the_others(photos, model, made, tmp_path):
+    loaded = Degrader.load(model)
+    starved = Starved(loaded.autoencoder, loaded.velocity, loaded.levels)
+    config = resolve(load(SynthesizeConfig, [f"input={photos}", f"output={tmp_path}", "batch=9"]), loaded)
+    list(ShardMaker(starved, config, Threads(1)).make(0, plan_of(config)[0]))
+    rejects, rows = rejects_of(tmp_path), rows_of(tmp_path)
+    assert len(rejects) == 6
+    assert {row["stage"] for row in rejects.values()} == {"degrade"}
+    assert "96 x 80 pixels: out of memory on cpu" in {row["error"] for row in rejects.values()}
+    assert {(key, 0) for key in rejects} | set(rows) == set(rows_of(made))
+    assert len(rows) == 3
+
+
+def test_an_image_that_no_tile_of_fits_the_budget_is_a_reject(photos, model, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/large.png").write_bytes(images.encode_png(np.zeros((300, 400, 3), np.uint8)))
+    (tmp_path / "in/small.png").write_bytes((photos / "smallest.png").read_bytes())
+    output = run(tmp_path / "in", tmp_path / "out", model, "memory=0.154")
+    assert [key for key, _ in rows_of(output)] == ["small.png"]
+    rejects = rejects_of(output)
+    assert rejects["large.png"]["stage"] == "degrade"
+    assert re.fullmatch(r"memory=0\.154: 400 x 300 pixels need at least \d\.\d+ GB", rejects["large.png"]["error"])
+
+
+def test_an_unexpected_failure_is_not_a_reject(photos, model, tmp_path):
+    degrader = Degrader.load(model)
+    config = resolve(load(SynthesizeConfig, [f"input={photos}", f"output={tmp_path}"]), degrader)
+    with pytest.raises(ValueError, match="trained range"):
+        list(
+            ShardMaker(degrader, dataclasses.replace(config, scale=ScaleConfig(low=5, high=5)), Threads(1)).make(
+                0, plan_of(config)[0]
+            )
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_changed_since_the_plan_is_a_reject(photos, model, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("astronaut.PNG", "coffee.jpg", "cat.jpeg"):
+        (folder / name).write_bytes((photos / name).read_bytes())
+    plan = plan_of(SynthesizeConfig(input=str(folder), output=str(tmp_path / "out")))
+    (folder / "coffee.jpg").write_bytes((photos / "cat.jpeg").read_bytes())
+    os.utime(folder / "cat.jpeg", (1, 1))
+    output = run(folder, tmp_path / "out", model, plan=plan)
+    assert [key for key, _ in rows_of(output)] == ["astronaut.PNG"]
+    rejects = rejects_of(output)
+    assert rejects.keys() == {"coffee.jpg", "cat.jpeg"}
+    assert all(row["stage"] == "read" and "changed since the plan" in row["error"] for row in rejects.values())
+
+
+def test_scales_are_a_function_of_seed_key_and_draw():
+    uniform = [uniform_of(seed, key, draw) for seed in (0, 1) for key in ("a", "b/ü.png") for draw in range(2)]
+    assert uniform == [
+        0.47792406043387514,
+        0.5415467037953028,
+        0.5602437806988854,
+        0.9487810308360822,
+        0.4402871139950407,
+        0.2866032480964473,
+        0.7506607755060084,
+        0.43066102890284264,
+    ]
+    many = np.array([uniform_of(0, f"{n}.png", 0) for n in range(20000)])
+    assert np.abs(np.histogram(many, 10, (0, 1))[0] - 2000).max() < 5 * 2000**0.5
+    scale = ScaleConfig(low=1.5, high=3.0, per_image=3)
+    assert scales_of(scale, 0, "a")[0] == 1.5 + uniform_of(0, "a", 0) * 1.5
+
+
+def test_distributions():
+    def draws(**values):
+        return np.array([scales_of(ScaleConfig(**values), 0, str(n)) for n in range(4000)])
+
+    log = draws(distribution="loguniform", low=1.0, high=4.0)
+    assert log.min() >= 1
+    assert log.max() <= 4
+    assert np.median(log) == pytest.approx(2, abs=0.06)
+    assert np.median(draws(low=1.0, high=4.0)) == pytest.approx(2.5, abs=0.08)
+    chosen = draws(distribution="list", values=(2.0, 3.0, 3.5), per_image=2)
+    assert np.allclose([(chosen == value).mean() for value in (2, 3, 3.5)], 1 / 3, atol=0.03)
+    assert draws(distribution="grid", low=1.0, high=4.0, per_image=4)[7].tolist() == [1, 2, 3, 4]
+    assert draws(distribution="grid", low=1.0, high=4.0)[3].tolist() == [2.5]
+    assert draws(low=2.0, high=2.0)[5].tolist() == [2.0]
+
+
+def test_output_inside_the_input_is_not_an_input(photos, tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in ("one.png", "out/preview.png", "outer.png"):
+        (tmp_path / name).write_bytes((photos / "astronaut.PNG").read_bytes())
+    plan = plan_of(SynthesizeConfig(input=str(tmp_path), output=str(tmp_path / "out")))
+    assert [source.key for source in plan[0]] == ["one.png", "outer.png"]
+
+
+def test_the_plan_comes_back_as_it_was_written(photos, tmp_path):
+    expected = [source for source in Place(str(photos)).files() if source.key != "notes.txt"]
+    plan = plan_of(load(SynthesizeConfig, [f"input={photos}", f"output={tmp_path}", "shard.images=4"]))
+    place = Place(str(tmp_path))
+    assert len(read_plan(place)) == 0
+    assert write_part(place, 0, plan.table)
+    assert not write_part(place, 0, plan.table.slice(1))
+    read = read_plan(place)
+    assert read.table.equals(plan.table)
+    assert [source for number in range(3) for source in read[number]] == expected
+    assert [len(read[number]) for number in range(3)] == [4, 4, 1]
+    assert (read.files, read.bytes, read.parts) == (9, sum(source.size for source in expected), 1)
+    assert [Source(*source.values()) for source in read.task(1)["sources"][0].as_py()] == expected[4:8]
+    again = read.plus(read.next_part(read.table.select(["key", "size", "etag"]).slice(2, 3), 2))
+    assert [len(again[number]) for number in range(len(again))] == [4, 4, 1, 2, 1]
+    assert again.newest() == {expected[2].key: 3, expected[3].key: 3, expected[4].key: 4}
+    assert again.files == 9
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("scale.distribution=normal", "scale.distribution=normal: must be one of uniform, loguniform, list, grid"),
+        ("scale.per_image=0", "scale.per_image=0: must be at least 1"),
+        ("scale.distribution=list", r"scale.values=\[\]: needs at least one scale"),
+        ("scale.values=[2]", r"scale.values=\[2.0\]: has a meaning for scale.distribution=list only"),
+        ("scale.distribution=list scale.values=[2] scale.low=1", "scale.low=1.0: has no meaning for"),
+        ("scale.low=3 scale.high=2", "scale.low=3.0: must not be above scale.high=2.0"),
+        ("scale.high=-1", "scale.high=-1.0: must be a positive number"),
+        ("precision=half", "precision=half: must be one of float32, float16, bfloat16"),
+        ("solver.solver=dopri5", "solver.solver=dopri5: must be one of euler, midpoint, heun, rk4, rk5"),
+        ("solver.steps=0", "solver.steps=0: must be at least 1"),
+        ("actors.min=0", "actors.min=0: must be at least 1"),
+        ("actors.min=3 actors.max=2", "actors.max=2: must be 0 or at least actors.min=3"),
+        ("actors.gpus=2", "actors.gpus=2: must be auto, 0 or 1"),
+        ("actors.threads=-1", "actors.threads=-1: must not be negative"),
+        ("shard.images=0", "shard.images=0: must be at least 1"),
+        ("seed=-1", r"seed=-1: must lie in \[0, 2\^63\)"),
+        ("size=small", "size=small: must be same or scaled"),
+        ("hr=none", "hr=none: must be auto, embed or reference"),
+        ("max_pixels=10", "max_pixels=10: must be at least 64"),
+        ("batch=0", "batch=0: must be at least 1"),
+        ("memory=0", "memory=0.0: must be above 0"),
+        ("png_level=10", r"png_level=10: must lie in \[0, 9\]"),
+        ("max_reject_rate=1.5", r"max_reject_rate=1.5: must lie in \[0, 1\]"),
+        ("limit=-1", "limit=-1: must not be negative"),
+        ("actors.device=tpu", "actors.device=tpu: must be auto or cpu"),
+        ("input=", "input: must be given"),
+    ],
+)
+def test_broken_rules_name_key_value_and_rule(word, message):
+    with pytest.raises(ValueError, match=message):
+        load(SynthesizeConfig, ["input=a", "output=b", *word.split()])
+
+
+CODEC = Codec("", max_pixels=10_000, embed=True, scaled=False, png_level=1, seed=0, model_sha256="")
+
+
+def test_a_store_that_fails_is_no_reject_but_a_file_that_does_is(s3, monkeypatch):
+    place = Place(s3.uri("in"))
+    place.write("a.png", images.encode_png(np.full((16, 16, 3), 128, np.uint8)))
+    source, load = place.files()[0], dataclasses.replace(CODEC, root=place.uri).load
+    assert isinstance(load(source), Loaded)
+    assert load(source._replace(size=-1, etag="")).pixels.shape == (16, 16, 3)
+    assert load(source._replace(key="b.png")) == Reject("b.png", "read", "no longer there")
+    monkeypatch.setattr(storage, "PATIENCE", 1)
+    with monkeypatch.context() as patch, proxying(s3.endpoint, broken="a.png") as (_, endpoint):
+        patch.setenv("AWS_ENDPOINT_URL", endpoint)
+        forget_clients()
+        found = load(source)
+    forget_clients()
+    assert (found.key, found.stage) == ("a.png", "read")
+    assert found.attempts >= 1
+    assert re.fullmatch(r"s3://demo/.*/a\.png: .*Service Unavailable \(attempts: \d\)", found.error)
+    s3.kill()
+    try:
+        with pytest.raises(storage.StorageError, match="EndpointConnectionError"):
+            load(source)
+    finally:
+        s3.start()
+
+
+def test_the_preview_shows_no_source_that_changed_since(model, tmp_path):
+    (tmp_path / "in").mkdir()
+    file = tmp_path / "in/a.png"
+    file.write_bytes(images.encode_png(np.full((32, 32, 3), 128, np.uint8)))
+    output = Place(str(run(tmp_path / "in", tmp_path / "out", model, "hr=reference")))
+    _, records = finished_in(tmp_path / "in", tmp_path / "out", model, "hr=reference")
+    assert preview(output, records, 10_000) is not None
+    file.write_bytes(images.encode_png(np.full((32, 32, 3), 129, np.uint8)))
+    assert preview(output, records, 10_000) is None
+
+
+def test_a_finished_shard_of_the_same_recipe_is_left_alone_and_one_of_another_replaced(photos, model, tmp_path):
+    output = run(photos, tmp_path, model, "limit=2")
+    part, words = output / "data/part-000000.parquet", ["limit=2"]
+    before = part.stat().st_mtime_ns
+    first = finished_in(photos, output, model, *words)[1][0]
+    run(photos, output, model, *words)
+    assert part.stat().st_mtime_ns == before
+    assert finished_in(photos, output, model, *words)[1][0] == first
+    run(photos, output, model, *words, "seed=3")
+    assert finished_in(photos, output, model, *words)[1] == {}
+    assert {row["seed"] for row in rows_of(output).values()} == {3}
+
+
+def test_a_shard_of_a_run_whose_place_was_taken_is_not_put(photos, model, tmp_path):
+    other = resolve(load(SynthesizeConfig, [f"input={photos}", f"output={tmp_path}", "seed=9"]), Degrader.load(model))
+    (tmp_path / "config.yaml").write_text(dump(other))
+    with pytest.raises(OSError, match="another run has taken its place"):
+        run(photos, tmp_path, model, "limit=2")
+    assert not (tmp_path / "data").exists()

@@ -1,0 +1,262 @@
+"""Synthesis over a real S3 server: killed drivers, stores and nodes, a failing network, two drivers; one dataset."""
+
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from degflow import images
+from degflow.config import load
+from degflow.storage import Place
+from degflow.synthesis.run import synthesize
+from degflow.synthesis.settings import SynthesizeConfig
+from tests import ROOT
+from tests.faults import proxying
+from tests.sources import save_model
+
+JOB = ROOT / "jobs" / "synthesize.py"
+PHOTOS, SHARD = 40, 8
+WORDS = (f"shard.images={SHARD}", "actors.threads=1", "batch=2")
+LAYOUT = r"(config\.yaml|manifest\.parquet|README\.md|preview\.png|_SUCCESS|(plan|data|rejects)/part-\d{6}\.parquet)"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model") / "tiny.safetensors")
+
+
+@pytest.fixture(scope="module")
+def photos(s3):
+    return save_small_photos(s3.uri("photos"))
+
+
+@pytest.fixture(scope="module")
+def single():
+    """A Ray of its own for the runs in this process, which the S3 server's environment reaches."""
+    ray.shutdown()
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def reference(s3, photos, model, single):
+    """The uninterrupted run."""
+    output = s3.uri("reference")
+    run(photos, output, model, *WORDS)
+    return rows_of(output)
+
+
+def save_small_photos(uri):
+    """Forty small photographs, and a file that is none."""
+    place, random = Place(uri), np.random.default_rng(0)
+    for number in range(PHOTOS):
+        pixels = random.integers(0, 256, (24 + number % 3 * 8, 32, 3), np.uint8)
+        place.write(f"a b/{number % 4}#%20/{number:03d}.png", images.encode_png(pixels))
+    place.write("notes.txt", b"no image")
+    return uri
+
+
+def run(photos, output, model, *words):
+    synthesize(load(SynthesizeConfig, [f"input={photos}", f"output={output}", f"model={model}", *words]))
+
+
+def driver(photos, output, model, *words, environment=None):
+    """The job as a user starts it, with a Ray of its own."""
+    command = [sys.executable, JOB, f"input={photos}", f"output={output}", f"model={model}", *WORDS, *words]
+    variables = os.environ | {"RAY_ADDRESS": "local"} | (environment or {})
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(JOB.parents[1]), variables.get("PYTHONPATH")]))
+    return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, f"{out}\n{err}"
+    return out
+
+
+def rows_of(output):
+    """(key, draw) -> scale and PNG bytes; fails when one is there twice, or anything outside of the layout."""
+    place, rows = Place(output), {}
+    names = [file.key for file in place.files()]
+    assert [name for name in names if not re.fullmatch(LAYOUT, name)] == []
+    assert "_SUCCESS" in names
+    manifest = pq.read_table(io.BytesIO(place.read("manifest.parquet"))).to_pylist()
+    assert [record["part"] for record in manifest] == [name for name in names if name.startswith("data/")]
+    for record in manifest:
+        found = pq.read_table(io.BytesIO(place.read(record["part"]))).to_pylist()
+        assert len(found) == record["rows"]
+        for row in found:
+            assert (row["key"], row["draw"]) not in rows
+            rows[row["key"], row["draw"]] = (row["scale"], row["lr"]["bytes"], row["hr"]["bytes"])
+    return rows
+
+
+def shards_in(output):
+    return len(Place(output).files("data"))
+
+
+def wait_for(condition, process=None, seconds=300):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it does not come"
+        assert process is None or process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def test_the_uninterrupted_run_has_every_photograph_once(photos, reference):
+    keys = [file.key for file in Place(photos).files() if file.key.endswith(".png")]
+    assert sorted(reference) == [(key, 0) for key in keys]
+    assert len(reference) == PHOTOS
+
+
+def test_a_killed_driver_and_a_restarted_store_change_nothing(s3, photos, model, reference):
+    output = s3.uri("killed")
+    process = driver(photos, output, model, "actors.max=1")
+    wait_for(lambda: shards_in(output) >= 2, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert 2 <= shards_in(output) < PHOTOS // SHARD
+    assert not Place(output).exists("_SUCCESS")
+    process = driver(photos, output, model)
+    wait_for(lambda: shards_in(output) >= 3, process)
+    s3.kill()
+    time.sleep(1)
+    s3.start()
+    out = finish(process)
+    assert re.search(r"40 images .* in 5 shards, [2-4] of them done", out)
+    assert rows_of(output) == reference
+
+
+def test_a_network_that_fails_changes_nothing(s3, photos, model, reference):
+    output = s3.uri("faults")
+    with proxying(s3.endpoint, rate=0.08, seed=1) as (proxy, endpoint):
+        finish(driver(photos, output, model, environment={"AWS_ENDPOINT_URL": endpoint}))
+    assert rows_of(output) == reference
+    assert {"throttle", "reset", "delay", "truncate", "lost answer"} <= proxy.met.keys()
+
+
+def test_two_drivers_on_one_output_are_harmless(s3, photos, model, reference):
+    output = s3.uri("two")
+    pair = [driver(photos, output, model, "actors.max=1") for _ in range(2)]
+    for process in pair:
+        finish(process)
+    assert rows_of(output) == reference
+
+
+def test_a_busy_node_that_is_removed_changes_nothing(s3, photos, model, reference):
+    ray.shutdown()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    output = s3.uri("node")
+    try:
+        ray.init(address=cluster.address, log_to_driver=False)
+        failed = []
+
+        def remove():
+            try:
+                wait_for(lambda: shards_in(output) >= 1)
+                cluster.remove_node(nodes[0], allow_graceful=False)
+            except BaseException as error:
+                failed.append(error)
+
+        remover = threading.Thread(target=remove)
+        remover.start()
+        run(photos, output, model, *WORDS, "actors.min=2", "actors.max=2")
+        remover.join()
+        assert failed == []
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    assert rows_of(output) == reference
+
+
+def test_new_files_are_named_and_taken_when_asked(s3, photos, model, single, capsys):
+    place, output = Place(s3.uri("growing")), s3.uri("grown")
+    first = Place(photos).files()[1]
+    for name in ("a.png", "b.png", "c.png"):
+        place.write(name, Place(photos).read(first.key))
+    words = ("shard.images=2", "actors.threads=1")
+    run(place.uri, output, model, *words)
+    before = {file.key: file.etag for file in Place(output).files() if file.key.startswith(("data/", "plan/"))}
+    place.write("0.png", Place(photos).read(first.key))
+    place.write("d.png", b"broken")
+    run(place.uri, output, model, *words)
+    assert "2 new in" in capsys.readouterr().out
+    run(place.uri, output, model, *words, "extend=true", "dry_run=true")
+    assert "5 images (" in capsys.readouterr().out
+    assert len(rows_of(output)) == 3
+    with pytest.raises(ValueError, match=r"1 of 5 files were rejected.*d\.png \(decode"):
+        run(place.uri, output, model, *words, "extend=true")
+    assert not Place(output).exists("_SUCCESS")
+    run(place.uri, output, model, *words, "extend=true", "max_reject_rate=0.5")
+    assert sorted(key for key, _ in rows_of(output)) == ["0.png", "a.png", "b.png", "c.png"]
+    place.write("d.png", Place(photos).read(first.key))
+    run(place.uri, output, model, *words, "retry_rejects=true")
+    said = capsys.readouterr().out
+    assert "5 LR images of 5 photographs in 4 shards, 0 rejects" in said
+    assert sorted(key for key, _ in rows_of(output)) == ["0.png", "a.png", "b.png", "c.png", "d.png"]
+    manifest = pq.read_table(io.BytesIO(Place(output).read("manifest.parquet"))).to_pylist()
+    assert [(row["rows"], row["rejects"], row["retried"]) for row in manifest] == [
+        (2, 0, 0),
+        (1, 0, 0),
+        (1, 1, 1),
+        (1, 0, 0),
+    ]
+    after = {file.key: file.etag for file in Place(output).files()}
+    assert before.items() <= after.items()
+    assert "1 rejected" not in Place(output).read("README.md").decode()
+
+
+def test_globs_and_inventories_are_inputs(s3, photos, model, single, reference):
+    wanted = [key for key, _ in reference if "/1#%20/" in key]
+    output = s3.uri("glob")
+    run(f"{photos}/a b/1*/*.png", output, model, *WORDS)
+    found = rows_of(output)
+    assert sorted(f"a b/1#%20/{Path(key).name}" for key, _ in found) == sorted(wanted)  # a key starts at the wildcard
+    table = pa.table({"key": wanted[::-1], "other": list(range(len(wanted)))})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    inventory = Place(s3.uri("inventory"))
+    inventory.write("photos.parquet", buffer.getvalue())
+    output = s3.uri("listed")
+    run(inventory.uri_of("photos.parquet"), output, model, *WORDS, f"root={photos}")
+    assert rows_of(output) == {key: value for key, value in reference.items() if key[0] in wanted}
+
+
+@pytest.mark.parametrize(
+    ("variables", "places", "said"),
+    [
+        ({"AWS_SECRET_ACCESS_KEY": "hunter2"}, {}, r"error: output=s3://demo/.*: cannot be read \(PermissionError: "),
+        ({}, {"input": "s3://no-such-bucket/photos"}, r"error: input=s3://no-such-bucket/photos: not there \(.*bucket"),
+        (
+            {},
+            {"output": "s3://no-such-bucket/out"},
+            r"error: output=s3://no-such-bucket/out: cannot be written",
+        ),
+    ],
+    ids=["secret", "input", "output"],
+)
+def test_what_the_store_refuses_ends_the_job_in_seconds(s3, photos, model, variables, places, said):
+    places = {"input": photos, "output": s3.uri("refused")} | places
+    process = driver(places["input"], places["output"], model, environment=variables)
+    started = time.monotonic()
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert re.search(said, err.splitlines()[-1])
+    assert time.monotonic() - started < 100  # nearly all of it importing, on a busy machine
+    for secret in ("hunter2", s3.secret_key):
+        assert secret not in out + err
