@@ -12,8 +12,8 @@ from degflow import Degrader
 from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork, released
 from tests import ROOT
 
-REFERENCE = ROOT.parent / "shared/reference/released_network"
-needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason="the reference tensors are not beside the checkout")
+REFERENCE = ROOT / "tests/models/released"
+SKIPS = ("skip0", "skip1", "skip2")
 
 
 def import_released(autoencoder, flow, output):
@@ -98,24 +98,26 @@ def small():
     return autoencoder, velocity
 
 
-@needs_reference
-@pytest.mark.parametrize("case", ["0", "1"])
-def test_the_reference_files_reproduce_every_reference_tensor(tmp_path, case):
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
     files = (REFERENCE / "autoencoder.safetensors", REFERENCE / "velocity.safetensors")
-    degrader = imported(*files, tmp_path / "degrader.safetensors")
-    io = load_file(REFERENCE / "io.safetensors")
+    return imported(*files, tmp_path_factory.mktemp("reference") / "degrader.safetensors")
+
+
+@pytest.mark.parametrize("case", ["0", "1"])
+def test_the_reference_files_reproduce_every_reference_tensor(reference, case):
+    """Rounding makes up to 1.1e-6; a norm's epsilon of 1e-5 in place of 1e-6 makes 1.5e-4."""
+    io = {name.partition(".")[2]: x for name, x in load_file(REFERENCE / "io.safetensors").items() if name[0] == case}
     with torch.no_grad():
-        latent, skips = degrader.autoencoder.encode(io[f"{case}.image"])
-        velocity = degrader.velocity(io[f"{case}.latent"], io[f"{case}.t"])
-        decoded = degrader.autoencoder.decode(
-            io[f"{case}.moved_latent"], tuple(io[f"{case}.skip{level}"] for level in range(3))
-        )
-    assert relative_error(latent, io[f"{case}.latent"]) < 1e-4
-    assert relative_error(velocity, io[f"{case}.velocity"]) < 1e-4
-    assert relative_error(decoded, io[f"{case}.decoded"]) < 1e-4
-    for level in range(3):
-        assert relative_error(skips[level], io[f"{case}.skip{level}"]) < 1e-4
-    assert degrader.levels == {"1": 1.0, "2": 2.0, "4": 4.0}
+        latent, skips = reference.autoencoder.encode(io["image"])
+        decoded = reference.autoencoder.decode(io["moved_latent"], skips)
+        velocity = reference.velocity(io["latent"], io["t"])
+    found = {"latent": latent, "velocity": velocity}
+    large = {**dict(zip(SKIPS, skips, strict=True)), "decoded": decoded}
+    found |= {name: tensor.flatten()[::7] for name, tensor in large.items()}  # what the file keeps of them
+    errors = {name: relative_error(tensor, io[name]) for name, tensor in found.items()}
+    assert max(errors.values()) < 1e-5, errors
+    assert reference.levels == {"1": 1.0, "2": 2.0, "4": 4.0}
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod."])
@@ -216,7 +218,6 @@ def full_size_keys():
     return shapes
 
 
-@needs_reference
 def test_the_full_size_keys_map_one_to_one():
     shapes = full_size_keys()
     states = {
@@ -247,7 +248,6 @@ print(*out.size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 
 
-@needs_reference
 def test_a_full_size_import_degrades_an_image_of_any_size_in_bounded_memory(tmp_path):
     generator = torch.Generator().manual_seed(0)
     states = {
