@@ -11,19 +11,20 @@ from safetensors.torch import load_file, save_file
 from degflow import Degrader
 from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork, released
 from tests import ROOT
+from tests.jobs import run_job
 
 REFERENCE = ROOT / "tests/models/released"
 SKIPS = ("skip0", "skip1", "skip2")
 
 
 def import_released(autoencoder, flow, output):
-    command = [sys.executable, "jobs/import_released.py", f"autoencoder={autoencoder}", f"flow={flow}"]
-    return subprocess.run([*command, f"output={output}"], cwd=ROOT, capture_output=True, text=True)
+    """Exit status and what the job said."""
+    return run_job("import_released", f"autoencoder={autoencoder}", f"flow={flow}", f"output={output}")
 
 
 def imported(autoencoder, flow, output):
-    done = import_released(autoencoder, flow, output)
-    assert done.returncode == 0, done.stderr
+    code, said = import_released(autoencoder, flow, output)
+    assert code == 0, said
     return Degrader.load(str(output))
 
 
@@ -157,12 +158,12 @@ def test_every_key_that_does_not_fit_is_listed_in_one_error(tmp_path, small):
     names["decoder.refine.1.weight"] = torch.zeros(3, 5, 3, 3)
     torch.save(split(names), tmp_path / "AE.pth")
     torch.save({"model": flow}, tmp_path / "FLOW.pth")
-    done = import_released(tmp_path / "AE.pth", tmp_path / "FLOW.pth", tmp_path / "out.safetensors")
-    assert done.returncode == 1
-    assert f"autoencoder={tmp_path}/AE.pth: 3 tensors do not fit" in done.stderr
-    assert "missing: encoder.levels.1.blocks.0.convs.0.weight" in done.stderr
-    assert "surplus: decoder.extra.weight" in done.stderr
-    assert "misshapen: decoder.refine.1.weight is [3, 5, 3, 3], not [3, 16, 3, 3]" in done.stderr
+    code, said = import_released(tmp_path / "AE.pth", tmp_path / "FLOW.pth", tmp_path / "out.safetensors")
+    assert code == 1
+    assert f"autoencoder={tmp_path}/AE.pth: 3 tensors do not fit" in said
+    assert "missing: encoder.levels.1.blocks.0.convs.0.weight" in said
+    assert "surplus: decoder.extra.weight" in said
+    assert "misshapen: decoder.refine.1.weight is [3, 5, 3, 3], not [3, 16, 3, 3]" in said
     assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -180,9 +181,9 @@ def test_a_pickle_that_would_run_code_is_refused_and_nothing_runs(tmp_path, smal
     _, flow = released_names(*small)
     torch.save({"encoder": {}, "decoder": {}, "more": Runs(tmp_path / "ran")}, tmp_path / "AE.pth")
     torch.save({"model": flow}, tmp_path / "FLOW.pth")
-    done = import_released(tmp_path / "AE.pth", tmp_path / "FLOW.pth", tmp_path / "out.safetensors")
-    assert done.returncode == 1
-    assert f"autoencoder={tmp_path}/AE.pth: refused, it holds more than tensors" in done.stderr
+    code, said = import_released(tmp_path / "AE.pth", tmp_path / "FLOW.pth", tmp_path / "out.safetensors")
+    assert code == 1
+    assert f"autoencoder={tmp_path}/AE.pth: refused, it holds more than tensors" in said
     assert not (tmp_path / "ran").exists()
 
 
@@ -201,10 +202,10 @@ def test_a_file_that_is_something_else_is_named(tmp_path, content, message):
     elif content is not None:
         torch.save(content, tmp_path / "AE.pth")
     torch.save({"model": {"all_modules.2.weight": torch.zeros(8, 4, 3, 3)}}, tmp_path / "FLOW.pth")
-    done = import_released(tmp_path / "AE.pth", tmp_path / "FLOW.pth", tmp_path / "out.safetensors")
-    assert done.returncode == 1
-    assert f"autoencoder={tmp_path}/AE.pth: " in done.stderr
-    assert message in done.stderr
+    code, said = import_released(tmp_path / "AE.pth", tmp_path / "FLOW.pth", tmp_path / "out.safetensors")
+    assert code == 1
+    assert f"autoencoder={tmp_path}/AE.pth: " in said
+    assert message in said
 
 
 def full_size_keys():
@@ -257,7 +258,7 @@ def test_a_full_size_import_degrades_an_image_of_any_size_in_bounded_memory(tmp_
     torch.save(split(states["autoencoder"]), tmp_path / "AE.pth")
     torch.save({"model": states["velocity"]}, tmp_path / "FLOW.pth")
     output = tmp_path / "degrader.safetensors"
-    assert import_released(tmp_path / "AE.pth", tmp_path / "FLOW.pth", output).returncode == 0
+    assert import_released(tmp_path / "AE.pth", tmp_path / "FLOW.pth", output)[0] == 0
     done = subprocess.run([sys.executable, "-c", FULL_SIZE, str(output)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     width, height, megabytes = map(int, done.stdout.split())
