@@ -244,7 +244,7 @@ import resource, sys, numpy as np
 from PIL import Image
 from degflow import Degrader
 picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (333, 500, 3), dtype=np.uint8))
-out = Degrader.load(sys.argv[1]).degrade(picture, scale=2.7)
+out = Degrader.load(sys.argv[1]).degrade(picture, scale=2.7, steps=1)
 print(*out.size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 
