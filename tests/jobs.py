@@ -13,11 +13,13 @@ def run_job(name: str, *words: str) -> tuple[int, str]:
     """Run `python jobs/NAME.py WORDS`; returns the exit status and what it printed on stdout and stderr."""
     said = io.StringIO()
     script = str(ROOT / f"jobs/{name}.py")
-    with mock.patch.object(sys, "argv", [script, *words]), contextlib.redirect_stdout(said):
-        with contextlib.redirect_stderr(said):
-            try:
-                runpy.run_path(script, run_name="__main__")
-            except SystemExit as end:
-                code = end.code if isinstance(end.code, int) else int(end.code is not None)
-                return code, said.getvalue()
+    with (
+        mock.patch.object(sys, "argv", [script, *words]),
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(said),
+    ):
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            return end.code if isinstance(end.code, int) else int(end.code is not None), said.getvalue()
     return 0, said.getvalue()
