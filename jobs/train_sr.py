@@ -10,7 +10,8 @@ leave with exit code 75 (the launcher turns every code but 0 into 1).
 """
 
 from degflow.config import run
-from degflow.restoration.training import TrainSRConfig, train_sr
+from degflow.restoration.settings import TrainSRConfig
+from degflow.restoration.training import train_sr
 
 if __name__ == "__main__":
     run(train_sr, TrainSRConfig, __doc__)

@@ -38,10 +38,12 @@ class SceneConfig:
 
     data: str = required("folder or URI of one split of a RealSR-like tree, e.g. RealSR/Canon/Train")
     levels: dict[str, float] = option(
-        {"1": 1.0, "2": 2.0, "4": 4.0}, "folder label -> scale (nominal or optical); label 1 is the HR image"
+        {"1": 1.0, "2": 2.0, "4": 4.0},
+        "folder label -> scale (nominal or optical); label 1 is the HR image",
+        common=True,
     )
-    resize_lr: bool = option(False, "bring LR images smaller than HR (RealSR V3) to HR's grid by bicubic")
-    crop: int = option(256, "side of the random crops, in pixels")
+    resize_lr: bool = option(False, "enlarge LR images smaller than HR (RealSR V3) to HR's size by bicubic")
+    crop: int = option(256, "side of the random crops, in pixels", common=True)
     cache: str = option("", "local folder for decoded images, shared by all processes; empty: memory of each process")
 
     def __post_init__(self):

@@ -9,19 +9,21 @@ from typing import Any, NamedTuple
 from degflow.config import option, required
 from degflow.degrader import SHIPPED
 
+TEST_LEVEL = "3"  # label and scale of the test images
+
 
 @dataclass(frozen=True)
 class ProtocolConfig:
     """Keys of protocol."""
 
     output: str = required("local folder for the cells and the tables")
-    data: str = option("", "RealSR-like root that holds CAMERA/Train and CAMERA/Test")
-    photographs: str = option("", "in place of data: photographs that the simulated cameras capture")
+    data: str = option("", "RealSR-like root that holds CAMERA/Train and CAMERA/Test", common=True)
+    photographs: str = option("", "in place of data: photographs that the simulated cameras capture", common=True)
     simulate: list[str] = option([], "words for simulate_scenes")
     cameras: tuple[str, str] = option(("Canon", "Nikon"), "A, which trains the degrader, and B, whose HR it degrades")
-    resize_lr: bool = option(False, "bring LR images smaller than HR (RealSR V3) to HR's grid by bicubic")
+    resize_lr: bool = option(False, "enlarge LR images smaller than HR (RealSR V3) to HR's size by bicubic")
     degrader: str = option(
-        "", "degrader file that takes the place of the first of degraders, or shipped; empty: it is trained"
+        "", "degrader file in place of the first of degraders, or shipped; empty: it is trained", common=True
     )
     degraders: dict[str, list[str]] = option(
         {"DegFlow": []},
@@ -36,16 +38,20 @@ class ProtocolConfig:
     rows: dict[str, list[str]] = option(
         {"real x3": ["3"], "real x2, x4": ["2", "4"], "generated x2..x4": ["DegFlow"]},
         "label -> training set of the SR networks: levels of real pairs, or names of degraders; {} trains none",
+        common=True,
     )
     row_words: dict[str, list[str]] = option({}, "row -> words for its train_sr, after all others")
     real: list[str] = option(["Canon"], "cameras whose Train has the real pairs of the rows")
     networks: dict[str, list[str]] = option(
-        {name: [f"network.name={name}"] for name in ("swinir", "hat", "mambair")}, "name -> words for train_sr"
+        {name: [f"network.name={name}"] for name in ("swinir", "hat", "mambair")},
+        "name -> words for train_sr",
+        common=True,
     )
     sr: list[str] = option(["config=configs/paper_sr.yaml"], "words for train_sr, before the network's")
     seeds: dict[str, int] = option({}, "network -> how many seeds; one for those not named")
-    test_level: str = option("3", "folder label of the test images")
-    launch: list[str] = option([], "how trainings start, e.g. [accelerate,launch,--multi_gpu]; empty: this Python")
+    launch: list[str] = option(
+        [], "how trainings start, e.g. [accelerate,launch,--multi_gpu]; empty: this Python", common=True
+    )
 
     def __post_init__(self):
         if len(set(self.cameras)) != 2:
@@ -147,7 +153,7 @@ def use_cells(config: ProtocolConfig, name: str, own: list[str], model: str) -> 
 def first_level(config: ProtocolConfig) -> str:
     """The folder whose HR files are degraded: the first level that a row names, as every level has the same."""
     labels = [part for parts in config.rows.values() for part in parts if part not in config.degraders]
-    return min(labels, key=float, default=config.test_level)
+    return min(labels, key=float, default=TEST_LEVEL)
 
 
 def sr_cell(config: ProtocolConfig, network: str, row: str, seed: int) -> Cell:
@@ -160,7 +166,7 @@ def sr_cell(config: ProtocolConfig, network: str, row: str, seed: int) -> Cell:
     words = [
         f"train={_dict(sources)}",
         f"test={_dict({camera: f'{root(config)}/{camera}/Test' for camera in config.cameras})}",
-        f"test_level={config.test_level}",
+        f"test_level={TEST_LEVEL}",
         f"output={config.output}/{name}",
         f"fit.seed={seed}",
         *([f"levels={_dict({label: float(label) for label in labels})}"] if labels else []),

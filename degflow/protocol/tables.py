@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from degflow import evaluation
-from degflow.protocol.plan import ProtocolConfig, sr_name
+from degflow.protocol.plan import TEST_LEVEL, ProtocolConfig, sr_name
 from degflow.storage import Place
 
 SOURCE = "DegFlow, AAAI 2026, table 1 (RealSR x3)"
@@ -68,7 +68,7 @@ def write_tables(config: ProtocolConfig, place: Place) -> None:
     a, b = config.cameras
     simulated = "simulated cameras, not RealSR" if config.photographs else config.data
     parts = [
-        f"# SR networks by what they were trained on\n\nTested on x{config.test_level} of {a} and {b} ({simulated}): "
+        f"# SR networks by what they were trained on\n\nTested on x{TEST_LEVEL} of {a} and {b} ({simulated}): "
         "PSNR in dB / SSIM / LPIPS, mean of the two cameras, ± standard deviation over seeds. Real pairs: "
         f"{' and '.join(config.real)}, generated pairs: HR of {b}. Published: {SOURCE}.",
         *([sr_table(config, found)] if config.rows else []),

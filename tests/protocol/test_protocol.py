@@ -21,7 +21,7 @@ from degflow.evaluation.run import EvaluateConfig
 from degflow.protocol import Cell, ProtocolConfig, cells
 from degflow.protocol.run import run_protocol
 from degflow.protocol.tables import PUBLISHED
-from degflow.restoration.training import TrainSRConfig
+from degflow.restoration.settings import TrainSRConfig
 from degflow.storage import Place
 from degflow.synthesis.settings import SynthesizeConfig
 from degflow.training.lfm import TrainLFMConfig

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from degflow import config, evaluation, images, restoration
 from degflow.capture.camera import SimulatedCamera
 from degflow.restoration import NetworkConfig
-from degflow.restoration.training import TrainSRConfig, train_sr
+from degflow.restoration.settings import TrainSRConfig
+from degflow.restoration.training import train_sr
 from tests import ROOT
 from tests.finished import finish
 from tests.sources import save_model
@@ -123,27 +124,27 @@ def test_a_training_that_was_stopped_ends_in_the_same_weights_and_scores(trained
 def test_liif_trains_and_is_told_the_test_scale(tree, dataset, tmp_path):
     liif = {"network.liif.width": 8, "network.liif.blocks": 1, "network.liif.hidden": "[16]"}
     keys = KEYS | liif | {"network.name": "liif", "network.liif.queries": 64, "output": tmp_path}
-    again(**keys, train=f"{{g: '{dataset}'}}", test=f"{{a: '{tree}'}}", test_scale=2.9, test_crop=40)
+    again(**keys, train=f"{{g: '{dataset}'}}", test=f"{{a: '{tree}'}}", test_crop=40)
     row = next(csv.DictReader((tmp_path / "measurements.csv").open()))
     hr, lr = (
         images.to_tensor(images.decode((tree / f"3/Canon_001_{kind}.png").read_bytes())[None, 13:53, 15:55])
         for kind in ("HR", "LR3")
     )
     network = restoration.load(str(tmp_path / "network.safetensors"))
-    assert float(row["psnr"]) == pytest.approx(float(evaluation.psnr(network.restore(lr, 2.9), hr)), abs=1e-9)
+    assert float(row["psnr"]) == pytest.approx(float(evaluation.psnr(network.restore(lr, 3.0), hr)), abs=1e-9)
 
 
 @pytest.mark.parametrize(
     ("changes", "code", "said"),
     [
         ({"output": ""}, 2, "output: must be given"),
-        ({"train": "{}"}, 1, "train: must be given"),
+        ({"train": "{}"}, 2, "train: must be given"),
         ({"weights": "{other: 1}"}, 2, r"weights=.*: must give each of train=\['real'\] a share above 0"),
-        ({"noise": "{other: 1}"}, 2, r"noise=.*: names of train=\['real'\], none below 0"),
-        ({"noise": "{real: -1}"}, 2, r"noise=.*: names of train=\['real'\], none below 0"),
+        ({"noise": "{other: 1}"}, 2, r"noise=.*: names must be of train=\['real'\], values not below 0"),
+        ({"noise": "{real: -1}"}, 2, r"noise=.*: names must be of train=\['real'\], values not below 0"),
         ({"crop": 30}, 2, "crop=30: must be a multiple of 4"),
-        ({"levels": "{1: 1.0, 2: 2.0}"}, 2, "levels=.*: LR levels alone"),
-        ({"test_level": "tele"}, 2, "test_level=tele: no number, so test_scale must be given"),
+        ({"levels": "{1: 1.0, 2: 2.0}"}, 2, "levels=.*: must be LR levels only"),
+        ({"test_level": "tele"}, 2, "test_level=tele: must be a number"),
         ({"network.name": "edsr"}, 2, "network.name: .*edsr"),
         ({"levels": "{2: 2.0, 5: 5.0}"}, 1, r"no scene has every level of \['1', '2', '5'\]"),
         ({"crop": 68}, 1, r"2/Canon_001_HR.png: 70 x 66 pixels, smaller than crop=68"),
