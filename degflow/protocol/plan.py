@@ -20,18 +20,20 @@ class ProtocolConfig:
     data: str = option("", "RealSR-like root that holds CAMERA/Train and CAMERA/Test", common=True)
     photographs: str = option("", "in place of data: photographs that the simulated cameras capture", common=True)
     simulate: list[str] = option([], "words for simulate_scenes")
-    cameras: tuple[str, str] = option(("Canon", "Nikon"), "A, which trains the degrader, and B, whose HR it degrades")
+    cameras: tuple[str, str] = option(
+        ("Canon", "Nikon"), "A, whose pairs train the degrader, and B, whose HR images it degrades"
+    )
     resize_lr: bool = option(False, "enlarge LR images smaller than HR (RealSR V3) to HR's size by bicubic")
     degrader: str = option(
         "", "degrader file in place of the first of degraders, or shipped; empty: it is trained", common=True
     )
     degraders: dict[str, list[str]] = option(
         {"DegFlow": []},
-        "name -> words that set it apart: autoencoder.* for train_rae, scenes.* for both trainings, levels=... for "
-        "evaluate, scale.* for synthesize, all others for train_lfm",
+        "name -> its own words: autoencoder.* for train_rae, scenes.* for both trainings, levels=... for evaluate, "
+        "scale.* for synthesize, all others for train_lfm",
     )
     rae: list[str] = option(["config=configs/paper_rae.yaml"], "words for train_rae")
-    flow: list[str] = option([], "words for a train_lfm that goes before, from which lfm starts; empty: none")
+    flow: list[str] = option([], "words for a train_lfm before lfm, from whose weights lfm starts; empty: none")
     lfm: list[str] = option(["config=configs/paper_lfm.yaml"], "words for train_lfm")
     evaluate: list[str] = option(["levels={1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0}"], "words for evaluate")
     synthesize: list[str] = option(["scale.low=2", "scale.high=4"], "words for synthesize")
@@ -40,8 +42,8 @@ class ProtocolConfig:
         "label -> training set of the SR networks: levels of real pairs, or names of degraders; {} trains none",
         common=True,
     )
-    row_words: dict[str, list[str]] = option({}, "row -> words for its train_sr, after all others")
-    real: list[str] = option(["Canon"], "cameras whose Train has the real pairs of the rows")
+    row_words: dict[str, list[str]] = option({}, "row -> words for its train_sr, after all other words")
+    real: list[str] = option(["Canon"], "cameras whose Train gives the rows' real pairs")
     networks: dict[str, list[str]] = option(
         {name: [f"network.name={name}"] for name in ("swinir", "hat", "mambair")},
         "name -> words for train_sr",
@@ -50,7 +52,7 @@ class ProtocolConfig:
     sr: list[str] = option(["config=configs/paper_sr.yaml"], "words for train_sr, before the network's")
     seeds: dict[str, int] = option({}, "network -> how many seeds; one for those not named")
     launch: list[str] = option(
-        [], "how trainings start, e.g. [accelerate,launch,--multi_gpu]; empty: this Python", common=True
+        [], "command that starts trainings, e.g. [accelerate,launch,--multi_gpu]; empty: this Python", common=True
     )
 
     def __post_init__(self):
@@ -83,7 +85,7 @@ class Cell(NamedTuple):
 
 
 def cells(config: ProtocolConfig) -> list[Cell]:
-    """Everything that is to be run, in order."""
+    """All cells, in the order in which they run."""
     planned = []
     if config.photographs:
         cameras = ",".join(camera.lower() for camera in config.cameras)
@@ -113,7 +115,7 @@ def root(config: ProtocolConfig) -> str:
 def degrader_cells(
     config: ProtocolConfig, name: str, own: list[str], autoencoders: dict[tuple[str, ...], str]
 ) -> Iterator[Cell]:
-    """Stage 1, unless an earlier degrader has the same, and stage 2."""
+    """Stage 1, unless an earlier degrader has the same stage 1, and stage 2."""
     data = [f"scenes.data={root(config)}/{config.cameras[0]}/Train"]
     data += ["scenes.resize_lr=true"] if config.resize_lr else []
     levels = [word for word in own if word.startswith("scenes.")]
@@ -132,7 +134,7 @@ def degrader_cells(
 
 
 def use_cells(config: ProtocolConfig, name: str, own: list[str], model: str) -> Iterator[Cell]:
-    """The degrader against captured LR of both cameras; and B's HR degraded by it, if a row wants it."""
+    """Compare the degrader with captured LR of both cameras; degrade B's HR images with it, if a row needs them."""
     levels = [word for word in own if word.startswith("levels=")]
     resize = ["resize_lr=true"] if config.resize_lr else []
     for camera in config.cameras:
@@ -151,7 +153,7 @@ def use_cells(config: ProtocolConfig, name: str, own: list[str], model: str) -> 
 
 
 def first_level(config: ProtocolConfig) -> str:
-    """The folder whose HR files are degraded: the first level that a row names, as every level has the same."""
+    """The level folder whose HR files are degraded, the lowest that a row names: all levels have the same HR files."""
     labels = [part for parts in config.rows.values() for part in parts if part not in config.degraders]
     return min(labels, key=float, default=TEST_LEVEL)
 

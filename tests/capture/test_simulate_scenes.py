@@ -155,7 +155,7 @@ def test_a_photograph_too_narrow_once_shrunk_is_named(tmp_path):
 
 
 def dealt(keys, **changes):
-    return simulate.deal(simulate.SimulateConfig("in", "out", **changes), keys)
+    return simulate.assign(simulate.SimulateConfig("in", "out", **changes), keys)
 
 
 def test_dealing_shares_photographs_out_evenly_and_by_seed():

@@ -389,7 +389,7 @@ def test_the_most_detailed_window_is_where_the_detail_is():
 )
 @pytest.mark.parametrize("together", [2**21, 50 * 50])
 def test_lpips_of_many_images_against_one_is_that_of_each_pair(degrader, scenes, monkeypatch, together):
-    monkeypatch.setattr(fidelity, "TOGETHER", together)
+    monkeypatch.setattr(fidelity, "LPIPS_PIXELS", together)
     perceptual = Perceptual("alex")
     levels = {"1": 1.0, "2": 2.1}
     pixels = [scene[:2] for scene in scenes.pixels]

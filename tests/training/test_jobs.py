@@ -128,7 +128,7 @@ def test_stage_1_leaves_an_autoencoder_and_the_account_of_its_making(tree, rae):
     written = assert_is_a_run(output, said, ["step-00000012.png", "step-00000024.png"], 24)
     assert written["scenes"]["data"] == str(tree)
     assert written["autoencoder"]["base_width"] == 4
-    assert written["fit"]["beta2"] == 0.999
+    assert written["fit"]["betas"] == [0.9, 0.999]
     assert written["scenes"]["levels"] == {"1": 1.0, "2": 2.0, "4": 4.0}
     assert f"autoencoder: {output}/rae.safetensors" in said
     tensors = load_file(output / "rae.safetensors")

@@ -195,7 +195,7 @@ def test_a_dead_rank_a_warning_and_a_dead_launcher_change_no_bit(inputs, straigh
     ranks(process)[1].send_signal(signal.SIGUSR1)
     said = end(process)
     assert process.returncode != 0
-    assert said.count(f"SIGUSR1: stopped and saved after step {kept(tmp_path)[-1]}; the same command goes on") == 1
+    assert said.count(f"SIGUSR1: stopped and saved after step {kept(tmp_path)[-1]}; the same command continues") == 1
     assert re.search(r"exitcode\s*: 75 ", said), said
 
     process = start(tmp_path, inputs)
