@@ -97,12 +97,7 @@ def rae_objective():
 PROBLEMS = {"toy": (lambda: ToyObjective(dropout=0.3), ToySamples), "rae": (rae_objective, Crops)}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def train(folder, config=BASE, objective=None, samples=None, validate=None, **extra):
