@@ -6,7 +6,6 @@ from unittest import mock
 import numpy as np
 from PIL import Image
 
-
 from degflow import images
 from degflow.config import dump, load
 from degflow.dataset.layout import CONFIG, SUCCESS

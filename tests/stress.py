@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python tests/stress.py [rounds] [seed]
 
-Each round makes one dataset on a real S3 server, behind a proxy that fails a share of the requests. One to four times, at
-random moments, the driver, a worker or the store is killed (-9), and started again. The dataset must then equal the
+Each round makes one dataset on a real S3 server, behind a proxy that fails a share of the requests. One to four times,
+at random moments, the driver, a worker or the store is killed (-9), and started again. The dataset must then equal the
 uninterrupted one: every (key, draw) once, the same scales, the same PNG bytes, and no file besides the documented
 layout.
 """

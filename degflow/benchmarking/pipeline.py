@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-
 from degflow import images
 from degflow.benchmarking.measure import Table, alternate
 from degflow.dataset.layout import MANIFEST

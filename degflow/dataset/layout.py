@@ -7,8 +7,8 @@ A shard is planned before any work starts, and its plan never changes. A finishe
 number, each written as a whole. The first is in `rejects/`: its schema metadata is the shard's `Record` (rows, bytes
 and sha256 of the data part, statistics). The second is in `data/`: its bytes depend on the images alone. A shard is
 done when both exist, the data part has the size in the record, and the record's recipe (configuration and files) is
-that of the run. So a restart needs no other state than these objects. A data part never replaces one of the same recipe: if two
-drivers work on one output, the second one finds the first one's shard, equal to the byte, and keeps it.
+that of the run. So a restart needs no other state than these objects. A data part never replaces one of the same
+recipe: if two drivers work on one output, the second one finds the first one's shard, equal to the byte, and keeps it.
 
 `extend` and `retry_rejects` add a part to the plan, with shards of new numbers. A key is planned again only if a shard
 has rejected it. The newest shard of a key counts.

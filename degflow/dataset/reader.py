@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL.PngImagePlugin import PngImageFile
 
-
 from degflow import config, images
 from degflow.dataset.layout import CONFIG, MANIFEST, SUCCESS
 from degflow.storage import Place, split_uri

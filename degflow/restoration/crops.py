@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-
 from degflow import images
 from degflow.capture.scenes import HR_LABEL, SceneConfig, SceneImages
 from degflow.dataset.layout import SUCCESS

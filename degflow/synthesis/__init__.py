@@ -13,6 +13,6 @@ The way of one photograph through the job:
  9. `dataset.writer.ShardWriter.finish`   the shard's rows and rejects are written into the output
 10. `run.Run.finish`              after all shards: the manifest, the card, the preview, and last `_SUCCESS`
 
-A file that fails on this way becomes a reject with a stage and a reason. `settings` has the keys, and `resuming` decides
+A file that fails on this way becomes a reject with a stage and a reason. `settings` has the keys. `resuming` decides
 whether a run may continue an unfinished dataset.
 """

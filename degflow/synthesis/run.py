@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 
-
 from degflow.config import dump, plain
 from degflow.dataset.card import card, preview
 from degflow.dataset.layout import CARD, CONFIG, PREVIEW, SUCCESS, Record, find_objects, is_leftover
