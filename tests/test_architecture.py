@@ -9,6 +9,7 @@ from graphlib import CycleError, TopologicalSorter
 import pytest
 
 from tests import ROOT
+from tests.conftest import GROUPS
 
 FLOORS = (  # from the top down; a room may import the rooms on lower floors only
     {"jobs"},
@@ -217,6 +218,14 @@ def test_a_module_or_folder_too_many_is_seen(tmp_path, modules, folders, small):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).touch()
     assert is_small(tmp_path) == small
+
+
+def test_every_test_file_that_starts_ray_is_in_its_group():
+    files = {str(path.relative_to(ROOT)): path.read_text() for path in ROOT.glob("tests/**/test_*.py")}
+    assert {file for group in GROUPS.values() for file in group} <= files.keys()
+    starting = {file for file, text in files.items() if "ray" in {name.partition(".")[0] for name in imports_of(text)}}
+    assert len(starting) > 2
+    assert starting <= set(GROUPS["ray"])
 
 
 def test_a_wheel_holds_every_room():
