@@ -1,10 +1,15 @@
-"""Fixed-step integration of dz/dt = v(z, t), with an end time per image and dense output for several."""
+"""How an HR image's latent becomes that of an LR image: fixed-step integration, and the two flows that use it.
 
-from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+`PathFlow` is the published one: time is the degradation, the path begins at the HR latent. `ResidualFlow` begins at the
+latent of what the optics leave of HR, and draws what a captured image adds to that. A degrader asks either of them for
+latents in the same way (`Flow`).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Solver = Literal["euler", "midpoint", "heun", "rk4", "rk5"]
@@ -103,3 +108,72 @@ def _step(
 
 def _moved(z: Tensor, dt: Tensor, weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
     return z + dt * sum(weight * slope for weight, slope in zip(weights, slopes, strict=True) if weight)
+
+
+class Seen(NamedTuple):
+    """An encoded image: itself, padded to whole latent pixels, its latent and its skips (none: too large to keep)."""
+
+    image: Tensor  # "B 3 H W"
+    latent: Tensor  # "B C_z h w"
+    skips: tuple[Tensor, ...]
+
+
+See = Callable[[Tensor, bool], Seen]  # (image "B 3 H W", whether the decoder will need its skips) -> Seen
+
+
+class Draw(NamedTuple):
+    """What is asked for: N LR images of each of B HR images."""
+
+    scale: Tensor  # "B N"
+    time: Tensor  # "B N", of the scales, in [0, 1]
+    seed: Tensor  # int64 "B N", decides what is drawn
+    spread: float  # 1: draws; 0: their mean
+    steps: int
+    solver: str
+
+
+class Flow(Protocol):
+    """What carries latents from HR to LR images; a degrader knows no more of it than this."""
+
+    multiple: int  # the latent's height and width must be multiples of this
+    solver: tuple[str, int]  # the solver and its number of steps unless others are asked for
+    images: int  # images and latents that are held at once, for each HR image
+    optics_channels: float  # numbers per image pixel at the peak of the optics, which see the whole image
+
+    def carry(self, see: See, hr: Tensor, draw: Draw) -> Iterator[tuple[Tensor, Seen]]:
+        """The N latents "B C_z h w" in turn, each with the encoded image whose skips its decoder gets.
+
+        Args:
+            see: encodes an image.
+            hr: "B 3 H W" in [-1, 1].
+            draw: what is asked for.
+        """
+        ...
+
+
+class PathFlow(nn.Module):
+    """The published flow (DegFlow, section 2.2): dz/dt = v(z, t) from the HR latent, decoded with HR's skips.
+
+    It is a function of HR: seeds and spread do not matter.
+
+    Args:
+        network: v, called with "B C_z h w" and "B".
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+        self.multiple: int = network.config.multiple  # type: ignore[union-attr, assignment]
+        self.solver, self.images, self.optics_channels = (SOLVER, STEPS), 1, 0.0
+
+    def carry(self, see: See, hr: Tensor, draw: Draw) -> Iterator[tuple[Tensor, Seen]]:
+        """See `Flow`; one integration gives all N times."""
+        seen = see(hr, True)
+        time = draw.time[:, 0] if draw.time.shape[1] == 1 else draw.time
+
+        def velocity(z: Tensor, t: Tensor) -> Tensor:
+            return self.network(z, t).to(z.dtype)
+
+        latents = integrate(velocity, seen.latent, time, steps=draw.steps, solver=draw.solver)
+        for latent in latents[:, None].unbind(1) if time.ndim == 1 else latents.unbind(1):
+            yield latent, seen

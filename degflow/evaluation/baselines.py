@@ -42,12 +42,12 @@ def bicubic(hr: Tensor, scale: float) -> Tensor:
 
 
 @torch.inference_mode()
-def reconstruct(autoencoder: ResidualAutoencoder, hr: Tensor, lr: Tensor) -> Tensor:
-    """decode(encode(LR); skips of HR), the best that any flow could reach with this autoencoder."""
+def reconstruct(autoencoder: ResidualAutoencoder, guide: Tensor, lr: Tensor) -> Tensor:
+    """decode(encode(LR); skips of the guide: HR, or HR after the optics), the best that any flow could reach with it."""
     multiple = autoencoder.config.compression
-    _, skips = autoencoder.encode(pad(hr, multiple))
     latent, _ = autoencoder.encode(pad(lr, multiple))
-    return autoencoder.decode(latent, skips)[..., : hr.shape[-2], : hr.shape[-1]].clamp(-1, 1)
+    decoded = autoencoder.decode(latent, autoencoder.skips(pad(guide, multiple)))
+    return decoded[..., : guide.shape[-2], : guide.shape[-1]].clamp(-1, 1)
 
 
 @torch.inference_mode()

@@ -1,4 +1,7 @@
-"""Training on Accelerate: `fit` in `loop`, its processes, checkpoints, logs, and being stopped in time."""
+"""Training on Accelerate: stage 1 (`rae`), the published stage 2 (`lfm`), and stage 2 for draws (`residual`).
+
+`loop` has `fit`, one loop for any objective; beside it its settings, processes, checkpoints, logs, and stopping in time.
+"""
 
 from degflow.training.loop import Progress, RankSampler, Validation, fit, learning_rate
 from degflow.training.processes import is_main_process, local_share

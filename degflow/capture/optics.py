@@ -1,0 +1,343 @@
+"""The optics between HR and LR: a radial transfer function per colour channel, fitted in linear light.
+
+1. Blur happens in linear light, before the sensor. With `lin` and `enc` the two directions of the sRGB curve,
+   skeleton_s = enc(H_s * lin(HR)), where H_s(f) depends on the frequency's distance from zero alone.
+2. `Optics.fit` finds H_k of each captured level k in closed form: H_k(f) = Re sum(L_k conj I) / sum |I|^2, with L_k and
+   I the spectra of lin(LR_k) and lin(HR) over windows of the training scenes (Hann, means removed). This is the
+   linear filter of least squared error.
+3. Between levels log H is linear in s^2, as for a lens of constant f-number; that is exact for a Gaussian.
+4. HR that is itself reduced by r was blurred less on its own grid: log H is measured from 1 / r^2 instead of from 1.
+
+Windows are registered first: LR's sub-pixel shift is estimated and its linear phase removed, and windows that do not
+show the same picture are left out. Exposure is not optics: each scene's H is divided by its limit at f = 0, so that
+H(0) = 1 and a skeleton keeps HR's mean colour.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from degflow.capture.scenes import SceneImages
+
+CORNER = math.sqrt(0.5)  # cycles per pixel, the highest frequency of a pixel grid
+FLOOR = 1e-3  # the least H that a fit may find: below, it is noise, and its sign means nothing
+MARGIN = 64  # mirrored pixels around an image; a filter's reach is less
+SMALLEST_SIDE = 8
+WINDOW = 128  # pixels
+SMALLEST_WINDOW = 32  # pixels
+WINDOWS_PER_SCENE = 24
+WINDOWS = 2048  # of all scenes together
+LOW_BAND = 0.02  # cycles per pixel, where H's limit at 0 is read
+SHIFT_BAND = 0.15  # cycles per pixel, where the phase of a shift is read; up to 3 pixels it does not wrap there
+LARGEST_SHIFT = 2.0  # pixels
+LEAST_COHERENCE = 0.5  # of LR and HR in that band, for a window to count
+_BAND = 1 << 20  # frequencies that are filtered at a time
+
+
+class Optics(nn.Module):
+    """Transfer functions of the captured levels. Without a fit, all ones.
+
+    `log_transfer` "K 3 R" is log H of K levels, red, green and blue, at R rings of frequency evenly spaced from 0 to
+    the corner, sqrt(0.5) cycles per pixel; level 0 is HR, all zeros. It is a buffer: `state_dict` holds it.
+
+    Args:
+        scales: scales of the levels, HR's first, nominal or optical.
+        rings: number of rings.
+
+    Raises:
+        ValueError: fewer than two scales, scales that are not above 0 and increasing, or fewer than two rings.
+    """
+
+    log_transfer: Tensor
+    squares: Tensor
+    working_channels = 7.0  # float planes of an image's size that `forward` needs beside images in and out
+
+    def __init__(self, scales: Sequence[float], rings: int = 64):
+        super().__init__()
+        self.scales = tuple(float(scale) for scale in scales)
+        if len(self.scales) < 2 or not all(a < b < math.inf for a, b in pairwise((0.0, *self.scales))):
+            raise ValueError(f"scales={self.scales}: must be at least two, above 0, finite and increasing, HR's first")
+        if rings < 2:
+            raise ValueError(f"rings={rings}: must be at least 2")
+        self.rings = rings
+        self.register_buffer("log_transfer", torch.zeros(len(self.scales), 3, rings))
+        squares = torch.tensor(self.scales, dtype=torch.float64) ** 2
+        self.register_buffer("squares", squares, persistent=False)
+
+    @classmethod
+    def fit(cls, scenes: SceneImages, rings: int = 64) -> "Optics":
+        """Fit the transfer functions of every level of `scenes`, at the scales of its configuration.
+
+        Takes at most 24 windows of 128 x 128 pixels of a scene, at fixed places, and some 0.2 s for each scene.
+
+        Raises:
+            ValueError: a scene below 32 pixels a side, or no window where a level shows HR's picture.
+        """
+        optics = cls(tuple(scenes.config.levels.values()), rings)
+        most = max(1, min(WINDOWS_PER_SCENE, WINDOWS // len(scenes)))
+        cross, energy, squared = 0.0, 0.0, 0.0
+        for scene, pixels in zip(scenes.scenes, scenes.pixels, strict=True):
+            if min(pixels.shape[1:3]) < SMALLEST_WINDOW:
+                size = f"{pixels.shape[2]} x {pixels.shape[1]}"
+                raise ValueError(f"scene={scene.name}: {size} pixels; sides must be at least {SMALLEST_WINDOW}")
+            sums = _ring_sums(pixels, most, rings)
+            cross, energy, squared = (total + part for total, part in zip((cross, energy, squared), sums, strict=True))
+        empty = (torch.as_tensor(energy)[1:, :, 1:].sum((1, 2)) == 0).nonzero().flatten().tolist()
+        if empty:
+            label = list(scenes.config.levels)[empty[0] + 1]
+            raise ValueError(
+                f"level={label}: no window shows HR's picture, shifted by at most {LARGEST_SHIFT:g} pixels"
+            )
+        optics.log_transfer.copy_(_on_nodes(*map(torch.as_tensor, (cross, energy, squared))))
+        return optics
+
+    def transfer(self, frequency: Tensor, scale: Tensor, reduction: float | Tensor = 1.0) -> Tensor:
+        """H at any frequencies.
+
+        Args:
+            frequency: cycles per pixel from 0 to the corner, any shape "...".
+            scale: "B".
+            reduction: as in `forward`.
+
+        Returns:
+            "B 3 ..." of `frequency`'s type.
+        """
+        curves = self._curves(scale, reduction).to(frequency)
+        return torch.exp(_look_up(curves, frequency.square()))
+
+    def describe(self) -> dict[str, object]:
+        """The arguments that make this module again; its tables are in `state_dict`."""
+        return {"scales": list(self.scales), "rings": self.rings}
+
+    @torch.no_grad()
+    def forward(self, hr: Tensor, scale: Tensor, reduction: float | Tensor = 1.0) -> Tensor:
+        """HR seen through the lens at each image's scale: sharp detail goes, no noise comes.
+
+        Images are done one after the other, so an image's result does not depend on its batch. Light below 0 or
+        above 1 is clipped. Beside images in and out this takes about 6 float planes of the size of one image with its
+        margins (4000 x 3000 pixels: 0.3 GB in float32).
+
+        Args:
+            hr: "B 3 H W" in [-1, 1], float32 or float64 (narrower types are computed in float32); H and W at least 8.
+            scale: "B", between HR's scale / reduction, where nothing happens, and the last level's. Checked where it
+                lies on the CPU; on an accelerator, where looking would wait for the device, it is taken as it is.
+            reduction: r, by which HR was reduced after its capture, at least 1: a number, or "B".
+
+        Returns:
+            "B 3 H W" in [-1, 1], on HR's device and of its type.
+
+        Raises:
+            ValueError: an argument is outside its shape or range.
+        """
+        _check_images(hr, scale, reduction)
+        self._check_range(scale, reduction)
+        precise = torch.promote_types(hr.dtype, torch.float32)
+        curves = self._curves(scale, reduction).to(hr.device, precise)
+        lr = torch.empty_like(hr)
+        for n in range(len(hr)):
+            for channel in range(3):
+                light = to_linear((hr[n, channel].to(precise) + 1) / 2)
+                lr[n, channel] = to_srgb(_filter(light, curves[n, channel])) * 2 - 1
+        return lr
+
+    def _curves(self, scale: Tensor, reduction: float | Tensor) -> Tensor:
+        """Log H on the rings, "B 3 R", of the tables' type."""
+        scale = scale.to(self.squares)
+        reduced = torch.as_tensor(reduction, dtype=torch.float64).to(self.squares).expand_as(scale)
+        return self._from_first(scale**2) - self._from_first(self.squares[0] / reduced**2)
+
+    def _from_first(self, square: Tensor) -> Tensor:
+        """Log H from the first level to s^2 = `square` "B", linear in it; beyond the levels the lines go on."""
+        upper = torch.bucketize(square, self.squares).clamp(1, len(self.scales) - 1)
+        low, high = self.squares[upper - 1], self.squares[upper]
+        share = ((square - low) / (high - low)).to(self.log_transfer)[:, None, None]
+        return (1 - share) * self.log_transfer[upper - 1] + share * self.log_transfer[upper]
+
+    def _check_range(self, scale: Tensor, reduction: float | Tensor) -> None:
+        reductions = torch.as_tensor(reduction, dtype=torch.float64)
+        if reductions.device.type == "cpu" and not ((reductions >= 1) & (reductions < math.inf)).all():
+            raise ValueError(f"reduction={reductions.tolist()}: must be finite and at least 1")
+        if scale.device.type != "cpu" or reductions.device.type != "cpu":
+            return
+        rounding = 1e-6  # of float32 scales
+        low = self.scales[0] / reductions.expand_as(scale)
+        wrong = ~((scale.double() >= low - rounding) & (scale.double() <= self.scales[-1] + rounding))
+        if wrong.any():
+            first = int(wrong.nonzero()[0])
+            raise ValueError(f"scale={float(scale[first]):g}: must lie in [{float(low[first]):g}, {self.scales[-1]:g}]")
+
+
+def to_linear(value: Tensor) -> Tensor:
+    """SRGB value -> linear light (IEC 61966-2-1), both in [0, 1]; clipped."""
+    value = value.clamp(0, 1)
+    return torch.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+
+
+def to_srgb(light: Tensor) -> Tensor:
+    """Linear light -> sRGB value (IEC 61966-2-1), both in [0, 1]; clipped."""
+    light = light.clamp(0, 1)
+    return torch.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)
+
+
+def _check_images(hr: Tensor, scale: Tensor, reduction: float | Tensor) -> None:
+    if hr.ndim != 4 or hr.shape[1] != 3 or min(hr.shape[-2:]) < SMALLEST_SIDE or not hr.is_floating_point():
+        rule = f"must be floating-point of shape (B, 3, H, W) with H and W at least {SMALLEST_SIDE}"
+        raise ValueError(f"hr={hr.dtype} {tuple(hr.shape)}: {rule}")
+    if scale.shape != hr.shape[:1]:
+        raise ValueError(f"scale: shape {tuple(scale.shape)}: must be ({len(hr)},), one for each image")
+    if isinstance(reduction, Tensor) and reduction.ndim and reduction.shape != scale.shape:
+        raise ValueError(f"reduction: shape {tuple(reduction.shape)}: must be one number or ({len(hr)},)")
+
+
+def _filter(light: Tensor, curve: Tensor) -> Tensor:
+    """Filter a plane "H W", mirrored beyond its borders, by exp(`curve`) "R"."""
+    height, width = light.shape
+    for axis, side in enumerate((height, width)):
+        at = torch.arange(-MARGIN, _fast_length(side + 2 * MARGIN) - MARGIN, device=light.device) % (2 * side)
+        light = light.index_select(axis, torch.minimum(at, 2 * side - 1 - at))
+    spectrum = torch.fft.rfft2(light)
+    rows = torch.fft.fftfreq(light.shape[0], dtype=light.dtype, device=light.device).square()
+    columns = torch.fft.rfftfreq(light.shape[1], dtype=light.dtype, device=light.device).square()
+    band = max(1, _BAND // len(columns))
+    for part, squares in zip(spectrum.split(band), rows.split(band), strict=True):
+        part *= torch.exp(_look_up(curve, squares[:, None] + columns))
+    filtered = torch.fft.irfft2(spectrum, s=light.shape)
+    return filtered[MARGIN : MARGIN + height, MARGIN : MARGIN + width]
+
+
+def _fast_length(least: int) -> int:
+    """The smallest even length from `least` on without a prime factor above 5."""
+    length = least + least % 2
+    while True:
+        rest = length
+        for prime in (2, 3, 5):
+            while rest % prime == 0:
+                rest //= prime
+        if rest == 1:
+            return length
+        length += 2
+
+
+def _look_up(curves: Tensor, square: Tensor) -> Tensor:
+    """Curves "... R" at squared frequencies "F", linear in the square between rings; "... F"."""
+    rings = curves.shape[-1]
+    square = (square / (CORNER / (rings - 1)) ** 2).clamp(max=(rings - 1) ** 2)  # in rings
+    ring = square.sqrt().floor().clamp(max=rings - 2)
+    share = (square - ring.square()) / (2 * ring + 1)
+    low = ring.int().flatten()
+    at_low, at_high = (
+        curves.index_select(-1, index).reshape(*curves.shape[:-1], *square.shape) for index in (low, low + 1)
+    )
+    return torch.lerp(at_low, at_high, share)
+
+
+def _ring_sums(pixels: np.ndarray, most: int, rings: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over the windows of a scene "K H W 3": Re L conj I, |I|^2, and |I|^2 f^2, each "K 3 R" float64."""
+    spectra = _spectra(pixels, most)
+    height = spectra.shape[-2]
+    width = min(WINDOW, pixels.shape[2])
+    rows, columns = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None]
+    square = (rows.square() + columns.square()).double()
+    hr = spectra[:, :1]
+    cross = spectra * hr.conj()
+    count, phase = _register(cross, spectra, rows, columns)
+    cross = torch.einsum("nk,nkchw->kchw", count, (cross * phase[:, :, None]).real.double())
+    energy = torch.einsum("nk,nchw->kchw", count, hr[:, 0].abs().square().double())
+    once = torch.full_like(columns, 2.0).double()  # a real image's spectrum has each inner column twice
+    once[0, 0] = 1
+    if width % 2 == 0:
+        once[0, -1] = 1
+    cross, energy = cross * once, energy * once
+    cross /= _gain(cross, energy, square, max(LOW_BAND, 3 / min(height, width)))[..., None, None]
+    ring = (square.sqrt() / (CORNER / (rings - 1))).round().long().flatten()
+    return tuple(  # type: ignore[return-value]
+        torch.zeros(*part.shape[:2], rings, dtype=torch.float64).index_add_(-1, ring, part.flatten(-2))
+        for part in (cross, energy, energy * square)
+    )
+
+
+def _spectra(pixels: np.ndarray, most: int) -> Tensor:
+    """Spectra of linear light in Hann windows without their means, "N K 3 h w//2+1"."""
+    sides = [min(WINDOW, side) for side in pixels.shape[1:3]]
+    starts = [
+        np.linspace(0, whole - side, round((whole - side) / (side / 2)) + 1).astype(int)
+        for whole, side in zip(pixels.shape[1:3], sides, strict=True)
+    ]
+    places = [(top, left) for top in starts[0] for left in starts[1]]
+    chosen = np.unique(np.linspace(0, len(places) - 1, min(most, len(places))).astype(int))
+    height, width = sides
+    windows = np.stack(
+        [pixels[:, top : top + height, left : left + width] for top, left in (places[n] for n in chosen)]
+    )
+    table = to_linear(torch.arange(256) / 255)
+    light = table[torch.from_numpy(windows).int()].movedim(-1, 2)
+    light = light - light.mean((-2, -1), keepdim=True)
+    return torch.fft.rfft2(light * torch.hann_window(height)[:, None] * torch.hann_window(width))
+
+
+def _register(cross: Tensor, spectra: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """What undoes the shift of every level of every window.
+
+    Args:
+        cross: L conj I, "N K 3 h w". spectra: "N K 3 h w", HR first. rows, columns: frequencies.
+
+    Returns:
+        Whether the window counts, "N K" float64 of 0 and 1; and the factors "N K h w".
+    """
+    squared = rows.square() + columns.square()
+    band = (squared > 0) & (squared <= SHIFT_BAND**2)
+    frequency = torch.stack(torch.broadcast_tensors(rows, columns))[:, band]  # "2 F"
+    common = cross.sum(2)[..., band]
+    shift = torch.zeros(*common.shape[:2], 2)
+    for _ in range(4):
+        aligned = common * _phase(shift, frequency)
+        weight = aligned.abs()
+        normal = torch.einsum("nkf,if,jf->nkij", weight, frequency, frequency) + 1e-12 * torch.eye(2)
+        toward = torch.einsum("nkf,if->nki", weight * aligned.angle(), frequency)
+        shift = shift - torch.linalg.solve(normal, toward) / (2 * math.pi)
+    energy = spectra[..., band].abs().square().sum((2, 3))
+    agreement = (common * _phase(shift, frequency)).real.sum(-1)
+    coherent = agreement > LEAST_COHERENCE * (energy * energy[:, :1]).sqrt()
+    counts = coherent & (torch.linalg.vector_norm(shift, dim=-1) <= LARGEST_SHIFT)
+    everywhere = torch.stack(torch.broadcast_tensors(rows, columns)).flatten(1)
+    return counts.double(), _phase(shift, everywhere).unflatten(-1, squared.shape)
+
+
+def _phase(shift: Tensor, frequency: Tensor) -> Tensor:
+    """exp(2 pi i f . d): brings an image that lies `shift` "... 2" pixels down and right back; "... F"."""
+    turns = torch.einsum("...i,if->...f", shift, frequency) * (2 * math.pi)
+    return torch.polar(torch.ones_like(turns), turns)
+
+
+def _gain(cross: Tensor, energy: Tensor, square: Tensor, band: float) -> Tensor:
+    """H's limit at f = 0, "K 3": where a line in f^2 through cross / energy, weighted by energy, meets zero."""
+    low = (square > 0) & (square <= band**2)
+    u, weight, product = square[low], energy[..., low], cross[..., low]
+    total, first, second = (((u**power) * weight).sum(-1) for power in (0, 1, 2))
+    value, slope = product.sum(-1), (u * product).sum(-1)
+    determinant = total * second - first**2
+    gain = (second * value - first * slope) / determinant
+    return torch.where((determinant > 0) & (gain > 0), gain, torch.ones_like(gain))
+
+
+def _on_nodes(cross: Tensor, energy: Tensor, squared: Tensor) -> Tensor:
+    """Log H "K 3 R" at the rings' own frequencies, from the rings' sums; where a ring is empty, from its neighbours.
+
+    A ring's ratio belongs to its energy's mean f^2, which lies below its middle; between those log H is linear in f^2.
+    """
+    levels, channels, rings = cross.shape
+    nodes = (np.arange(rings) * CORNER / (rings - 1)) ** 2
+    table = np.zeros((levels, channels, rings))
+    for level in range(1, levels):
+        for channel in range(channels):
+            found = energy[level, channel].numpy() > 0
+            found[0] = False
+            e = energy[level, channel].numpy()[found]
+            ratio = np.maximum(cross[level, channel].numpy()[found] / e, FLOOR)
+            at = squared[level, channel].numpy()[found] / e
+            table[level, channel] = np.interp(nodes, [0.0, *at], [0.0, *np.log(ratio)])
+    return torch.from_numpy(table)
