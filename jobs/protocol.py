@@ -14,33 +14,8 @@ theirs; paths in them are relative to where this job is started.
 
 from pathlib import Path
 
-from degflow import protocol
-from degflow.config import dump, run
-from degflow.protocol import ProtocolConfig
-from degflow.storage import Place
-
-JOBS = Path(__file__).parent
-
-
-def main(config: ProtocolConfig) -> None:
-    """Run what is not finished, and write the tables."""
-    place = Place(config.output)
-    if not place.local:
-        raise ValueError(f"output={config.output}: must be a local folder")
-    if bool(config.data) == bool(config.photographs):
-        raise ValueError(f"data={config.data!r}, photographs={config.photographs!r}: exactly one must be given")
-    place.write("config.yaml", dump(config).encode())
-    planned = protocol.cells(config)
-    for number, cell in enumerate(planned, 1):
-        where = f"{number} of {len(planned)}: {cell.name}"
-        if not protocol.finished(cell, place):
-            print(f"{where} ...", flush=True)
-            print(f"{where}: {protocol.perform(cell, place, JOBS, config.launch):.0f} s", flush=True)
-            protocol.write_tables(config, place)
-    protocol.write_tables(config, place)
-    print(place.read("table.md").decode())
-    print(f"tables: {config.output}")
-
+from degflow.config import run
+from degflow.protocol.run import ProtocolConfig, run_protocol
 
 if __name__ == "__main__":
-    run(main, ProtocolConfig, __doc__)
+    run(lambda config: run_protocol(config, Path(__file__).parent), ProtocolConfig, __doc__)

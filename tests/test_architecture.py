@@ -136,7 +136,7 @@ def test_the_walk_sees_each_kind_of_offence(room, line):
             "models",
             "from degflow.config import option\nfrom degflow.models.velocity import VelocityConfig\nimport math",
         ),
-        ("jobs", "from degflow.training import fit\nfrom degflow import evaluation"),
+        ("jobs", "from degflow.training.loop import fit\nfrom degflow import evaluation"),
         ("evaluation", "from degflow.degrader import Degrader"),
         ("dataset", "import pyarrow\nfrom degflow.storage import Place"),
     ],

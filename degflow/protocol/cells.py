@@ -12,7 +12,7 @@ from typing import Any
 
 from degflow.protocol.plan import Cell
 from degflow.storage import Place
-from degflow.training import EXIT_CODE, Stopped
+from degflow.training.stopping import EXIT_CODE, Stopped
 
 
 def finished(cell: Cell, place: Place) -> bool:

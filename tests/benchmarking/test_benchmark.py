@@ -1,6 +1,5 @@
 """The benchmark computes what its tables say; its times are nobody's test."""
 
-import runpy
 import subprocess
 import sys
 
@@ -20,6 +19,7 @@ from degflow.benchmarking.inference import (
     released,
 )
 from degflow.benchmarking.measure import Timing, alternate, flop
+from degflow.benchmarking.run import BenchmarkConfig
 from degflow.benchmarking.steps import KNOTS, careless_lfm, careless_rae
 from degflow.config import load
 from degflow.models import AutoencoderConfig, FlowMap, ResidualAutoencoder, VelocityConfig, VelocityNetwork
@@ -243,4 +243,4 @@ def test_the_job_saves_what_it_prints(degrader, tmp_path):
 )
 def test_a_bad_key_is_named(word, message):
     with pytest.raises(ValueError, match=message):
-        load(runpy.run_path(str(ROOT / "jobs/benchmark.py"))["BenchmarkConfig"], [word])
+        load(BenchmarkConfig, [word])

@@ -1,5 +1,4 @@
 import csv
-import importlib.util
 import os
 import re
 import shutil
@@ -12,6 +11,7 @@ import pytest
 import skimage
 
 from degflow import images
+from degflow.capture import simulate
 from degflow.capture.camera import SimulatedCamera
 from degflow.capture.scenes import AlignedCrops, SceneConfig, SceneImages
 from degflow.config import load, read
@@ -33,16 +33,6 @@ def job(*words, cwd=ROOT):
     return subprocess.run(
         [sys.executable, SCRIPT, *map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True
     )
-
-
-def module():
-    spec = importlib.util.spec_from_file_location("simulate_scenes", SCRIPT)
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
-
-
-simulate = module()
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +125,7 @@ def test_the_scene_reader_takes_the_tree(tree):
 def test_an_output_that_holds_something_is_refused_and_left_alone(tree, photographs):
     before = sorted(tree.rglob("*"))
     with pytest.raises(ValueError, match="is not empty"):
-        simulate.main(simulate.SimulateConfig(str(photographs), str(tree)))
+        simulate.simulate_scenes(simulate.SimulateConfig(str(photographs), str(tree)))
     assert sorted(tree.rglob("*")) == before
 
 
@@ -152,7 +142,7 @@ def test_a_damaged_photograph_is_named_before_anything_is_written(photographs, t
     shutil.copy(photographs / "chelsea.png", tmp_path / "in/a.png")
     (tmp_path / "in/b.jpg").write_bytes(b"<html>")
     with pytest.raises(ValueError, match=r"in/b\.jpg: not a JPEG"):
-        simulate.main(simulate.SimulateConfig(str(tmp_path / "in"), str(tmp_path / "out")))
+        simulate.simulate_scenes(simulate.SimulateConfig(str(tmp_path / "in"), str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
 
 
@@ -161,7 +151,7 @@ def test_a_photograph_too_narrow_once_shrunk_is_named(tmp_path):
     (tmp_path / "in/long.png").write_bytes(images.encode_png(np.zeros((16, 400, 3), np.uint8)))
     config = simulate.SimulateConfig(str(tmp_path / "in"), str(tmp_path / "out"), cameras=("canon",), longest_side=100)
     with pytest.raises(ValueError, match=r"long\.png: 100 x 4 pixels"):
-        simulate.main(config)
+        simulate.simulate_scenes(config)
 
 
 def dealt(keys, **changes):

@@ -1,4 +1,3 @@
-import importlib.util
 import subprocess
 import sys
 
@@ -10,6 +9,7 @@ from PIL import Image
 
 from degflow import config, images
 from degflow.capture.camera import SimulatedCamera
+from degflow.evaluation import run as job
 from tests import ROOT
 from tests.captures import small_degrader
 
@@ -53,23 +53,13 @@ def model(tmp_path_factory):
     return str(file)
 
 
-@pytest.fixture(scope="module")
-def job():
-    spec = importlib.util.spec_from_file_location("evaluate_job", ROOT / "jobs/evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["evaluate_job"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["evaluate_job"]
-
-
 @pytest.fixture
-def evaluate(job, tree, model):
+def evaluate(tree, model):
     """Run the job in this process with these words, but for those that every run here has."""
 
     def run(*words):
         given = (f"data={tree}", f"output={tree.parent}/out", f"model={model}", "lpips=none", LEVELS)
-        config.run(job.main, job.EvaluateConfig, job.__doc__, [*given, *words])
+        config.run(job.evaluate, job.EvaluateConfig, "", [*given, *words])
 
     return run
 

@@ -1,7 +1,6 @@
 """The experiment: its plan, its cells, its tables, and a tiny one from photographs to table."""
 
 import csv
-import importlib.util
 import json
 import math
 import os
@@ -16,34 +15,34 @@ import pytest
 from PIL import Image
 
 from degflow import config, protocol
+from degflow.capture.simulate import SimulateConfig
 from degflow.evaluation import Measurement, parquet
+from degflow.evaluation.run import EvaluateConfig
 from degflow.protocol import Cell, ProtocolConfig, cells
+from degflow.protocol.run import run_protocol
 from degflow.protocol.tables import PUBLISHED
+from degflow.restoration.training import TrainSRConfig
 from degflow.storage import Place
-from degflow.training import Stopped
+from degflow.synthesis.settings import SynthesizeConfig
+from degflow.training.lfm import TrainLFMConfig
+from degflow.training.rae import TrainRAEConfig
+from degflow.training.stopping import Stopped
 from tests import ROOT
 from tests.sources import save_model
 
 SCHEMAS = {
-    "simulate_scenes": "SimulateConfig",
-    "train_rae": "TrainRAEConfig",
-    "train_lfm": "TrainLFMConfig",
-    "evaluate": "EvaluateConfig",
-    "synthesize": "SynthesizeConfig",
-    "train_sr": "TrainSRConfig",
+    "simulate_scenes": SimulateConfig,
+    "train_rae": TrainRAEConfig,
+    "train_lfm": TrainLFMConfig,
+    "evaluate": EvaluateConfig,
+    "synthesize": SynthesizeConfig,
+    "train_sr": TrainSRConfig,
 }
 
 
-def job(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"jobs/{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def schemas():
-    return {name: getattr(job(name), schema) for name, schema in SCHEMAS.items()}
+def experiment(settings):
+    """The job of jobs/protocol.py."""
+    run_protocol(settings, ROOT / "jobs")
 
 
 def loaded(*words):
@@ -59,13 +58,13 @@ def loaded(*words):
         ("photographs=photos", "config=configs/small_protocol_ablations.yaml"),
     ],
 )
-def test_every_cell_of_the_configurations_that_ship_is_one_that_its_job_accepts(words, schemas, monkeypatch):
+def test_every_cell_of_the_configurations_that_ship_is_one_that_its_job_accepts(words, monkeypatch):
     monkeypatch.chdir(ROOT)
     planned = cells(loaded(*words))
     assert len({cell.name for cell in planned}) == len(planned)
     outputs = set()
     for cell in planned:
-        settings = config.load(schemas[cell.job], cell.words)
+        settings = config.load(SCHEMAS[cell.job], cell.words)
         outputs.add(settings.output)
         for needed in re.findall(r"out/[\w/ -]+", " ".join(w for w in cell.words if not w.startswith("output="))):
             folder = needed.removesuffix("/").removesuffix("/degrader").removesuffix("/rae.safetensors")
@@ -271,8 +270,8 @@ def test_a_tiny_experiment_ends_in_a_table_and_runs_once(photographs, tmp_path, 
         "networks": json.dumps({"rcan": rcan}),
         "sr": json.dumps(tiny),
     }
-    module, words = job("protocol"), [f"{key}={value}" for key, value in keys.items()]
-    config.run(module.main, ProtocolConfig, "", words)
+    words = [f"{key}={value}" for key, value in keys.items()]
+    config.run(experiment, ProtocolConfig, "", words)
     said = capsys.readouterr().out
     assert re.findall(r"^\d of \d: (.*): \d+ s$", said, re.M) == [
         "scenes",
@@ -294,9 +293,9 @@ def test_a_tiny_experiment_ends_in_a_table_and_runs_once(photographs, tmp_path, 
         for file in (tmp_path / "out").rglob("*")
         if file.suffix in (".log", ".safetensors")
     }
-    config.run(module.main, ProtocolConfig, "", words)
+    config.run(experiment, ProtocolConfig, "", words)
     assert not re.search(r"^\d of \d", capsys.readouterr().out, re.M)
     assert before == {file: file.stat().st_mtime_ns for file in before}
     with pytest.raises(SystemExit):
-        config.run(module.main, ProtocolConfig, "", [*words, f"sr={json.dumps([*tiny, 'fit.seed=9'])}"])
+        config.run(experiment, ProtocolConfig, "", [*words, f"sr={json.dumps([*tiny, 'fit.seed=9'])}"])
     assert "real-x3/0.json: finished with another fit.seed=9" in capsys.readouterr().err

@@ -1,10 +1,8 @@
 """jobs/train_sr.py as a user runs it, on a small tree and a small dataset."""
 
 import csv
-import importlib.util
 import re
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -15,6 +13,7 @@ from safetensors.torch import load_file
 from degflow import config, evaluation, images, restoration
 from degflow.capture.camera import SimulatedCamera
 from degflow.restoration import NetworkConfig
+from degflow.restoration.training import TrainSRConfig, train_sr
 from tests import ROOT
 from tests.finished import finish
 from tests.sources import save_model
@@ -73,19 +72,12 @@ def trained(tree, dataset, tmp_path_factory):
     return output, out, keys
 
 
-def job():
-    spec = importlib.util.spec_from_file_location("train_sr", ROOT / "jobs/train_sr.py")
-    module = sys.modules["train_sr"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def again(**keys):
     """The job in this process, for most of a short process's time is imports; on one thread, as the process had."""
-    module, threads = job(), torch.get_num_threads()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        config.run(module.main, module.TrainSRConfig, module.__doc__, [f"{key}={value}" for key, value in keys.items()])
+        config.run(train_sr, TrainSRConfig, "", [f"{key}={value}" for key, value in keys.items()])
     finally:
         torch.set_num_threads(threads)
 
@@ -169,7 +161,7 @@ def test_what_does_not_fit_is_named_before_it_starts(changes, code, said, tree, 
 
 @pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / "configs").glob("*_sr*.yaml")))
 def test_every_configuration_that_ships_is_one_of_the_job(file):
-    loaded = config.load(job().TrainSRConfig, [f"config={ROOT}/configs/{file}", "train={a: x}", "output=y"])
+    loaded = config.load(TrainSRConfig, [f"config={ROOT}/configs/{file}", "train={a: x}", "output=y"])
     assert loaded.fit.schedule == "halve"
     if file.startswith("paper"):
         assert loaded.network == NetworkConfig(name="liif" if "liif" in file else "swinir")

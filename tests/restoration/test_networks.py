@@ -13,7 +13,8 @@ from degflow.restoration import NetworkConfig, RestorationObjective, liif, scan
 from degflow.restoration.liif import LIIF, LIIFConfig
 from degflow.restoration.mambair import MambaIRConfig, Scan2d
 from degflow.restoration.networks import HATConfig, RCANConfig, SwinIRConfig
-from degflow.training import FitConfig, learning_rate
+from degflow.training.loop import learning_rate
+from degflow.training.settings import FitConfig
 from tests import ROOT
 
 TINY = {

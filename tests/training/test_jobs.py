@@ -19,6 +19,8 @@ from degflow import Degrader, config, images
 from degflow.capture.camera import SimulatedCamera
 from degflow.models import AutoencoderConfig, FlowMap, VelocityConfig
 from degflow.models.files import load_checkpoint, save_checkpoint
+from degflow.training.lfm import TrainLFMConfig, train_lfm
+from degflow.training.rae import TrainRAEConfig, train_rae
 from degflow.trajectory import Timeline
 from tests import ROOT
 
@@ -280,25 +282,14 @@ def test_a_finished_training_needs_the_file_that_it_started_from_no_more(tree, r
     assert "resuming after step 1" in succeed("train_lfm", **keys)
 
 
-def job(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"jobs/{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    schema = {"train_rae": "TrainRAEConfig", "train_lfm": "TrainLFMConfig"}[name]
-    return module.main, getattr(module, schema), module.__doc__
-
-
+JOBS = {"train_rae": (train_rae, TrainRAEConfig, ""), "train_lfm": (train_lfm, TrainLFMConfig, "")}
 RAE_KEY = {"train_rae": [], "train_lfm": ["rae=z"]}
-
-
-def schema_of(name):
-    return job(name)[1]
 
 
 def fails(name, capsys, **keys):
     """The job's exit code and last words, in this process: most of a short process's time is imports."""
     with pytest.raises(SystemExit) as end:
-        config.run(*job(name), [f"{key}={value}" for key, value in keys.items()])
+        config.run(*JOBS[name], [f"{key}={value}" for key, value in keys.items()])
     return end.value.code, capsys.readouterr().err.splitlines()[-1]
 
 
@@ -310,7 +301,7 @@ STAGES = [path.name for path in (ROOT / "configs").iterdir() if path.stem.endswi
 def test_every_configuration_that_ships_is_one_of_its_job(file):
     name = "train_rae" if file.endswith(("_rae.yaml", "_decoder.yaml")) else "train_lfm"
     keys = [*RAE_KEY[name], *(["fit.start_from=z"] if file.endswith("_decoder.yaml") else [])]
-    loaded = config.load(schema_of(name), [f"config={ROOT}/configs/{file}", "scenes.data=x", "output=y", *keys])
+    loaded = config.load(JOBS[name][1], [f"config={ROOT}/configs/{file}", "scenes.data=x", "output=y", *keys])
     assert loaded.scenes.levels == {"1": 1.0, "2": 2.0, "4": 4.0}
     if file.startswith(("paper", "released")):  # the released networks' sizes
         sizes = loaded.autoencoder if name == "train_rae" else loaded.velocity
@@ -375,7 +366,7 @@ def test_another_autoencoder_under_the_same_name_is_refused(tree, rae, tmp_path,
     file = str(tmp_path / "rae.safetensors")
     save_checkpoint(file, tensors, description)
     keys = {**LFM, "scenes.data": tree, "rae": file, "output": tmp_path / "lfm", "fit.steps": 1, "fit.workers": 0}
-    config.run(*job("train_lfm"), [f"{key}={value}" for key, value in keys.items()])
+    config.run(*JOBS["train_lfm"], [f"{key}={value}" for key, value in keys.items()])
     save_checkpoint(file, {name: tensor * 1.01 for name, tensor in tensors.items()}, description)
     code, words = fails("train_lfm", capsys, **keys)
     assert re.search(r"step-00000001.pt: was made with other frozen weights under the same file names", words)

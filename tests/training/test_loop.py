@@ -21,7 +21,9 @@ from torch import nn
 from degflow.models import AutoencoderConfig, ResidualAutoencoder
 from degflow.models.dropout import SampleDropout, sample_keys
 from degflow.objectives import Losses, RAEObjective
-from degflow.training import EXIT_CODE, FitConfig, RankSampler, Validation, fit, learning_rate
+from degflow.training.loop import RankSampler, Validation, fit, learning_rate
+from degflow.training.settings import FitConfig
+from degflow.training.stopping import EXIT_CODE
 from tests import ROOT
 
 BASE = FitConfig(steps=12, batch=8, learning_rate=3e-3, workers=0, log_every=1, save_every=4, ema=0.9)

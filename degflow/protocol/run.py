@@ -1,0 +1,29 @@
+"""The experiment: every cell that is not finished, then the tables."""
+
+from pathlib import Path
+
+from degflow.config import dump
+from degflow.protocol.cells import finished, perform
+from degflow.protocol.plan import ProtocolConfig, cells
+from degflow.protocol.tables import write_tables
+from degflow.storage import Place
+
+
+def run_protocol(config: ProtocolConfig, jobs: Path) -> None:
+    """Run what is not finished, and write the tables; `jobs` is the folder of the jobs' scripts."""
+    place = Place(config.output)
+    if not place.local:
+        raise ValueError(f"output={config.output}: must be a local folder")
+    if bool(config.data) == bool(config.photographs):
+        raise ValueError(f"data={config.data!r}, photographs={config.photographs!r}: exactly one must be given")
+    place.write("config.yaml", dump(config).encode())
+    planned = cells(config)
+    for number, cell in enumerate(planned, 1):
+        where = f"{number} of {len(planned)}: {cell.name}"
+        if not finished(cell, place):
+            print(f"{where} ...", flush=True)
+            print(f"{where}: {perform(cell, place, jobs, config.launch):.0f} s", flush=True)
+            write_tables(config, place)
+    write_tables(config, place)
+    print(place.read("table.md").decode())
+    print(f"tables: {config.output}")
