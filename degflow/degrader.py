@@ -6,7 +6,7 @@ would be at once: see `tiling`. What lies between works on the whole latent.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -46,10 +46,9 @@ class Degrader(nn.Module):
 
     def __init__(self, autoencoder: ResidualAutoencoder, flow: PathFlow | ResidualFlow, levels: Mapping[str, float]):
         super().__init__()
-        channels = flow.network.config.latent_channels
-        if autoencoder.config.latent_channels != channels:
+        if autoencoder.config.latent_channels != flow.latent_channels:
             raise ValueError(
-                f"latent_channels={channels}: must be the autoencoder's, {autoencoder.config.latent_channels}"
+                f"latent_channels={flow.latent_channels}: must be the autoencoder's, {autoencoder.config.latent_channels}"
             )
         self.autoencoder = autoencoder
         self.flow = flow
@@ -120,14 +119,14 @@ class Degrader(nn.Module):
         time = self.timeline.time(scales).clamp(0, 1).float()
         shape, columns = scale.shape, (len(hr), -1)
         default_solver, default_steps = self.flow.solver
-        how = {"spread": spread, "steps": steps or default_steps, "solver": solver or default_solver}
+        how = (spread, steps or default_steps, solver or default_solver)
         asked = [x.reshape(columns) for x in (scales, time, seeds)]
         lr = hr.new_empty((*asked[0].shape, *hr.shape[1:]))
         plan = self.plan(hr.shape[-2], hr.shape[-1], memory)
         for part in torch.arange(len(hr)).split(plan.batch):
             at = slice(int(part[0]), int(part[-1]) + 1)
             with torch.autocast(hr.device.type, PRECISIONS[precision], enabled=precision != "float32"):
-                self._degrade(hr[at], Draw(*(x[at] for x in asked), **how), lr[at], plan)
+                self._degrade(hr[at], Draw(asked[0][at], asked[1][at], asked[2][at], *how), lr[at], plan)
         return lr.view(*shape, *hr.shape[1:])
 
     def _degrade(self, hr: Tensor, draw: Draw, lr: Tensor, plan: Plan) -> None:
@@ -183,7 +182,7 @@ class Degrader(nn.Module):
         area = number * config.compression**2  # bytes per latent pixel, for each number per image pixel
         costs = Costs(
             held=3 * flow.images * area + 12 * flow.images * number * config.latent_channels,
-            whole=max(number * flow.network.config.working_channels, flow.optics_channels * area),
+            whole=max(number * flow.working_channels, flow.optics_channels * area),
             skips=area * config.skip_channels,
             work=area * config.working_channels,
         )
@@ -244,7 +243,7 @@ class Degrader(nn.Module):
             description["velocity"] = plain(self.flow.network.config)
         else:
             description["residual"] = plain(self.flow.network.config)
-            description["optics"] = self.flow.optics.describe()
+            description["optics"] = cast(Optics, self.flow.optics).describe()
             description["times"] = self.flow.spread.times.tolist()
         state = {name: tensor.half() if half else tensor for name, tensor in self.state_dict().items()}
         save_checkpoint(uri, state, description)

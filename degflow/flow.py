@@ -6,7 +6,7 @@ latents in the same way (`Flow`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -135,6 +135,9 @@ class Draw(NamedTuple):
 class Flow(Protocol):
     """What carries latents from HR to LR images; a degrader knows no more of it than this."""
 
+    network: nn.Module
+    latent_channels: int  # C_z
+    working_channels: float  # numbers alive at the peak of an evaluation of the network, per latent pixel
     multiple: int  # the latent's height and width must be multiples of this
     solver: tuple[str, int]  # the solver and its number of steps unless others are asked for
     images: int  # images and latents that are held at once, for each HR image
@@ -163,7 +166,10 @@ class PathFlow(nn.Module):
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
-        self.multiple: int = network.config.multiple  # type: ignore[union-attr, assignment]
+        config = cast(Any, network).config
+        self.latent_channels: int = config.latent_channels
+        self.working_channels: float = config.working_channels
+        self.multiple: int = config.multiple
         self.solver, self.images, self.optics_channels = (SOLVER, STEPS), 1, 0.0
 
     def carry(self, see: See, hr: Tensor, draw: Draw) -> Iterator[tuple[Tensor, Seen]]:

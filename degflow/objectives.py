@@ -1,7 +1,7 @@
 """The training objectives: a batch of samples -> losses.
 
-`RAEObjective` is stage 1 (DegFlow, section 2.1), `LFMObjective` the published stage 2 (section 2.2), `ResidualObjective`
-stage 2 for flows that draw (`models.residual`). Whatever is random in a sample (its level, its times, its noise) was
+`RAEObjective` is stage 1 (DegFlow, section 2.1), `LFMObjective` the published stage 2 (section 2.2), and
+`ResidualObjective` stage 2 for flows that draw (`models.residual`). Whatever is random in a sample (its level, its times, its noise) was
 drawn with the sample, so every tensor here has a fixed shape, and nothing waits for a device.
 """
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from degflow.models import ResidualAutoencoder, ResidualFlow
+from degflow.models import ResidualAutoencoder, ResidualFlow, Spread
 from degflow.models.counter import gaussian, sample_keys
 from degflow.models.residual import Guide, lost_detail
 from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear, next_knot, taylor_step
@@ -160,7 +160,7 @@ class ResidualObjective(_Stage2):
 
 @torch.no_grad()
 def residuals(
-    autoencoder: ResidualAutoencoder, spread: nn.Module, hr: Tensor, skeleton: Tensor, lr: Tensor, time: Tensor
+    autoencoder: ResidualAutoencoder, spread: Spread, hr: Tensor, skeleton: Tensor, lr: Tensor, time: Tensor
 ) -> tuple[Guide, Tensor]:
     """What is known of captured latents, and their whitened residuals "B C_z h w"; arguments as above."""
     image = to_float(torch.stack((hr, skeleton, lr), 1))

@@ -4,8 +4,8 @@
 2. `SceneImages` decodes each image once, checks that a scene has one size, and keeps the pixels (in memory, or in
    memory-mapped files that all processes of a machine share), where random crops are cheap.
 3. `Crops` cuts the same crop, with the same flips, from every level, and draws what else is random in a sample. Sample
-   number n is a function of (seed, n) alone, so neither workers nor processes nor an interruption change what a training
-   sees.
+   number n is a function of (seed, n) alone, so neither workers nor processes nor an interruption change what a
+   training sees.
 """
 
 import hashlib
@@ -43,10 +43,10 @@ class SceneConfig:
     )
     resize_lr: bool = option(False, "bring LR images smaller than HR (RealSR V3) to HR's grid by bicubic")
     crop: int = option(256, "side of the random crops, in pixels")
+    cache: str = option("", "local folder for decoded images, shared by all processes; empty: memory of each process")
     reductions: tuple[float, ...] = option(
         (1.0,), "factors that whole scenes are reduced by: all levels of a scene reduced by r are captures at scale / r"
     )
-    cache: str = option("", "local folder for decoded images, shared by all processes; empty: memory of each process")
 
     def __post_init__(self):
         check_levels(self.levels)

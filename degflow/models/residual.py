@@ -17,7 +17,8 @@ Flow Matching, arXiv 2410.19814).
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +94,7 @@ class Spread(nn.Module):
 
     def __init__(self, channels: int, times: tuple[float, ...]):
         super().__init__()
-        if len(times) < 2 or times[0] != 0 or any(a >= b for a, b in zip(times, times[1:], strict=False)):
+        if len(times) < 2 or times[0] != 0 or any(a >= b for a, b in pairwise(times)):
             raise ValueError(f"times={list(times)}: at least two, the first 0, increasing")
         self.register_buffer("times", torch.tensor(times, dtype=torch.float32))
         self.register_buffer("factors", torch.zeros(len(times), channels, channels))  # A_t, A_t A_t^T the covariance
@@ -196,7 +197,8 @@ class ResidualFlow(nn.Module):
     def __init__(self, optics: nn.Module, spread: Spread, network: ResidualNetwork, compression: int):
         super().__init__()
         self.optics, self.spread, self.network, self.compression = optics, spread, network, compression
-        self.optics_channels: float = optics.working_channels  # type: ignore[assignment]
+        self.latent_channels, self.working_channels = network.config.latent_channels, network.config.working_channels
+        self.optics_channels: float = cast(Any, optics).working_channels
 
     def carry(self, see: See, hr: Tensor, draw: Draw) -> Iterator[tuple[Tensor, Seen]]:
         """See `Flow`; each scale has an image after the optics, and an integration, of its own."""

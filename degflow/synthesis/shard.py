@@ -163,7 +163,7 @@ class ShardMaker:
     def _flow(self, batch: Sequence[_Item]) -> list[np.ndarray | Reject]:
         height, width, _ = batch[0].loaded.pixels.shape
         try:
-            self.degrader.fit(height, width, self.config.memory)
+            self.degrader.plan(height, width, self.config.memory)
         except ValueError as error:
             return [Reject(item.loaded.key, "degrade", str(error)) for item in batch]
         try:

@@ -1,6 +1,6 @@
 """Training on Accelerate: stage 1 (`rae`), the published stage 2 (`lfm`), and stage 2 for draws (`residual`).
 
-`loop` has `fit`, one loop for any objective; beside it its settings, processes, checkpoints, logs, and stopping in time.
+`loop` has `fit`, one loop for any objective. Beside it: its settings, processes, checkpoints, logs, and how it stops.
 """
 
 from degflow.training.loop import Progress, RankSampler, Validation, fit, learning_rate
