@@ -51,18 +51,25 @@ def spectrum_distance(image: Tensor, reference: Tensor) -> Tensor:
     return 10 * (torch.log10(a) - torch.log10(b)).abs().mean(1)
 
 
-def flat_blocks(hr: Tensor) -> Tensor:
+def flat_blocks(hr: Tensor, low: float = 0.05, high: float = 0.95) -> Tensor:
     """Where a scene is flat: indices of the 5% (4 at least) of the 16 x 16 blocks of "1 3 H W" with the least texture.
 
-    Texture is what a plane leaves of the HR image. A captured LR image has other noise than HR, so this does not choose
-    the blocks where it happens to be quiet (for HR itself it does). Blocks near black or white, where noise is clipped,
-    come last.
+    Texture is how far the HR image departs from the plane that fits a block best. A captured LR image has other noise
+    than HR, so this does not choose the blocks where it happens to be quiet (for HR itself it does).
+
+    Args:
+        hr: "1 3 H W" in [-1, 1].
+        low, high: mean brightness of the blocks that count, black 0 to white 1; near either end noise is clipped. With
+            the defaults other blocks come last instead of not at all.
     """
     blocks = _blocks(hr)[0]
     texture = _off_plane(blocks).square().mean((1, 2))
     brightness = (blocks.mean((1, 2)) - 16) / 219
-    clipped = (brightness < 0.05) | (brightness > 0.95)
-    order = torch.where(clipped, texture + texture.max() + 1, texture).argsort(stable=True)
+    outside = (brightness < low) | (brightness > high)
+    if (low, high) != (0.05, 0.95):
+        inside = (~outside).nonzero()[:, 0]
+        return inside[texture[inside].argsort(stable=True)][: max(1, round(FLAT * len(inside)))]
+    order = torch.where(outside, texture + texture.max() + 1, texture).argsort(stable=True)
     return order[: max(4, round(FLAT * len(order)))]
 
 
