@@ -69,6 +69,11 @@ class Degrader(nn.Module):
         return self.timeline.high
 
     @property
+    def has_solver(self) -> bool:
+        """Whether it integrates a flow, so that `steps` and `solver` change its images."""
+        return not isinstance(self.velocity, FlowMap)
+
+    @property
     def multiple(self) -> int:
         """Sides are padded to a multiple of this inside, and cropped back."""
         return self.autoencoder.config.compression * self.flow.multiple

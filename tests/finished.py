@@ -1,6 +1,7 @@
-"""A finished dataset for the readers' tests, through the real shard maker and without Ray."""
+"""Finished datasets for the tests of their readers, made by the real job, but in this process and without Ray."""
 
-from functools import partial
+from contextlib import contextmanager
+from unittest import mock
 
 import numpy as np
 from PIL import Image
@@ -8,43 +9,50 @@ from PIL import Image
 from degflow import images
 from degflow.config import dump, load
 from degflow.dataset.layout import CONFIG, SUCCESS
-from degflow.dataset.manifest import finished_shards, write_manifest
-from degflow.dataset.plan import Plan, read_plan, write_part
+from degflow.dataset.manifest import write_manifest
+from degflow.dataset.plan import Plan
 from degflow.dataset.scales import ScaleConfig
 from degflow.dataset.writer import ShardWriter
-from degflow.degrader import Degrader
 from degflow.storage import Place
-from degflow.synthesis.resuming import first_part, news, recipe_of, rejected
-from degflow.synthesis.settings import SynthesizeConfig, resolve
-from degflow.synthesis.shard import ShardMaker, Threads
+from degflow.synthesis import run
+from degflow.synthesis.codec import Threads
+from degflow.synthesis.settings import SynthesizeConfig
+
+
+class Here:
+    """A pool of one maker in this process."""
+
+    threads = 1
+
+    def make(self, maker, plan, pending):
+        for number in pending:
+            list(maker.make(number, plan[number], Threads(1)))
+
+
+@contextmanager
+def pool_here(actors):
+    yield Here()
+
+
+def synthesize_here(photos, output, model, *words):
+    """`synthesize` without Ray."""
+    config = load(SynthesizeConfig, [f"input={photos}", f"output={output}", f"model={model}", *words])
+    with mock.patch.object(run, "pool_of", pool_here):
+        run.synthesize(config)
 
 
 def finish(photos, output, model, *words, retry=False):
-    """Every shard in this process, then what `synthesize` writes beside them; returns the output's URI.
+    """Make a dataset, however many files are rejected; returns its URI.
 
-    Of a dataset that is there it makes what `extend` adds, or with `retry` what `retry_rejects` does.
+    An existing dataset is extended, or with `retry` its rejected files are tried again.
     """
-    degrader = Degrader.load(model)
-    words = [f"input={photos}", f"output={output}", f"model={model}", *words]
-    config = resolve(load(SynthesizeConfig, words), degrader)
-    place, recipe = Place(str(output)), partial(recipe_of, config)
-    plan, maker = read_plan(place), ShardMaker(degrader, config, Threads(1))
-    if retry:
-        part = rejected(config, plan, finished_shards(place, plan, recipe), place)
-    else:
-        part = news(config, plan) if len(plan) else first_part(config)
-    grown = plan.plus(part)
-    place.write(CONFIG, dump(config).encode())
-    write_part(place, plan.parts, part)
-    for number in range(len(plan), len(grown)):
-        list(maker.make(number, grown[number]))
-    write_manifest(place, grown, finished_shards(place, grown, recipe))
-    place.write(SUCCESS, b"")
+    more = "retry_rejects=true" if retry else "extend=true"
+    synthesize_here(photos, output, model, "max_reject_rate=1", more, *words)
     return str(output)
 
 
 def save_coordinates(folder, count, height=24, width=32):
-    """Photographs whose pixels say where they are: (row, column, photograph), each twice as large as its numbers."""
+    """Photographs whose pixels are (2 row, 2 column, number of the photograph)."""
     folder.mkdir(parents=True, exist_ok=True)
     row, column = np.indices((height, width))
     for number in range(count):
@@ -54,7 +62,7 @@ def save_coordinates(folder, count, height=24, width=32):
 
 
 def finish_rows(output, keys, draws=1):
-    """One part with rows of these keys, whatever they are, each with an image of its own; no photograph is needed."""
+    """A dataset of one part with rows of any keys, each with its own images; it needs no photographs."""
     place = Place(str(output))
     place.write(CONFIG, dump(SynthesizeConfig("none", str(output), scale=ScaleConfig(low=2.0, high=2.0))).encode())
     random = np.random.default_rng(0)

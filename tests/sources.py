@@ -1,4 +1,7 @@
-"""Inputs of the synthesis tests: photographs of many kinds, files that are none, and a degrader with random weights."""
+"""Inputs of the synthesis tests: photographs of many kinds, bad files, and a degrader with random weights.
+
+The fixtures are for the conftest.py of each room that uses them.
+"""
 
 import io
 
@@ -12,6 +15,27 @@ from degflow.degrader import Degrader
 from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork
 
 
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """A small degrader with random weights."""
+    return save_model(tmp_path_factory.mktemp("model") / "tiny.safetensors")
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """The photographs of `save_photos`."""
+    return save_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """PyTorch on one thread: with more, other tests on the machine slow it down."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def save_model(path, seed=0, time="linear", **autoencoder):
     torch.manual_seed(seed)
     autoencoder = ResidualAutoencoder(AutoencoderConfig(base_width=8, gate_init=0.5, **autoencoder))
@@ -21,7 +45,7 @@ def save_model(path, seed=0, time="linear", **autoencoder):
 
 
 def save_photos(folder):
-    """Nine photographs of several sizes, modes and formats, four of them 96 x 80; and a file that is none."""
+    """Nine photographs of several sizes, modes and formats, four of them 96 x 80; and a text file."""
     data = pytest.importorskip("skimage.data")
     (folder / "deep" / "er").mkdir(parents=True)
     astronaut, cat = Image.fromarray(data.astronaut()), Image.fromarray(data.chelsea())

@@ -1,14 +1,16 @@
-"""DESIGN's picture as a test: who may import whom, and what stays out of `import degflow`."""
+"""docs/architecture.md as a test: which room may import which, and what `import degflow` does not load."""
 
 import ast
 import subprocess
 import sys
+import tomllib
+from graphlib import CycleError, TopologicalSorter
 
 import pytest
 
 from tests import ROOT
 
-FLOORS = (  # a room may import those on the floors below its own, and none beside it
+FLOORS = (  # from the top down; a room may import the rooms on lower floors only
     {"jobs"},
     {"protocol", "benchmarking"},
     {"restoration"},
@@ -19,7 +21,7 @@ FLOORS = (  # a room may import those on the floors below its own, and none besi
     {"storage", "tiling", "flow", "perceptual"},
     {"trajectory", "images", "config"},
 )
-FENCES = {  # a package, and the rooms that may import it
+FENCES = {  # package -> the rooms that may import it
     "ray": {"synthesis"},
     "accelerate": {"training"},
     "omegaconf": {"config"},
@@ -31,10 +33,11 @@ FENCES = {  # a package, and the rooms that may import it
     "scipy": {"benchmarking"},
     "cv2": {"benchmarking"},
 }
-APART = {"training", "restoration"}, "synthesis"  # they meet in a checkpoint
+APART = {"training", "restoration"}, "synthesis"  # they share checkpoint files, not code
 TORCH_ONLY = {"trajectory", "flow", "tiling"}
 SLOW = ("ray", "accelerate", "lpips", "torchvision", "pyarrow", "tensorboard", "datasets", "s3fs", "skimage", "scipy")
 SLOW += ("spandrel",)
+MOST_MODULES, MOST_FOLDERS = 10, 9  # directly in degflow/
 
 
 def room_of(path):
@@ -49,7 +52,7 @@ def room_of(path):
 
 
 def imports_of(source):
-    """Full names that a module's text imports, wherever in it."""
+    """Full names that a module's text imports, inside functions too."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -62,27 +65,27 @@ def imports_of(source):
 
 def floor_of(room):
     found = [number for number, rooms in enumerate(FLOORS) if room in rooms]
-    assert found, f"{room}: a room that FLOORS does not know"
+    assert found, f"{room}: this room stands on none of the FLOORS"
     return found[0]
 
 
 def offences(room, source):
-    """What a module of this room imports against DESIGN."""
+    """A sentence for each import that a module of this room must not have."""
     for name in imports_of(source):
         package, *rest = name.split(".")
         if room not in FENCES.get(package, {room}):
             yield f"{room} imports {name}: only {sorted(FENCES[package])} may"
         if room in TORCH_ONLY and package not in {"torch", "degflow"} | sys.stdlib_module_names:
-            yield f"{room} imports {name}: it is for torch alone"
+            yield f"{room} imports {name}: it may import torch only"
         if package != "degflow" or room == "__init__":
             continue
         other = rest[0] if rest else "__init__"
         if other == room:
             continue
         if room in TORCH_ONLY and other not in TORCH_ONLY and name != "degflow.config.option":
-            yield f"{room} imports {name}: it is for torch, rooms of torch alone and degflow.config.option"
+            yield f"{room} imports {name}: it may import torch, {sorted(TORCH_ONLY)} and degflow.config.option only"
         if room in APART[0] and other == APART[1]:
-            yield f"{room} imports {name}: they meet in a checkpoint"
+            yield f"{room} imports {name}: they share checkpoint files, not code"
         if other == "__init__" or other not in set().union(*FLOORS) or floor_of(other) <= floor_of(room):
             yield f"{room} imports {name}: it is not on a floor below"
 
@@ -91,7 +94,7 @@ MODULES = sorted([*ROOT.glob("degflow/**/*.py"), *ROOT.glob("jobs/*.py")])
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_module_imports_only_what_design_allows(path):
+def test_a_module_imports_only_what_its_floor_allows(path):
     room = room_of(path)
     assert room == "__init__" or floor_of(room) >= 0
     assert list(offences(room, path.read_text())) == []
@@ -123,7 +126,7 @@ def test_a_module_imports_only_what_design_allows(path):
         ("storage", "from degflow.models.files import load_checkpoint"),
     ],
 )
-def test_the_walk_sees_each_kind_of_offence(room, line):
+def test_each_kind_of_forbidden_import_is_seen(room, line):
     assert list(offences(room, line))
 
 
@@ -141,8 +144,85 @@ def test_the_walk_sees_each_kind_of_offence(room, line):
         ("dataset", "import pyarrow\nfrom degflow.storage import Place"),
     ],
 )
-def test_the_walk_allows_what_design_draws(room, line):
+def test_allowed_imports_pass(room, line):
     assert list(offences(room, line)) == []
+
+
+def module_graph(sources):
+    """Module -> the modules among `sources` (module -> text) that it imports."""
+    graph = {}
+    for module, source in sources.items():
+        names = set(imports_of(source))
+        # `from degflow.flow import SOLVERS` names a module and a thing in it
+        graph[module] = {name if name in sources else name.rpartition(".")[0] for name in names} & sources.keys()
+        graph[module].discard(module)
+    return graph
+
+
+def circle(graph):
+    """Modules that import each other in a circle; [] where there is none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_no_circle_of_modules():
+    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in MODULES}
+    sources = {name.removesuffix(".__init__"): path.read_text() for path, name in names.items()}
+    graph = module_graph(sources)
+    assert sum(map(len, graph.values())) > 100  # the imports were found
+    assert circle(graph) == []
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        {"degflow.a.x": "from degflow.a.y import f", "degflow.a.y": "def g():\n    import degflow.a.x"},
+        {"degflow.a.x": "from degflow.a import y", "degflow.a.y": "from degflow.a import x"},
+        {"degflow.a": "from degflow.a.x import f", "degflow.a.x": "from degflow.a import f"},
+        {
+            "degflow.a.x": "import degflow.a.y",
+            "degflow.a.y": "from degflow.a.z import f",
+            "degflow.a.z": "from degflow.a import x",
+        },
+    ],
+)
+def test_a_circle_inside_a_room_is_seen(sources):
+    assert set(circle(module_graph(sources))) == set(sources)
+
+
+def rooms_in(folder):
+    """The modules directly in a folder, and its folders that hold modules."""
+    return sorted(folder.glob("*.py")), sorted({path.parent for path in folder.glob("*/*.py")})
+
+
+def is_small(folder):
+    modules, folders = rooms_in(folder)
+    return len(modules) <= MOST_MODULES and len(folders) <= MOST_FOLDERS
+
+
+def test_degflow_has_few_modules_and_folders_at_its_root():
+    modules, folders = rooms_in(ROOT / "degflow")
+    assert len(modules) > 5
+    assert len(folders) > 5
+    assert is_small(ROOT / "degflow"), [path.name for path in (*modules, *folders)]
+
+
+@pytest.mark.parametrize(("modules", "folders", "small"), [(10, 9, True), (11, 9, False), (10, 10, False)])
+def test_a_module_or_folder_too_many_is_seen(tmp_path, modules, folders, small):
+    files = [f"m{n}.py" for n in range(modules)] + [f"f{n}/__init__.py" for n in range(folders)] + ["data/weights"]
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    assert is_small(tmp_path) == small
+
+
+def test_a_wheel_holds_every_room():
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent.relative_to(ROOT) for path in MODULES} - {(ROOT / "jobs").relative_to(ROOT)}
+    assert sorted(packages) == sorted(".".join(folder.parts) for folder in folders)
 
 
 def test_no_room_is_a_drawer():
@@ -150,7 +230,7 @@ def test_no_room_is_a_drawer():
     assert not names & {"utils", "util", "misc", "helpers", "helper", "common", "tools"}
 
 
-def test_jobs_are_scripts_that_no_room_imports():
+def test_jobs_are_scripts():
     assert not (ROOT / "jobs/__init__.py").exists()
     for path in ROOT.glob("jobs/*.py"):
         assert '__name__ == "__main__"' in path.read_text(), path
@@ -165,11 +245,6 @@ def test_codec_processes_need_no_torch():
 
 
 def test_import_degflow_is_light():
-    script = (
-        "import sys, time\nstart = time.perf_counter()\nimport degflow\nseconds = time.perf_counter() - start\n"
-        f"print([name for name in {SLOW} if name in sys.modules], seconds)"
-    )
+    script = f"import sys\nimport degflow\nprint([name for name in {SLOW} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    heavy, seconds = done.stdout.rsplit(maxsplit=1)
-    assert heavy == "[]"
-    assert float(seconds) < 30  # torch alone takes 1 to 8, more on a busy machine
+    assert done.stdout.strip() == "[]"

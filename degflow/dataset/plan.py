@@ -1,4 +1,4 @@
-"""The plan: which photographs each shard takes. It is written before any work starts, and only ever grows."""
+"""The plan: which photographs each shard has. It is written before any work starts; later it may only grow."""
 
 from collections.abc import Iterable
 from typing import Any, TypeAlias
@@ -10,16 +10,16 @@ import pyarrow.compute
 from degflow.dataset.layout import PART, PLAN, PLAN_ROW, SOURCE, part_name, read_table, serialise
 from degflow.storage import Place, Source
 
-pc: Any = pyarrow.compute  # its functions are made at import, unseen by type checkers
+pc: Any = pyarrow.compute  # its functions are made at import, where type checkers do not see them
 Part: TypeAlias = pa.Table  # of PLAN_ROW
 
 
 class Plan:
-    """Which files each shard takes: shards are numbered from 0, and a shard's files are in the order of their keys.
+    """The files of each shard. Shards are numbered from 0; a shard's files are sorted by key.
 
     Args:
-        table: of PLAN_ROW, in the order of the shards.
-        parts: how many objects hold it.
+        table: of PLAN_ROW, sorted by shard.
+        parts: number of objects in `plan/`.
     """
 
     def __init__(self, table: pa.Table, parts: int):
@@ -37,7 +37,7 @@ class Plan:
         return [Source(*row) for row in zip(*(column.to_pylist() for column in rows.columns), strict=True)]
 
     def task(self, number: int) -> pa.Table:
-        """One row: the shard's number and its files, as lists."""
+        """A table of one row: the shard's number, and its files as a list."""
         first, end = self.offsets[number], self.offsets[number + 1]
         rows = self.table.select(SOURCE.names).slice(first, end - first).to_struct_array()
         whole = pa.concat_arrays(rows.chunks)
@@ -45,62 +45,69 @@ class Plan:
 
     @property
     def files(self) -> int:
-        """Files named, however often."""
+        """Number of different files."""
         return pc.count_distinct(self.table["key"]).as_py()
 
     @property
     def bytes(self) -> int:
-        """Their sizes together, as far as these are known."""
+        """Sum of the known sizes."""
         return pc.sum(pc.max_element_wise(self.table["size"], 0)).as_py() or 0
 
     def images(self, numbers: Iterable[int]) -> int:
-        """How many files these shards name."""
+        """Number of files in these shards."""
         return sum(int(self.offsets[n + 1] - self.offsets[n]) for n in numbers)
 
     def newest(self) -> dict[str, int]:
-        """The deciding shard of every key that is planned more than once."""
+        """The newest shard of every key that is planned more than once."""
         counts = pc.value_counts(self.table["key"])
         repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
         again = self.table.filter(pc.is_in(self.table["key"], repeated))
         return dict(zip(again["key"].to_pylist(), again["shard"].to_pylist(), strict=True))
 
+    def sources(self, keys: Iterable[str]) -> list[Source]:
+        """These files as they were planned last, sorted by key."""
+        wanted = sorted(set(keys))
+        rows = self.table.select(SOURCE.names).filter(pc.is_in(self.table["key"], pa.array(wanted, pa.string())))
+        planned = {row["key"]: Source(*row.values()) for row in rows.to_pylist()}
+        return [planned[key] for key in wanted]
+
     def sample(self, count: int) -> list[Source]:
-        """Up to so many files, spread evenly over the plan."""
+        """At most `count` files, at even distances in the plan."""
         places = np.unique(np.linspace(0, len(self.table) - 1, count).round().astype(int)) if len(self.table) else []
         rows = self.table.select(SOURCE.names).take(pa.array(places, pa.int64()))
         return [Source(*row.values()) for row in rows.to_pylist()]
 
     def next_part(self, sources: pa.Table, images: int) -> Part:
-        """These files (a table of SOURCE) in new shards of at most so many images."""
+        """A part with these files (a table of SOURCE), in new shards of at most `images` files."""
         shards = np.arange(len(sources), dtype=np.int32) // images + len(self)
         return sources.add_column(0, PLAN_ROW.field("shard"), pa.array(shards, pa.int32())).cast(PLAN_ROW)
 
     def plus(self, part: Part) -> "Plan":
-        """The plan with a part more."""
+        """The plan with one more part."""
         return Plan(pa.concat_tables([self.table, part]), self.parts + 1)
 
     @classmethod
     def empty(cls) -> "Plan":
-        """A plan of nothing."""
+        """A plan without files."""
         return cls(PLAN_ROW.empty_table(), 0)
 
 
 def joined(first: Part | None, second: Part) -> Part:
-    """Two parts, numbered one after the other, as one."""
+    """One part of two, the second numbered after the first."""
     return second if first is None else pa.concat_tables([first, second])
 
 
 def write_part(output: Place, number: int, part: Part) -> bool:
-    """Write a part of the plan; False, and nothing written, when there is one of its number already."""
+    """Write a part of the plan; False, with nothing written, if a part of this number exists."""
     return output.write(part_name(PLAN, number), serialise(part), new=True)
 
 
 def read_plan(output: Place) -> Plan:
-    """The plan; of nothing when nothing is planned yet."""
+    """The plan; without files if nothing is planned yet."""
     tables = [read_table(output, file.key).cast(PLAN_ROW) for file in output.files(PLAN) if PART.fullmatch(file.key)]
     return Plan(pa.concat_tables(tables), len(tables)) if tables else Plan.empty()
 
 
 def count_parts(output: Place) -> int:
-    """How many parts the plan has."""
+    """Number of parts of the plan."""
     return sum(bool(PART.fullmatch(file.key)) for file in output.files(PLAN))

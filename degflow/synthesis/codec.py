@@ -1,14 +1,15 @@
-"""The two ends of a shard's way, which need CPUs alone: a planned file -> pixels, and pixels with LR images -> rows.
+"""The work on a photograph that needs CPUs only: a planned file -> pixels; pixels and LR images -> rows.
 
-Both run wherever there is a CPU, also on nodes that hold no degrader; so this room imports no torch, which takes
-seconds and hundreds of megabytes.
+`Codec` does it, and `Workers` run it: threads of an actor, or Ray tasks on any node. Nodes without a degrader may run
+it too, so this module does not import torch, which takes seconds and hundreds of megabytes.
 """
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -26,14 +27,14 @@ class Loaded(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """The rows of one image, keys as in `dataset.ROW`, and the sums of psnr, clipped and colour_shift over them."""
+    """The rows of one image, with the columns of `layout.ROW`, and the sums of their psnr, clipped and colour_shift."""
 
     rows: list[dict[str, Any]]
     statistics: np.ndarray
 
 
 class Draw(NamedTuple):
-    """One LR image of an HR image: its scale, and that as time in [0, 1]."""
+    """One LR image of an HR image: its scale, and its time in [0, 1]."""
 
     scale: float
     time: float
@@ -41,21 +42,29 @@ class Draw(NamedTuple):
 
 @dataclass(frozen=True)
 class Codec:
-    """How a run reads its files and writes its rows; small, for it travels with every task."""
+    """Reads a run's files and makes its rows; small, because it is sent with every task.
 
-    root: str  # URI of what the keys are below
+    Args:
+        root: URI of the folder or prefix of the keys.
+        max_pixels: images with more are rejected.
+        embed: rows hold HR as PNG, or else as its URI.
+        scaled: LR images are shrunk by their scales.
+        seed: of the run.
+        model_sha256: of the degrader file.
+    """
+
+    root: str
     max_pixels: int
-    embed: bool  # HR as PNG in every row, or as URI
-    scaled: bool  # LR shrunk by its scale
-    png_level: int
+    embed: bool
+    scaled: bool
     seed: int
     model_sha256: str
 
     def load(self, source: Source) -> Loaded | Reject:
-        """Read and decode a file.
+        """Read and decode a file; a bad file is a reject.
 
         Raises:
-            StorageError: the store itself does not answer, for this file or any other, or refuses us altogether.
+            StorageError: the store answers for no file at all, or refuses our credentials.
         """
         place = Place(self.root)
         try:
@@ -69,7 +78,7 @@ class Codec:
             if not place.local and not place.answers():
                 raise StorageError(str(error), getattr(error, "attempts", 1)) from None
             return Reject(source.key, "read", str(error), getattr(error, "attempts", 1))
-        except Exception as error:  # object stores raise more than OSError
+        except Exception as error:  # object stores do not only raise OSErrors
             return Reject(source.key, "read", _reason(error))
         if source.size not in (-1, len(data)) or source.etag not in ("", etag):
             planned = f"size {source.size}, tag {source.etag}"
@@ -81,18 +90,18 @@ class Codec:
         return Loaded(source.key, pixels, hashlib.sha256(data).hexdigest())
 
     def encode(self, item: Loaded, draws: Sequence[Draw], lrs: np.ndarray) -> Encoded | Reject:
-        """Make an image's rows; `lrs` is uint8 "N H W 3"."""
+        """Make the rows of an image; `lrs` is uint8 "N H W 3", one LR image for each draw."""
         try:
             hr = self._hr_of(item)
             rows = [self._row(item, n, draw, lr, hr) for n, (draw, lr) in enumerate(zip(draws, lrs, strict=True))]
             return Encoded(rows, np.stack([_compare(item.pixels, lr) for lr in lrs]).sum(0))
-        except Exception as error:  # Pillow's encoders raise many kinds
+        except Exception as error:  # Pillow's encoders raise many kinds of errors
             return Reject(item.key, "encode", _reason(error))
 
     def _hr_of(self, item: Loaded) -> dict[str, Any]:
         if self.embed:
-            return {"bytes": images.encode_png(item.pixels, self.png_level), "path": item.key}
-        place = Place(self.root)  # a local URI may be relative to a folder that no reader knows
+            return {"bytes": images.encode_png(item.pixels), "path": item.key}
+        place = Place(self.root)  # a local URI may be relative; readers need the absolute path
         return {"bytes": None, "path": place.path(item.key) if place.local else place.uri_of(item.key)}
 
     def _row(self, item: Loaded, number: int, draw: Draw, lr: np.ndarray, hr: dict[str, Any]) -> dict[str, Any]:
@@ -103,7 +112,7 @@ class Codec:
             "draw": number,
             "scale": draw.scale,
             "time": draw.time,
-            "lr": {"bytes": images.encode_png(lr, self.png_level), "path": f"{item.key}.{number}.png"},
+            "lr": {"bytes": images.encode_png(lr), "path": f"{item.key}.{number}.png"},
             "hr": hr,
             "height": lr.shape[0],
             "width": lr.shape[1],
@@ -114,7 +123,7 @@ class Codec:
 
 
 def _compare(hr: np.ndarray, lr: np.ndarray) -> np.ndarray:
-    """psnr, clipped and colour_shift of one LR image, as `dataset.Record` defines them."""
+    """psnr, clipped and colour_shift of one LR image, as `layout.Record` defines them."""
     difference = hr.astype(np.float32) - lr
     psnr = min(99.0, 10 * math.log10(255**2 / max(float(np.square(difference).mean(dtype=np.float64)), 1e-10)))
     clipped = float(((lr == 0) | (lr == 255)).mean())
@@ -125,3 +134,33 @@ def _compare(hr: np.ndarray, lr: np.ndarray) -> np.ndarray:
 def _reason(error: Exception) -> str:
     text = str(error)
     return text if isinstance(error, images.ImageError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+class CodecDied(RuntimeError):
+    """The process that ran a function of the codec died, at every attempt."""
+
+
+class Handle(Protocol):
+    """A call that was started."""
+
+    def result(self) -> Any:
+        """Wait for its result."""
+
+
+class Workers(Protocol):
+    """Run the functions of a codec."""
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Handle:
+        """Start a call; an argument that is a handle is replaced by its result."""
+        ...
+
+
+class Threads:
+    """Workers that are threads of this process: they start quickly, but a crash in one ends the process."""
+
+    def __init__(self, count: int):
+        self.pool = ThreadPoolExecutor(count)
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future:
+        """Start a call."""
+        return self.pool.submit(lambda: function(*(a.result() if isinstance(a, Future) else a for a in arguments)))

@@ -1,15 +1,17 @@
-"""What an input holds: a folder, a prefix, a glob, or an inventory -> a table of keys, sizes and version tags.
+"""The input of a run: a folder, a prefix, a glob or an inventory -> the keys, sizes and version tags of its images.
 
 - A folder or prefix: every file below it.
-- A glob, as `s3://bucket/photos/**/*.jpg`: its keys are below the part before the first wildcard's folder. A folder
-  whose own name holds `*`, `?` or `[` is taken as that folder where it is there.
-- An inventory, a .parquet or .csv file with a column `key`, and `size` and `etag` where they are known: nothing is
-  listed, so that a bucket of many millions of objects costs one read.
+- A glob, e.g. `s3://bucket/photos/**/*.jpg`: the keys start below the last folder before the first wildcard. An
+  existing folder with `*`, `?` or `[` in its name is read as that folder, not as a glob.
+- An inventory: a .parquet or .csv file with a column `key`, and optional columns `size` and `etag`. Nothing is listed,
+  so a bucket of many millions of objects costs one read.
 """
 
 import io
 import re
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute
@@ -17,75 +19,107 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from degflow import images
-from degflow.storage import Place, split_uri
+from degflow.dataset.layout import SOURCE
+from degflow.dataset.plan import Plan
+from degflow.storage import Place, Source, split_uri
 
-pc: Any = pyarrow.compute  # its functions are made at import, unseen by type checkers
+pc: Any = pyarrow.compute  # its functions are made at import, where type checkers do not see them
 
-SOURCE = pa.schema([("key", pa.string()), ("size", pa.int64()), ("etag", pa.string())])
 _INVENTORY = (".parquet", ".csv")
 
 
-class Listing(NamedTuple):
-    """The images of an input, sorted by key, and what was left out."""
-
-    sources: pa.Table  # of SOURCE
-    others: int  # files without an image's suffix
-    unnamed: list[str]  # names that are no UTF-8
-
-
-def root_of(uri: str, root: str = "") -> Place:
-    """The place that the keys of an input are below.
+class Input:
+    """The images of a run.
 
     Args:
-        uri: the input.
-        root: what an inventory's keys are below; empty: the folder that holds it.
+        uri: a folder, a prefix, a glob or an inventory.
+        root: the folder or prefix of an inventory's keys; empty: the folder of the inventory.
+        without: a place whose files are left out, such as an output inside the input.
+        limit: use the first so many images only; 0: all.
 
     Raises:
-        ValueError: a root for what is no inventory.
+        ValueError: a root for an input that is not an inventory.
     """
-    if uri.lower().endswith(_INVENTORY) and not _is_folder(uri):
-        return Place(root) if root else split_uri(uri)[0]
-    if root:
-        raise ValueError(f"root={root}: has a meaning for an inventory (.parquet, .csv) only, and input={uri} is none")
-    return Place(_split_glob(uri)[0])
+
+    def __init__(self, uri: str, root: str = "", *, without: Place | None = None, limit: int = 0):
+        self.uri, self.without, self.limit = uri, without, limit
+        self.is_inventory = uri.lower().endswith(_INVENTORY) and not _is_folder(uri)
+        if root and not self.is_inventory:
+            raise ValueError(f"root={root}: only an inventory (.parquet, .csv) has a root, and input={uri} is none")
+        if self.is_inventory:
+            self.root, self.pattern = Place(root) if root else split_uri(uri)[0], ""
+        else:
+            folder, self.pattern = _split_glob(uri)
+            self.root = Place(folder)
+
+    def images(self) -> pa.Table:
+        """All images, as a table of SOURCE, sorted by key. Prints which other files are left out.
+
+        Raises:
+            ValueError: no images, or an inventory that breaks a rule.
+            OSError: the input cannot be read.
+        """
+        found, others = self._list()
+        if not len(found):
+            seen = _count(others, "other file") if others else "nothing"
+            raise ValueError(f"input={self.uri}: {seen} there, but no file ending in {', '.join(images.SUFFIXES)}")
+        return found
+
+    def new_images(self, plan: Plan) -> pa.Table:
+        """The images that are not in the plan, as a table of SOURCE, as many as the limit still allows."""
+        found, _ = self._list()
+        new = found.filter(pc.invert(pc.is_in(found["key"], plan.table["key"])))
+        return new.slice(0, max(0, self.limit - plan.files) if self.limit else None)
+
+    def as_now(self, planned: Sequence[Source]) -> pa.Table:
+        """These files, as a table of SOURCE, with the sizes and tags that they have now."""
+        with ThreadPoolExecutor(16) as pool:
+            return _table_of(list(pool.map(self._as_now, planned)))
+
+    def _as_now(self, source: Source) -> Source:
+        try:
+            found = self.root.source(source.key)
+        except OSError:
+            return source  # the shard will report what is wrong with it
+        return Source(source.key, found.size if source.size >= 0 else -1, found.etag if source.etag else "")
+
+    def _list(self) -> tuple[pa.Table, int]:
+        """The first `limit` images, sorted by key, and the number of files without an image's suffix."""
+        files = self._files()
+        suffixes = "|".join(re.escape(suffix) for suffix in images.SUFFIXES)
+        found = files.filter(pc.match_substring_regex(files["key"], f"(?i)(?:{suffixes})$"))
+        others = len(files) - len(found)
+        if others and len(found):
+            print(f"{_count(others, 'file')} in {self.uri} without an image's suffix: left out")
+        return found.sort_by("key").combine_chunks().slice(0, self.limit or None), others
+
+    def _files(self) -> pa.Table:
+        """All files whose names are UTF-8, as a table of SOURCE."""
+        try:
+            if self.is_inventory:
+                return _inventory(self.uri)
+            files = self.root.match(self.pattern) if self.pattern else self.root.files()
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"input={self.uri}: not there ({error})") from error
+        except OSError as error:
+            raise OSError(f"input={self.uri}: cannot be read ({type(error).__name__}: {error})") from error
+        if self.without and self.root.contains(self.without):
+            below = f"{self.without.root}/"
+            files = [file for file in files if not self.root.path(file.key).startswith(below)]
+        unnamed = [file.key for file in files if not _is_text(file.key)]
+        if unnamed:
+            files = [file for file in files if _is_text(file.key)]
+            print(f"{_count(len(unnamed), 'name')} in {self.uri} not in UTF-8: left out, e.g. {unnamed[0]!a}")
+        return _table_of(files)
 
 
-def list_input(uri: str, root: str = "", without: Place | None = None) -> Listing:
-    """List an input.
-
-    Args:
-        uri: the input.
-        root: what an inventory's keys are below; empty: the folder that holds it.
-        without: a place whose files do not count, such as an output inside the input.
-
-    Raises:
-        ValueError: an inventory that breaks the rule.
-        OSError: the input cannot be read.
-    """
-    place = root_of(uri, root)
-    try:
-        if uri.lower().endswith(_INVENTORY) and not _is_folder(uri):
-            return _images_of(_inventory(uri), [])
-        pattern = _split_glob(uri)[1]
-        files = place.match(pattern) if pattern else place.files()
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"input={uri}: not there ({error})") from error
-    except OSError as error:
-        raise OSError(f"input={uri}: cannot be read ({type(error).__name__}: {error})") from error
-    if without and place.contains(without):
-        below = f"{without.root}/"
-        files = [file for file in files if not place.path(file.key).startswith(below)]
-    unnamed = [file.key for file in files if not _is_text(file.key)]
-    if unnamed:
-        files = [file for file in files if _is_text(file.key)]
+def _table_of(files: Sequence[Source]) -> pa.Table:
     columns = list(zip(*files, strict=True)) or [[], [], []]
-    return _images_of(pa.table([pa.array(c, f.type) for c, f in zip(columns, SOURCE, strict=True)], SOURCE), unnamed)
+    return pa.table([pa.array(c, f.type) for c, f in zip(columns, SOURCE, strict=True)], SOURCE)
 
 
-def _images_of(files: pa.Table, unnamed: list[str]) -> Listing:
-    suffixes = "|".join(re.escape(suffix) for suffix in images.SUFFIXES)
-    wanted = files.filter(pc.match_substring_regex(files["key"], f"(?i)(?:{suffixes})$"))
-    return Listing(wanted.sort_by("key").combine_chunks(), len(files) - len(wanted), unnamed)
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _is_folder(uri: str) -> bool:
@@ -94,7 +128,7 @@ def _is_folder(uri: str) -> bool:
 
 
 def _split_glob(uri: str) -> tuple[str, str]:
-    """The folder before the first wildcard, and the pattern below it; no pattern for a literal folder."""
+    """The folder before the first wildcard, and the pattern below it; the pattern is empty without a wildcard."""
     scheme, mark, path = uri.rpartition("://")
     folders = path.split("/")
     first = next((n for n, name in enumerate(folders) if re.search(r"[*?[]", name)), None)
@@ -112,21 +146,23 @@ def _inventory(uri: str) -> pa.Table:
     except pa.ArrowException as error:
         raise ValueError(f"input={uri}: not a readable inventory ({' '.join(str(error).split())})") from None
     if "key" not in table.column_names:
-        raise ValueError(f"input={uri}: an inventory has a column named key; this one has {table.column_names}")
+        raise ValueError(f"input={uri}: an inventory needs a column named key; this one has {table.column_names}")
     try:
         columns = [
             table["key"].cast(pa.string()),
             _column(table, "size", pa.int64(), -1),
-            pc.utf8_trim(_column(table, "etag", pa.string(), ""), '"'),  # as S3's answers quote them
+            pc.utf8_trim(_column(table, "etag", pa.string(), ""), '"'),  # S3 puts quotes around its ETags
         ]
     except (KeyError, pa.ArrowException) as error:
-        raise ValueError(f"input={uri}: key, size or etag is there twice, or of another type ({error})") from None
+        raise ValueError(f"input={uri}: key, size or etag appears twice or has another type ({error})") from None
     table = pa.table(columns, SOURCE)
     if table["key"].null_count:
         raise ValueError(f"input={uri}: {table['key'].null_count} rows without a key")
     counts = pc.value_counts(table["key"])
     if repeated := counts.filter(pc.greater(counts.field("counts"), 1)).field("values").slice(0, 3).to_pylist():
-        raise ValueError(f"input={uri}: keys must be unique; named more than once: {', '.join(sorted(repeated))}")
+        raise ValueError(
+            f"input={uri}: keys must be unique; these appear more than once: {', '.join(sorted(repeated))}"
+        )
     return table
 
 

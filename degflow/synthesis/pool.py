@@ -1,4 +1,4 @@
-"""Ray: a cluster joined or started, and a pool of actors on it that turns planned shards into their objects."""
+"""Ray: join or start a cluster, and make the planned shards on a pool of actors."""
 
 import contextlib
 import ctypes
@@ -23,64 +23,112 @@ from tqdm import tqdm
 
 from degflow.dataset.layout import Record
 from degflow.dataset.plan import Plan
-from degflow.degrader import Degrader
 from degflow.storage import Source
-from degflow.synthesis.settings import SynthesizeConfig
-from degflow.synthesis.shard import CodecDied, Progress, ShardMaker, Threads
+from degflow.synthesis.codec import CodecDied, Threads
+from degflow.synthesis.settings import ActorsConfig
+from degflow.synthesis.shard import Progress, ShardMaker
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
 
 
 @dataclass(frozen=True)
 class Pool:
-    """What the cluster gives to this run."""
+    """The actors of a run, on a running Ray.
 
-    gpus: int  # per actor
-    threads: int  # per actor
-    room: int  # actors that fit now
+    Args:
+        actors: the configuration.
+        gpus: for each actor.
+        threads: for each actor.
+        room: how many actors fit into the cluster now.
+    """
 
-    @property
-    def actor_cpus(self) -> int:
-        """CPUs that an actor takes: a GPU alone places its actor, so that the CPUs are left to the codec's tasks."""
-        return 0 if self.gpus else self.threads
+    actors: ActorsConfig
+    gpus: int
+    threads: int
+    room: int
+
+    def make(self, maker: ShardMaker, plan: Plan, pending: list[int]) -> None:
+        """Make the pending shards of the plan, and show the progress.
+
+        Raises:
+            OSError: storage that failed.
+            RuntimeError: an actor that failed; the message holds its traceback.
+        """
+        total = plan.images(pending)
+        with _quiet_ray_data(), tqdm(total=total, desc="degrading", unit="image", mininterval=_interval()) as bar:
+            reports = ray.data.from_arrow([plan.task(number) for number in pending]).map_batches(
+                _ShardActor,
+                fn_constructor_args=(ray.put(maker), self.gpus, self.threads, self.actors.compile),
+                compute=self._strategy(len(pending)),
+                batch_size=1,
+                batch_format="pyarrow",
+                num_cpus=0 if self.gpus else self.threads,  # a GPU places its actor; the CPUs are left to the tasks
+                num_gpus=self.gpus,
+                ray_remote_args_fn=_actor_limits,
+            )
+            rejects = 0
+            for report in reports.iter_rows():
+                if report["storage_failure"]:
+                    raise OSError(report["storage_failure"])
+                if report["failure"]:
+                    raise RuntimeError(report["failure"])
+                rejects += report["rejects"]
+                bar.set_postfix(rejects=rejects, refresh=False)
+                bar.update(report["images"])
+                if report["record"]:
+                    bar.write(_log_line(Record(**json.loads(report["record"]))))
+
+    def _strategy(self, shards: int) -> ActorPoolStrategy:
+        most = min(shards, self.actors.max or shards)
+        least = min(self.actors.min, most)
+        first = min(most, max(least, self.room))
+        # Ray Data enlarges a pool only if shards wait at its actors; in a pool that cannot grow they wait at none.
+        waiting = 1 if first == most else 2
+        return ActorPoolStrategy(
+            min_size=least, max_size=most, initial_size=first, max_tasks_in_flight_per_actor=waiting
+        )
 
 
 @contextlib.contextmanager
-def pool_of(config: SynthesizeConfig) -> Iterator[Pool]:
-    """Join the running Ray (RAY_ADDRESS, or `ray start` on this machine), or start one; decide what an actor gets."""
+def pool_of(actors: ActorsConfig) -> Iterator[Pool]:
+    """Join the running Ray (RAY_ADDRESS, or `ray start` on this machine), or start one for the time of the block.
+
+    Raises:
+        ValueError: more GPUs or threads for an actor than this machine has.
+    """
     joined = ray.is_initialized()
     if not joined:
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what matters arrives as a Python exception
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # real failures arrive as Python exceptions
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        yield _measured(config, own=getattr(ray_worker._global_node, "head", False))
+        yield _measured(actors, own=getattr(ray_worker._global_node, "head", False))
     finally:
         if not joined:
             ray.shutdown()
 
 
-def _measured(config: SynthesizeConfig, own: bool) -> Pool:
-    """What an actor gets; `own`: this process started Ray, so that the cluster is this machine and will not grow."""
+def _measured(actors: ActorsConfig, own: bool) -> Pool:
+    """The pool that fits the cluster; `own`: this process started Ray, so the cluster is this machine, and fixed."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
     cpus, offered = [int(node["CPU"]) for node in nodes], [int(node.get("GPU", 0)) for node in nodes]
-    gpus = int(any(offered)) if config.actors.gpus == "auto" else int(config.actors.gpus)
+    gpus = int(any(offered)) if actors.gpus == "auto" else int(actors.gpus)
     if own and gpus and not any(offered):
-        raise ValueError(f"actors.gpus={config.actors.gpus}: Ray finds no GPU on this machine")
-    if own and config.actors.threads > max(cpus):
-        raise ValueError(f"actors.threads={config.actors.threads}: Ray finds {max(cpus)} CPUs on this machine")
-    if not gpus and cpus and config.actors.threads > max(cpus):
-        print(f"actors.threads={config.actors.threads}: no node has so many CPUs now; waiting for one that has")
+        raise ValueError(f"actors.gpus={actors.gpus}: Ray finds no GPU on this machine")
+    if own and actors.threads > max(cpus):
+        raise ValueError(f"actors.threads={actors.threads}: Ray finds {max(cpus)} CPUs on this machine")
+    if not gpus and cpus and actors.threads > max(cpus):
+        print(f"actors.threads={actors.threads}: no node has so many CPUs now; waiting for one that has")
     shares = [c // g if gpus else c for c, g in zip(cpus, offered, strict=True) if g or not gpus]
-    threads = config.actors.threads or max(1, min([4, *shares]))
+    threads = actors.threads or max(1, min([4, *shares]))
     fits = [g if gpus else c // threads for c, g in zip(cpus, offered, strict=True)]
-    where = "this machine" if own else f"a Ray cluster (nodes with CPUs: {len(nodes)})"
+    cluster = "this machine" if own else f"a Ray cluster (nodes with CPUs: {len(nodes)})"
     kind = "one GPU each" if gpus else "on CPUs"
-    print(f"running on {where}: actors {kind}, with {threads} threads; room for {sum(fits)} now", flush=True)
-    return Pool(gpus, threads, sum(fits))
+    print(f"running on {cluster}: actors {kind}, with {threads} threads; room for {sum(fits)} now", flush=True)
+    return Pool(actors, gpus, threads, sum(fits))
 
 
 def _actor_limits() -> dict[str, int]:
-    # A node may be taken away many times; an actor that dies each time, of one huge image say, must end the job.
+    # Nodes may be taken away many times; but an actor that always dies, e.g. of one huge image, must end the job.
     return {"max_restarts": 20, "max_task_retries": 20}
 
 
@@ -90,13 +138,13 @@ def _call(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 class _Task:
-    """The result of a task; see `shards.Handle`."""
+    """A Ray task that was started; a `codec.Handle`."""
 
     def __init__(self, reference: ray.ObjectRef):
         self.reference = reference
 
     def result(self) -> Any:
-        """Wait for it, and raise what the function raised."""
+        """Wait for its result, and raise what the function raised."""
         try:
             return ray.get(self.reference)
         except ray.exceptions.RayTaskError as error:
@@ -106,10 +154,10 @@ class _Task:
 
 
 class _Tasks:
-    """Runs the codec's functions as Ray tasks, in processes of their own; see `shards.Workers`.
+    """Run the codec's functions as Ray tasks, in other processes; `codec.Workers`.
 
-    Beside actors on GPUs a task takes one CPU of any node, and Ray prefers nodes without GPUs. Beside actors on CPUs
-    it takes none, for the actors may hold them all.
+    If the actors are on GPUs, a task takes one CPU of any node; Ray prefers nodes without GPUs. If they are on CPUs, it
+    takes none, because the actors may have taken all of them.
     """
 
     def __init__(self, gpus: int):
@@ -121,44 +169,48 @@ class _Tasks:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep up to 128 MiB of free memory, for tensors of up to 32 MiB, where the C library is glibc.
+    """Let glibc keep up to 128 MiB of free memory, for tensors of up to 32 MiB.
 
-    Otherwise it gives a freed tensor of some MB back at once and pages the next one in anew: in an actor 18 000 page
-    faults, and a third of the time, for each image of 256 x 256 pixels; then 51.
+    By default it returns every freed tensor of some MB to the system, and the next tensor causes page faults. For an
+    image of 256 x 256 pixels an actor had 18 000 of them, a third of its time; with this it has 51.
     """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # glibc's largest
         libc.mallopt(M_TRIM_THRESHOLD, 128 << 20)
 
 
 class _ShardActor:
-    """A Ray Data callable: one planned shard in; counts of finished images out, with the last the shard's record.
+    """A Ray Data callable: takes one planned shard, yields reports; the last one has the shard's record.
 
-    A failure is reported like anything else, because Ray Data rewords the exceptions that it passes on.
+    A failure is reported as well, because Ray Data changes the text of exceptions.
 
-    On CPUs an actor decodes and encodes in threads. One that was restarted makes its first shard with tasks: if a file
-    killed it, that file now kills a task, and becomes a reject.
+    On CPUs an actor loads and encodes in threads. A restarted actor uses tasks for its first shard: if a file killed
+    the actor, that file now kills only a task, and becomes a reject.
     """
 
-    def __init__(self, degrader: ray.ObjectRef, config: SynthesizeConfig, gpus: int, threads: int):
+    def __init__(self, maker: ray.ObjectRef, gpus: int, threads: int, compiled: bool):
         torch.set_num_threads(threads)
         keep_freed_memory()
-        device = "cuda" if ray.get_gpu_ids() and config.actors.device == "auto" else "cpu"
         self.usual = _Tasks(gpus) if gpus else Threads(threads)
         restarted = ray.get_runtime_context().was_current_actor_reconstructed
-        model = ray.get(degrader).to(device)
-        if config.actors.compile:
-            model.compile(dynamic=True)
-        self.maker = ShardMaker(model, config, _Tasks(gpus) if restarted else self.usual)
+        self.workers = _Tasks(gpus) if restarted else self.usual
+        self.maker: ShardMaker = ray.get(maker)
+        degrader = self.maker.degrader.degrader.to(self.device())
+        if compiled:
+            degrader.compile(dynamic=True)
+
+    def device(self) -> str:
+        """The device that computes."""
+        return "cuda" if ray.get_gpu_ids() else "cpu"
 
     def __call__(self, batch: Any) -> Iterator[dict[str, list[Any]]]:
         shard = batch.to_pylist()[0]
         sources = [Source(*source.values()) for source in shard["sources"]]
         try:
-            for images, rejects, record in _seldom(self.maker.make(shard["shard"], sources)):
+            for images, rejects, record in _seldom(self.maker.make(shard["shard"], sources, self.workers)):
                 yield _report(images, rejects, record=json.dumps(asdict(record)) if record else "")
-            self.maker.workers = self.usual
+            self.workers = self.usual
         except OSError as error:
             yield _report(storage_failure=f"shard {shard['shard']}: {type(error).__name__}: {error}")
         except Exception:
@@ -166,7 +218,7 @@ class _ShardActor:
 
 
 def _seldom(reports: Iterable[Progress], seconds: float = 1.0) -> Iterator[Progress]:
-    """The reports summed up over `seconds`: handing one to Ray keeps an actor from its device for some 2 ms."""
+    """Sums of the reports over `seconds`: each report to Ray costs an actor some 2 ms."""
     images, rejects, begun = 0, 0, time.monotonic()
     for report in reports:
         images, rejects = images + report.images, rejects + report.rejects
@@ -178,42 +230,6 @@ def _seldom(reports: Iterable[Progress], seconds: float = 1.0) -> Iterator[Progr
 def _report(images: int = 0, rejects: int = 0, **texts: str) -> dict[str, list[Any]]:
     report: dict[str, Any] = {"record": "", "storage_failure": "", "failure": ""} | texts
     return {name: [value] for name, value in report.items()} | {"images": [images], "rejects": [rejects]}
-
-
-def make_shards(config: SynthesizeConfig, degrader: Degrader, plan: Plan, pending: list[int], pool: Pool) -> None:
-    """Stream the pending shards through the pool, and show how far they are."""
-    total = plan.images(pending)
-    with _quiet_ray_data(), tqdm(total=total, desc="degrading", unit="image", mininterval=_interval()) as bar:
-        reports = ray.data.from_arrow([plan.task(number) for number in pending]).map_batches(
-            _ShardActor,
-            fn_constructor_args=(ray.put(degrader), config, pool.gpus, pool.threads),
-            compute=_strategy(config, len(pending), pool.room),
-            batch_size=1,
-            batch_format="pyarrow",
-            num_cpus=pool.actor_cpus,
-            num_gpus=pool.gpus,
-            ray_remote_args_fn=_actor_limits,
-        )
-        rejects = 0
-        for report in reports.iter_rows():
-            if report["storage_failure"]:
-                raise OSError(report["storage_failure"])
-            if report["failure"]:
-                raise RuntimeError(report["failure"])
-            rejects += report["rejects"]
-            bar.set_postfix(rejects=rejects, refresh=False)
-            bar.update(report["images"])
-            if report["record"]:
-                bar.write(_log_line(Record(**json.loads(report["record"]))))
-
-
-def _strategy(config: SynthesizeConfig, shards: int, room: int) -> ActorPoolStrategy:
-    most = min(shards, config.actors.max or shards)
-    least = min(config.actors.min, most)
-    first = min(most, max(least, room))
-    # Ray Data enlarges a pool whose actors have work waiting; a pool that cannot grow hands each shard to who is free.
-    waiting = 1 if first == most else 2
-    return ActorPoolStrategy(min_size=least, max_size=most, initial_size=first, max_tasks_in_flight_per_actor=waiting)
 
 
 def _interval() -> float:
@@ -228,15 +244,17 @@ def _log_line(record: Record) -> str:
 
 @contextlib.contextmanager
 def _quiet_ray_data() -> Iterator[None]:
-    """Ray Data with our progress bar in place of its own, and with a report passed on as soon as it is made."""
+    """Ray Data without its own progress bar, and without delay of the reports."""
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.target_max_block_size = 1  # bytes; a report is a block
-    context.execution_no_progress_timeout_s = -1  # a cluster may be long in giving the first GPU
+    context.target_max_block_size = 1  # byte, so that every report is a block, which is passed on at once
+    context.execution_no_progress_timeout_s = -1  # a cluster may need long for its first GPU
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setLevel(logging.CRITICAL)
     with DataContext.current(context), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`ray_remote_args_fn` is deprecated")  # there is no other way in yet
+        warnings.filterwarnings(
+            "ignore", "`ray_remote_args_fn` is deprecated"
+        )  # Ray has no other way to bound restarts
         yield

@@ -1,10 +1,9 @@
-"""One run of the job, from its configuration to `_SUCCESS`: see `degflow.synthesis`."""
+"""One run of the job, from its configuration to `_SUCCESS`."""
 
 import resource
 import time
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 
@@ -13,13 +12,18 @@ from degflow.dataset.card import card, preview
 from degflow.dataset.layout import CARD, CONFIG, PREVIEW, SUCCESS, Record, find_objects, is_leftover
 from degflow.dataset.manifest import finished_shards, parts_in_manifest, rejects_of, write_manifest
 from degflow.dataset.plan import Part, Plan, count_parts, joined, read_plan, write_part
+from degflow.dataset.scales import scales_of
 from degflow.degrader import Degrader
-from degflow.storage import Place
-from degflow.synthesis.codec import Loaded
-from degflow.synthesis.pool import make_shards, pool_of
-from degflow.synthesis.resuming import continued, first_part, news, recipe_of, rejected
+from degflow.storage import Place, Source
+from degflow.synthesis.codec import Codec, Loaded
+from degflow.synthesis.inventory import Input
+from degflow.synthesis.pool import pool_of
+from degflow.synthesis.resuming import Recipe, continued
 from degflow.synthesis.settings import SynthesizeConfig, resolve
-from degflow.synthesis.shard import codec_of
+from degflow.synthesis.shard import ShardMaker
+from degflow.synthesis.window import WindowDegrader
+
+_SAMPLES = 8  # files that an estimate reads
 
 
 def synthesize(config: SynthesizeConfig) -> None:
@@ -29,188 +33,231 @@ def synthesize(config: SynthesizeConfig) -> None:
         ValueError: a broken rule, no images, an output that holds something else, or too many rejects.
         OSError: storage that cannot be read or written.
     """
-    degrader = Degrader.load(config.model or None)
-    output = Place(config.output)
-    config = continued(resolve(config, degrader), output)
-    recipe = partial(recipe_of, config)
-    plan = Plan.empty() if config.overwrite else read_plan(output)
-    records = finished_shards(output, plan, recipe)
-    part = _next_part(config, plan, records, output)
-    if not config.overwrite and not part and _is_finished(output, plan, records):
-        print(f"{config.output}: finished already, nothing to do (overwrite=true makes it anew)")
-        _name_preview(output)
+    run = Run(config, Degrader.load(config.model or None))
+    run.plan()
+    if run.is_finished():
+        print(f"{config.output}: finished already, nothing to do (overwrite=true makes it again)")
+    elif config.dry_run:
+        print(f"{run.describe()}\n{run.estimate()}")
         return
-    if config.dry_run:
-        plan = plan.plus(part) if part else plan
-        print(_describe(config, plan, records))
-        print(_estimate(config, plan))
-        return
-    plan = _claim(config, output, plan, part)
-    print(_describe(config, plan, records), flush=True)
-    started, made = time.monotonic(), 0
-    while True:
-        pending = [number for number in range(len(plan)) if number not in records]
-        if pending:
-            with pool_of(config) as pool:
-                if config.actors.threads != pool.threads:
-                    config = replace(config, actors=replace(config.actors, threads=pool.threads))
-                    _save(config, output)
-                make_shards(config, degrader, plan, pending, pool)
-            records, made = finished_shards(output, plan, recipe), made + plan.images(pending)
-            if missing := sorted(set(range(len(plan))) - set(records)):
-                same = "the same command without overwrite=true" if config.overwrite else "the same command"
-                raise ValueError(f"{len(missing)} of {len(plan)} shards are missing; {same} makes them")
-        if _finish(config, output, plan, records):
-            break
-        plan = read_plan(output)  # another driver has extended it
-        records = finished_shards(output, plan, recipe)
-    _summarise(config, output, plan, records, made, time.monotonic() - started)
+    else:
+        run.claim()
+        print(run.describe(), flush=True)
+        run.make()
+        while not run.finish():  # another driver has extended the plan
+            run.make()
+        print(run.summary())
+    if run.output.exists(PREVIEW):
+        print(f"preview: {run.output.uri_of(PREVIEW)}")
 
 
-def _is_finished(output: Place, plan: Plan, records: Mapping[int, Record]) -> bool:
-    there = output.exists(SUCCESS) and len(records) == len(plan)
-    return there and parts_in_manifest(output) == len(plan)
+class Run:
+    """A run: what it reads, what it makes, and how far it is.
 
+    Args:
+        config: as the user gave it; it is resolved here, and compared with the configuration in the output.
+        degrader: on the CPU.
 
-def _next_part(config: SynthesizeConfig, plan: Plan, records: Mapping[int, Record], output: Place) -> Part | None:
-    """What the plan is to get: all of the input at first; later what is new, and what was rejected, as asked for."""
-    if not len(plan):
-        return first_part(config)
-    part = None
-    if config.extend:
-        part = news(config, plan)
-    elif (config.dry_run or output.exists(SUCCESS)) and (new := news(config, plan)):
-        first = ", ".join(new["key"].slice(0, 3).to_pylist()) + (", ..." if len(new) > 3 else "")
-        print(f"{len(new)} new in {config.input} since the plan was made ({first}); extend=true takes them")
-    if config.retry_rejects:
-        again = rejected(config, plan if part is None else plan.plus(part), records, output)
-        part = joined(part, again)
-    return part or None
+    Raises:
+        ValueError: a configuration that the model or the output does not allow.
+        OSError: the output cannot be read.
+    """
 
-
-def _describe(config: SynthesizeConfig, plan: Plan, records: Mapping[int, Record]) -> str:
-    count = plan.files
-    done = f", {len(records)} of them done" if records else ""
-    return (
-        f"{count} images ({plan.bytes / 1e6:.1f} MB) in {len(plan)} shards{done}; "
-        f"{config.scale.per_image} LR each, scales {_scales_in_words(config)}"
-    )
-
-
-def _estimate(config: SynthesizeConfig, plan: Plan, samples: int = 8) -> str:
-    """What the run will take, from some of its files, and what planning took."""
-    sources = plan.sample(samples)
-    with ThreadPoolExecutor(samples) as pool:
-        loaded = list(pool.map(codec_of(config).load, sources))
-    sizes = [item.pixels.shape[0] * item.pixels.shape[1] for item in loaded if isinstance(item, Loaded)]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    planned = f"planned with {peak:.0f} MB of memory at most; dry_run=true: nothing was started or written"
-    if not sizes:
-        return f"none of {len(sources)} sampled files is a readable image, so there is no estimate\n{planned}"
-    mean = sum(sizes) / len(sizes)
-    total = mean * plan.files * config.scale.per_image * len(sizes) / len(sources)
-    return (
-        f"some {total / 1e6:,.0f} megapixels of LR to make: of {len(sources)} sampled files {len(sizes)} are readable, "
-        f"of {mean / 1e6:.2f} megapixels in the mean\n{planned}"
-    )
-
-
-def _scales_in_words(config: SynthesizeConfig) -> str:
-    scale = config.scale
-    if scale.distribution == "list":
-        return "chosen from " + ", ".join(f"{value:g}" for value in scale.values)
-    return f"{scale.distribution} in [{scale.low:g}, {scale.high:g}]"
-
-
-def _claim(config: SynthesizeConfig, output: Place, plan: Plan, part: Part | None) -> Plan:
-    """Make the output ours before any work: the configuration, then the plan, of which the first writer's counts."""
-    try:
-        if config.overwrite:
-            for name in find_objects(output):
-                if name != CONFIG:
-                    output.delete(name)
-            _save(config, output)
-        elif not _save(config, output, new=True):
-            continued(config, output)
-        if part:
-            output.delete(SUCCESS)
-            if not write_part(output, plan.parts, part):
-                print("another driver planned at the same time: its plan counts", flush=True)
-            plan = read_plan(output)
-            if not len(plan):
-                raise OSError("another driver is overwriting it")
-        return plan
-    except OSError as error:
-        raise OSError(f"output={config.output}: cannot be written ({type(error).__name__}: {error})") from error
-
-
-def _save(config: SynthesizeConfig, output: Place, new: bool = False) -> bool:
-    asked = {"overwrite": False, "dry_run": False, "extend": False, "retry_rejects": False}
-    return output.write(CONFIG, dump(replace(config, **asked)).encode(), new=new)
-
-
-def _finish(config: SynthesizeConfig, output: Place, plan: Plan, records: Mapping[int, Record]) -> bool:
-    """What makes the shards a dataset, `_SUCCESS` last; False, and not that, when the plan has grown meanwhile."""
-    if count_parts(output) != plan.parts:
-        return False
-    write_manifest(output, plan, records)
-    totals = _totals(config, plan, records)
-    output.write(CARD, card(records, totals.rejects, plain(config), _scales_in_words(config)).encode())
-    try:
-        if sheet := preview(output, records, config.max_pixels):
-            output.write(PREVIEW, sheet)
-    except Exception as error:  # a picture is not worth failing a finished dataset for
-        print(f"no preview: {type(error).__name__}: {error}")
-    for name in filter(is_leftover, find_objects(output)):
-        output.delete(name)
-    if totals.rejects > config.max_reject_rate * totals.files:
-        raise ValueError(
-            f"{totals.rejects} of {totals.files} files were rejected, more than "
-            f"max_reject_rate={config.max_reject_rate}: {_first_rejects(output, plan, records)}"
+    def __init__(self, config: SynthesizeConfig, degrader: Degrader):
+        self.degrader, self.output = degrader, Place(config.output)
+        self.config = config = continued(resolve(config, degrader), self.output)
+        self.input = Input(config.input, config.root, without=self.output, limit=config.limit)
+        self.recipe = Recipe(config)
+        self.codec = Codec(
+            root=self.input.root.uri,
+            max_pixels=config.max_pixels,
+            embed=config.hr == "embed",
+            scaled=config.size == "scaled",
+            seed=config.seed,
+            model_sha256=config.model_sha256,
         )
-    if count_parts(output) != plan.parts:
-        return False
-    output.write(SUCCESS, b"")
-    return True
+        self.shards = Plan.empty()
+        self.done: dict[int, Record] = {}
+        self.next: Part | None = None  # what `claim` adds to the plan
+        self.made = 0  # photographs, by this process
+        self.started = time.monotonic()
 
+    def plan(self) -> None:
+        """Read what the output holds, and choose the photographs that the plan gets next. Nothing is written."""
+        if not self.config.overwrite:
+            self._read()
+        self.next = self._next_part()
 
-@dataclass(frozen=True)
-class _Totals:
-    files: int
-    used: int
+    def _read(self) -> None:
+        self.shards = read_plan(self.output)
+        self.done = finished_shards(self.output, self.shards, self.recipe.digest)
+
+    def _next_part(self) -> Part | None:
+        """All of the input for an empty plan; later the new files and the rejected ones, if they are asked for."""
+        config, size, part = self.config, self.config.shard.images, None
+        if not len(self.shards):
+            return self.shards.next_part(self.input.images(), size)
+        if config.extend:
+            part = self.shards.next_part(self.input.new_images(self.shards), size)
+        elif (config.dry_run or self.output.exists(SUCCESS)) and (new := self.input.new_images(self.shards)):
+            first = ", ".join(new["key"].slice(0, 3).to_pylist()) + (", ..." if len(new) > 3 else "")
+            print(f"{len(new)} new in {config.input} since the plan was made ({first}); extend=true takes them")
+        if config.retry_rejects:
+            plan = self.shards.plus(part) if part else self.shards
+            keys = [reject.key for reject in rejects_of(self.output, plan, self.done)]
+            part = joined(part, plan.next_part(self.input.as_now(plan.sources(keys)), size))
+        return part or None
+
+    def is_finished(self) -> bool:
+        """Whether the output is a whole dataset, and nothing more is asked for."""
+        if self.config.overwrite or self.next or not self.output.exists(SUCCESS):
+            return False
+        return len(self.done) == len(self.shards) == parts_in_manifest(self.output)
+
+    def claim(self) -> None:
+        """Write the configuration, then what the plan gets next. If another driver wrote a plan first, it counts."""
+        try:
+            if self.config.overwrite:
+                for name in find_objects(self.output):
+                    if name != CONFIG:
+                        self.output.delete(name)
+                self._save_config()
+            elif not self._save_config(new=True):
+                continued(self.config, self.output)
+            if self.next:
+                self.output.delete(SUCCESS)
+                if not write_part(self.output, self.shards.parts, self.next):
+                    print("another driver planned at the same time: its plan counts", flush=True)
+                self.shards, self.next = read_plan(self.output), None
+                if not len(self.shards):
+                    raise OSError("another driver is overwriting it")
+        except OSError as error:
+            raise OSError(f"output={self.output.uri}: cannot be written ({type(error).__name__}: {error})") from error
+        self.started = time.monotonic()
+
+    def _save_config(self, new: bool = False) -> bool:
+        orders = {"overwrite": False, "dry_run": False, "extend": False, "retry_rejects": False}
+        return self.output.write(CONFIG, dump(replace(self.config, **orders)).encode(), new=new)
+
+    def pending(self) -> list[int]:
+        """The planned shards that are not done."""
+        return [number for number in range(len(self.shards)) if number not in self.done]
+
+    def make(self) -> None:
+        """Make the pending shards on a pool of actors.
+
+        Raises:
+            ValueError: some are missing still.
+        """
+        pending = self.pending()
+        if not pending:
+            return
+        with pool_of(self.config.actors) as pool:
+            if pool.threads != self.config.actors.threads:
+                self.config = replace(self.config, actors=replace(self.config.actors, threads=pool.threads))
+                self._save_config()
+            pool.make(self.maker(), self.shards, pending)
+        self.made += self.shards.images(pending)
+        self.done = finished_shards(self.output, self.shards, self.recipe.digest)
+        if missing := self.pending():
+            same = "the same command without overwrite=true" if self.config.overwrite else "the same command"
+            raise ValueError(f"{len(missing)} of {len(self.shards)} shards are missing; {same} makes them")
+
+    def maker(self) -> ShardMaker:
+        """What makes this run's shards, wherever it is sent."""
+        config = self.config
+        degrader = WindowDegrader(
+            self.degrader, config.memory, config.precision, config.solver.steps, config.solver.solver
+        )
+        scales = partial(scales_of, config.scale, config.seed)
+        return ShardMaker(config.output, self.recipe, self.codec, scales, degrader, config.batch)
+
+    def finish(self) -> bool:
+        """Make a dataset of the shards: manifest, card and preview, and last `_SUCCESS`.
+
+        Returns:
+            False, without `_SUCCESS`, if another driver has extended the plan; the run then has new pending shards.
+
+        Raises:
+            ValueError: too many rejects.
+        """
+        if self._is_extended():
+            return False
+        write_manifest(self.output, self.shards, self.done)
+        text = card(self.done, self.rejects, plain(self.config), self.config.scale.in_words())
+        self.output.write(CARD, text.encode())
+        try:
+            if sheet := preview(self.output, self.done, self.config.max_pixels):
+                self.output.write(PREVIEW, sheet)
+        except Exception as error:  # a missing preview must not fail a finished dataset
+            print(f"no preview: {type(error).__name__}: {error}")
+        for name in filter(is_leftover, find_objects(self.output)):
+            self.output.delete(name)
+        if self.rejects > self.config.max_reject_rate * self.shards.files:
+            raise ValueError(
+                f"{self.rejects} of {self.shards.files} files were rejected, more than "
+                f"max_reject_rate={self.config.max_reject_rate}: {self._first_rejects()}"
+            )
+        if self._is_extended():
+            return False
+        self.output.write(SUCCESS, b"")
+        return True
+
+    def _is_extended(self) -> bool:
+        """Whether another driver has extended the plan; then it is read again."""
+        if count_parts(self.output) == self.shards.parts:
+            return False
+        self._read()
+        return True
+
+    @property
+    def used(self) -> int:
+        """Photographs with rows: a photograph has the rows of all its draws, or is one reject."""
+        return sum(record.rows for record in self.done.values()) // self.config.scale.per_image
 
     @property
     def rejects(self) -> int:
-        """Files that gave no rows."""
-        return self.files - self.used
+        """Photographs without rows, however often they were tried."""
+        return self.shards.files - self.used
 
+    def _first_rejects(self, count: int = 3) -> str:
+        first = islice(rejects_of(self.output, self.shards, self.done), count)
+        return "; ".join(f"{r.key} ({r.stage}: {r.error})" for r in first) + "; the rejects folder has all"
 
-def _totals(config: SynthesizeConfig, plan: Plan, records: Mapping[int, Record]) -> _Totals:
-    """A file is all of its draws or one reject, however often it was taken."""
-    used = sum(record.rows for record in records.values()) // config.scale.per_image
-    return _Totals(plan.files, used)
+    def describe(self) -> str:
+        """The plan in one line."""
+        plan = self.shards.plus(self.next) if self.next else self.shards
+        done = f", {len(self.done)} of them done" if self.done else ""
+        return (
+            f"{plan.files} images ({plan.bytes / 1e6:.1f} MB) in {len(plan)} shards{done}; "
+            f"{self.config.scale.per_image} LR each, scales {self.config.scale.in_words()}"
+        )
 
+    def estimate(self) -> str:
+        """How much there is to make, judged from a few files, and the memory that planning took."""
+        plan = self.shards.plus(self.next) if self.next else self.shards
+        sources: list[Source] = plan.sample(_SAMPLES)
+        with ThreadPoolExecutor(_SAMPLES) as pool:
+            loaded = list(pool.map(self.codec.load, sources))
+        sizes = [item.pixels.shape[0] * item.pixels.shape[1] for item in loaded if isinstance(item, Loaded)]
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+        planned = f"planned with {peak:.0f} MB of memory at most; dry_run=true: nothing was started or written"
+        if not sizes:
+            return f"none of {len(sources)} sampled files is a readable image, so there is no estimate\n{planned}"
+        mean = sum(sizes) / len(sizes)
+        total = mean * plan.files * self.config.scale.per_image * len(sizes) / len(sources)
+        return (
+            f"some {total / 1e6:,.0f} megapixels of LR to make: of {len(sources)} sampled files {len(sizes)} are "
+            f"readable, with {mean / 1e6:.2f} megapixels on average\n{planned}"
+        )
 
-def _first_rejects(output: Place, plan: Plan, records: Mapping[int, Record], count: int = 3) -> str:
-    shown = [
-        f"{reject.key} ({reject.stage}: {reject.error})" for reject in islice(rejects_of(output, plan, records), count)
-    ]
-    return "; ".join(shown) + "; the rejects folder has all"
-
-
-def _summarise(
-    config: SynthesizeConfig, output: Place, plan: Plan, records: Mapping[int, Record], made: int, seconds: float
-) -> None:
-    totals, rows = _totals(config, plan, records), sum(record.rows for record in records.values())
-    print(f"{rows} LR images of {totals.used} photographs in {len(records)} shards, {totals.rejects} rejects")
-    if totals.rejects:
-        print(f"rejected: {_first_rejects(output, plan, records)}")
-    if made:
-        print(f"{made} images in {seconds:.1f} s with Ray's start: {made / seconds:.2f} images/s")
-    print(f"dataset: {config.output}")
-    _name_preview(output)
-
-
-def _name_preview(output: Place) -> None:
-    if output.exists(PREVIEW):
-        print(f"preview: {output.uri_of(PREVIEW)}")
+    def summary(self) -> str:
+        """What the dataset holds, and how fast this process was."""
+        rows = sum(record.rows for record in self.done.values())
+        lines = [f"{rows} LR images of {self.used} photographs in {len(self.done)} shards, {self.rejects} rejects"]
+        if self.rejects:
+            lines.append(f"rejected: {self._first_rejects()}")
+        if self.made:
+            seconds = time.monotonic() - self.started
+            lines.append(f"{self.made} images in {seconds:.1f} s with Ray's start: {self.made / seconds:.2f} images/s")
+        return "\n".join([*lines, f"dataset: {self.output.uri}"])

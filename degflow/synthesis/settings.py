@@ -1,6 +1,6 @@
 """The configuration of a synthesis run."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from degflow import images
 from degflow.config import option, required
@@ -13,8 +13,8 @@ from degflow.flow import SOLVER, SOLVERS, STEPS
 class SolverConfig:
     """How the flow is integrated."""
 
-    solver: str = option(SOLVER, f"one of {', '.join(SOLVERS)}")
-    steps: int = option(STEPS, "steps over the whole range of scales")
+    solver: str = option(SOLVER, f"one of {', '.join(SOLVERS)}; for a model with a solver")
+    steps: int = option(STEPS, "solver steps over the whole range of scales")
 
     def __post_init__(self):
         if self.solver not in SOLVERS:
@@ -25,16 +25,13 @@ class SolverConfig:
 
 @dataclass(frozen=True)
 class ActorsConfig:
-    """The pool."""
+    """How many actors make the images, and what each one gets."""
 
-    min: int = option(1, "actors to keep")
-    max: int = option(0, "actors at most; 0: as many as the cluster has room for")
-    gpus: str = option("auto", "GPUs per actor: 0, 1, or auto (1 when the running cluster offers any, else 0)")
-    threads: int = option(0, "threads per actor; 0: up to 4, as many as the smallest node has CPUs (per GPU)")
-    device: str = option("auto", "auto: the actor's GPU when it has one; cpu: CPUs, whatever Ray hands out")
-    compile: bool = option(
-        False, "torch.compile the networks, once for all sizes: faster after some minutes, for long runs"
-    )
+    min: int = option(1, "smallest number of actors")
+    max: int = option(0, "largest number of actors; 0: as many as the cluster has room for")
+    gpus: str = option("auto", "GPUs per actor: 0, 1, or auto (1 if the running cluster has any, else 0)")
+    threads: int = option(0, "threads per actor; 0: up to 4, limited by the smallest node's CPUs (per GPU)")
+    compile: bool = option(False, "torch.compile the networks; takes minutes, so it pays off in long runs only")
 
     def __post_init__(self):
         rules = (
@@ -42,7 +39,6 @@ class ActorsConfig:
             ("max", self.max == 0 or self.max >= self.min, f"must be 0 or at least actors.min={self.min}"),
             ("gpus", self.gpus in ("auto", "0", "1"), "must be auto, 0 or 1"),
             ("threads", self.threads >= 0, "must not be negative"),
-            ("device", self.device in ("auto", "cpu"), "must be auto or cpu"),
         )
         for name, kept, rule in rules:
             if not kept:
@@ -51,9 +47,9 @@ class ActorsConfig:
 
 @dataclass(frozen=True)
 class ShardConfig:
-    """How the plan is cut."""
+    """How the photographs are divided into shards."""
 
-    images: int = option(256, "HR images per shard, the unit of work and of resuming")
+    images: int = option(256, "HR images per shard; a shard is the unit of work and of resuming")
 
     def __post_init__(self):
         if self.images < 1:
@@ -66,34 +62,31 @@ class SynthesizeConfig:
 
     input: str = required(
         "HR images: a folder, a prefix (s3://bucket/photos), a glob (s3://bucket/photos/**/*.jpg), or an inventory "
-        "(a .parquet or .csv file with a column key; size and etag where they are known)"
+        "(a .parquet or .csv file with a column key, and optional columns size and etag)"
     )
-    root: str = option("", "what an inventory's keys are below; empty: the folder that holds it")
-    output: str = required("folder or URI for the dataset; an unfinished one is continued")
-    model: str = option("", "degrader file; empty: the one that ships")
+    root: str = option("", "folder or prefix of an inventory's keys; empty: the folder of the inventory")
+    output: str = required("folder or URI of the dataset; an unfinished dataset is continued")
+    model: str = option("", "degrader file; empty: the degrader that ships with degflow")
     scale: ScaleConfig = option(ScaleConfig(), "")
-    seed: int = option(0, "with the key and the number of the draw it decides every scale")
+    seed: int = option(0, "decides every scale, together with the key and the number of the draw")
     solver: SolverConfig = option(SolverConfig(), "")
-    size: str = option(
-        "same", "LR images of HR's size (same), or shrunk by the scale with antialiased bicubic (scaled)"
-    )
+    size: str = option("same", "LR images have HR's size (same), or are shrunk by their scale (scaled)")
     hr: str = option(
-        "auto", "HR as PNG in every row (embed), as URI of the source (reference), auto: embed for one draw"
+        "auto", "rows hold HR as PNG (embed) or as the source's URI (reference); auto: embed if scale.per_image=1"
     )
-    max_pixels: int = option(images.MAX_PIXELS, "larger images are rejected")
-    memory: float = option(4.0, "GB for one forward pass, beside weights and images; larger ones are done in tiles")
-    precision: str = option("float32", f"of the networks: one of {', '.join(PRECISIONS)}; float16 is for GPUs")
-    batch: int = option(4, "images in flight per stage; those of equal size share a forward pass")
-    png_level: int = option(3, "PNG compression, 0 (fast) to 9 (small)")
+    max_pixels: int = option(images.MAX_PIXELS, "images with more pixels are rejected")
+    memory: float = option(4.0, "GB for one forward pass, besides weights and images; larger images are cut into tiles")
+    precision: str = option("float32", f"of the networks: {', '.join(PRECISIONS)}; float16 is for GPUs")
+    batch: int = option(4, "images in each stage at a time; those of equal size share a forward pass")
     actors: ActorsConfig = option(ActorsConfig(), "")
     shard: ShardConfig = option(ShardConfig(), "")
-    max_reject_rate: float = option(0.05, "the job fails when a larger share of the files gives no rows")
-    limit: int = option(0, "take the first N images only; 0: all")
-    dry_run: bool = option(False, "say what would be done, and stop")
-    overwrite: bool = option(False, "delete a dataset of this job in output first (and nothing else there)")
-    extend: bool = option(False, "take files that came to the input since the plan was made, as new shards")
-    retry_rejects: bool = option(False, "take the rejected files again, as new shards")
-    model_sha256: str = option("", "refuse a model file with another sha256; config.yaml of a dataset has it")
+    max_reject_rate: float = option(0.05, "the job fails if a larger share of the files is rejected")
+    limit: int = option(0, "use the first N images only; 0: all")
+    dry_run: bool = option(False, "print what the job would do, and stop")
+    overwrite: bool = option(False, "first delete the dataset in output (no other file)")
+    extend: bool = option(False, "add the files that are new in the input, as new shards")
+    retry_rejects: bool = option(False, "try the rejected files again, as new shards")
+    model_sha256: str = option("", "refuse a model file with another sha256; a dataset's config.yaml has this key")
 
     def __post_init__(self):
         rules = (
@@ -104,7 +97,6 @@ class SynthesizeConfig:
             ("memory", self.memory > 0, "must be above 0"),
             ("precision", self.precision in PRECISIONS, f"must be one of {', '.join(PRECISIONS)}"),
             ("batch", self.batch >= 1, "must be at least 1"),
-            ("png_level", 0 <= self.png_level <= 9, "must lie in [0, 9]"),
             ("max_reject_rate", 0 <= self.max_reject_rate <= 1, "must lie in [0, 1]"),
             ("limit", self.limit >= 0, "must not be negative"),
         )
@@ -114,14 +106,19 @@ class SynthesizeConfig:
 
 
 def resolve(config: SynthesizeConfig, degrader: Degrader) -> SynthesizeConfig:
-    """The configuration with everything filled in that the model and the other keys decide.
+    """Fill in the keys whose values follow from the model and the other keys.
 
     Raises:
-        ValueError: a scale outside the model's range, or another model than `model_sha256` says.
+        ValueError: a scale outside the model's range, a model with another sha256 than `model_sha256`, or solver keys
+            for a model without a solver.
     """
     model = config.model or "the model that ships"
     if config.model_sha256 and config.model_sha256 != degrader.sha256:
         raise ValueError(f"model_sha256={config.model_sha256}: {model} has {degrader.sha256}")
+    for field in fields(SolverConfig):
+        value = getattr(config.solver, field.name)
+        if not degrader.has_solver and value != field.default:
+            raise ValueError(f"solver.{field.name}={value}: {model} has no solver; leave {field.default}, the default")
     scale = config.scale
     if scale.distribution != "list":
         low = degrader.low if scale.low is None else scale.low

@@ -39,7 +39,7 @@ def rendered(overlay):
 @cache
 def rayjob_validator():
     """KubeRay's schema, and no field beside those that it knows."""
-    schema = json.loads((ROOT / "tests/kuberay/rayjob_v1.schema.json").read_text())
+    schema = json.loads((ROOT / "tests/cluster/kuberay/rayjob_v1.schema.json").read_text())
     schema["properties"]["metadata"] |= {
         "properties": {name: {} for name in ("name", "namespace", "labels", "annotations")}
     }

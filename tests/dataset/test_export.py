@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from degflow import images
@@ -22,7 +21,7 @@ from degflow.dataset.exports import ExportConfig, export
 from degflow.storage import Place
 from tests import ROOT
 from tests.finished import finish, finish_rows, save_coordinates
-from tests.sources import keys_of, png, rows_of, save_model, save_photos
+from tests.sources import keys_of, png, rows_of
 
 HOSTILE = (
     *("../../escape.png", "/tmp/absolute.png", "a/../../b.png", "..", ".", "..\\..\\windows.png", "C:\\x.png"),
@@ -37,22 +36,7 @@ HOSTILE = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model") / "tiny.safetensors")
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    return save_photos(tmp_path_factory.mktemp("photos"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

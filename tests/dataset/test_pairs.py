@@ -16,25 +16,9 @@ from degflow.dataset.pairs import SynthesizedPairs, aligned_crops
 from degflow.dataset.reader import FinishedDataset
 from degflow.storage import Place
 from tests.finished import finish, save_coordinates
-from tests.sources import png, rows_of, save_model, save_photos
+from tests.sources import png, rows_of
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model") / "tiny.safetensors")
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    return save_photos(tmp_path_factory.mktemp("photos"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from degflow.synthesis.inventory import list_input, root_of
+from degflow.dataset.plan import Plan
+from degflow.synthesis.inventory import Input
 
 
 def write_csv(path, rows):
@@ -13,54 +14,71 @@ def write_csv(path, rows):
     return str(path)
 
 
-def keys_of(listing):
-    return listing.sources["key"].to_pylist()
+def keys_in(uri, **options):
+    return Input(uri, **options).images()["key"].to_pylist()
 
 
-def test_a_csv_inventory_keeps_keys_as_they_are(tmp_path):
+def test_a_csv_inventory_keeps_keys_as_they_are(tmp_path, capsys):
     rows = [["etag", "key", "size", "owner"], ['"abc"', 'b, "c".PNG', "12", "x"]]
     rows += [["", "007.jpg", "", ""], ["", "n.txt", "", ""]]
-    listing = list_input(write_csv(tmp_path / "list.csv", rows))
-    assert listing.sources.to_pylist() == [
+    found = Input(write_csv(tmp_path / "list.csv", rows))
+    assert found.images().to_pylist() == [
         {"key": "007.jpg", "size": -1, "etag": ""},
         {"key": 'b, "c".PNG', "size": 12, "etag": "abc"},
     ]
-    assert listing.others == 1
-    assert root_of(str(tmp_path / "list.csv")).root == str(tmp_path)
-    assert root_of(str(tmp_path / "list.csv"), "s3://bucket/photos").root == "bucket/photos"
+    assert capsys.readouterr().out == f"1 file in {tmp_path}/list.csv without an image's suffix: left out\n"
+    assert found.root.root == str(tmp_path)
+    assert Input(str(tmp_path / "list.csv"), "s3://bucket/photos").root.root == "bucket/photos"
 
 
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"name": ["a.png"]}, r"an inventory has a column named key; this one has \[\]"),
+        ({"name": ["a.png"]}, r"an inventory needs a column named key; this one has \[\]"),
         ({"key": ["a.png", None]}, "1 rows without a key"),
-        ({"key": ["b.png", "a.png", "a.png"]}, "keys must be unique; named more than once: a.png"),
-        ({"key": ["a.png"], "size": ["large"]}, "key, size or etag is there twice, or of another type"),
-        ({"key": [["a.png"]]}, "key, size or etag is there twice, or of another type"),
+        ({"key": ["b.png", "a.png", "a.png"]}, "keys must be unique; these appear more than once: a.png"),
+        ({"key": ["a.png"], "size": ["large"]}, "key, size or etag appears twice or has another type"),
+        ({"key": [["a.png"]]}, "key, size or etag appears twice or has another type"),
     ],
 )
 def test_an_inventory_that_breaks_a_rule_is_named(tmp_path, table, message):
     file = tmp_path / "list.parquet"
     pq.write_table(pa.table(table), file)
     with pytest.raises(ValueError, match=f"^input={file}: {message}"):
-        list_input(str(file))
+        Input(str(file)).images()
 
 
 def test_a_file_that_is_no_inventory_is_named(tmp_path):
     (tmp_path / "list.parquet").write_bytes(b"not parquet")
     with pytest.raises(ValueError, match="not a readable inventory"):
-        list_input(f"{tmp_path}/list.parquet")
-    with pytest.raises(ValueError, match="root=x: has a meaning for an inventory"):
-        list_input(str(tmp_path), "x")
+        Input(f"{tmp_path}/list.parquet").images()
+    with pytest.raises(ValueError, match=r"root=x: only an inventory .* has a root"):
+        Input(str(tmp_path), "x")
 
 
 def test_a_folder_with_wildcards_in_its_name_is_that_folder(tmp_path):
     for name in ("a [1]/x.png", "a 1/y.png", "b/z.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-    assert keys_of(list_input(f"{tmp_path}/a [1]")) == ["x.png"]
-    assert keys_of(list_input(f"{tmp_path}/a ?/*.png")) == ["a 1/y.png"]
-    assert keys_of(list_input(f"{tmp_path}/**/*.*g")) == ["a 1/y.png", "a [1]/x.png", "b/z.jpg"]
+    assert keys_in(f"{tmp_path}/a [1]") == ["x.png"]
+    assert keys_in(f"{tmp_path}/a ?/*.png") == ["a 1/y.png"]
+    assert keys_in(f"{tmp_path}/**/*.*g") == ["a 1/y.png", "a [1]/x.png", "b/z.jpg"]
     with pytest.raises(FileNotFoundError, match=r"absent\.csv: not there"):
-        list_input(f"{tmp_path}/absent.csv")
+        keys_in(f"{tmp_path}/absent.csv")
+
+
+def test_a_limit_counts_what_is_planned_already(tmp_path):
+    for name in "abcde":
+        (tmp_path / f"{name}.png").write_bytes(b"x")
+    assert keys_in(str(tmp_path), limit=2) == ["a.png", "b.png"]
+    plan = Plan.empty().plus(Plan.empty().next_part(Input(str(tmp_path)).images().slice(1, 2), 10))
+    for limit, new in ((0, ["a.png", "d.png", "e.png"]), (4, ["a.png", "d.png"]), (3, ["a.png"]), (2, [])):
+        assert Input(str(tmp_path), limit=limit).new_images(plan)["key"].to_pylist() == new
+
+
+def test_files_as_now_keep_what_an_inventory_leaves_out(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"four")
+    found = Input(str(tmp_path))
+    now = found.root.source("a.png")
+    planned = [now._replace(size=1, etag="old"), now._replace(size=-1, etag=""), now._replace(key="gone.png")]
+    assert found.as_now(planned).to_pylist() == [now._asdict(), planned[1]._asdict(), planned[2]._asdict()]

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import ray
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
@@ -25,7 +24,7 @@ from degflow.synthesis.run import synthesize
 from degflow.synthesis.settings import SynthesizeConfig
 from tests import ROOT
 from tests.oddities import chunk, file, noise, oddities, smooth, webp
-from tests.sources import png, rejects_of, rows_of, save_model
+from tests.sources import png, rejects_of, rows_of
 
 ODDITIES = oddities()
 EXAMPLES = int(os.environ.get("DEGFLOW_FUZZ_EXAMPLES", "1500"))  # per fuzzing test; they repeat unless this is set
@@ -298,7 +297,7 @@ def save_what_is_no_file(folder):
     }
 
 
-def test_a_folder_of_them_is_accounted_for_to_the_last_file(folder, tmp_path, capsys):
+def test_a_folder_of_them_is_accounted_for_to_the_last_file(shared_ray, folder, model, tmp_path, capsys):
     unreadable = save_what_is_no_file(folder)
     locked = folder / "locked.png"
     locked.write_bytes(file(noise(9, 9)))
@@ -310,17 +309,9 @@ def test_a_folder_of_them_is_accounted_for_to_the_last_file(folder, tmp_path, ca
         more.add("locked.png")
     else:
         unreadable["locked.png"] = "PermissionError"
-    words = [f"input={folder}", f"output={tmp_path / 'out'}", f"model={save_model(tmp_path / 'tiny.safetensors')}"]
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        synthesize(
-            load(
-                SynthesizeConfig,
-                [*words, "shard.images=60", "max_reject_rate=1", "solver.solver=euler", "solver.steps=1", "batch=40"],
-            )
-        )
-    finally:
-        ray.shutdown()
+    words = [f"input={folder}", f"output={tmp_path / 'out'}", f"model={model}"]
+    words += ["shard.images=60", "max_reject_rate=1", "solver.solver=euler", "solver.steps=1", "batch=40"]
+    synthesize(load(SynthesizeConfig, words))
     rows, rejects = rows_of(tmp_path / "out"), rejects_of(tmp_path / "out")
     manifest = pq.read_table(tmp_path / "out" / "manifest.parquet").to_pylist()
     assert len(rows) == sum(part["rows"] for part in manifest)  # no key twice

@@ -12,45 +12,30 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import ray
 from PIL import Image
 
 from degflow.config import load
 from degflow.synthesis.run import synthesize
 from degflow.synthesis.settings import SynthesizeConfig
 from tests import ROOT
-from tests.sources import keys_of, png, rejects_of, rows_of, save_model, save_photos, save_spoiled
+from tests.finished import synthesize_here
+from tests.sources import keys_of, png, rejects_of, rows_of, save_model, save_spoiled
+from tests.synthesis.clusters import share_ray
 
 JOB = ROOT / "jobs" / "synthesize.py"
 THREE = ("shard.images=3", "actors.threads=1")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model") / "tiny.safetensors")
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    return save_photos(tmp_path_factory.mktemp("photos"))
-
-
-@pytest.fixture(scope="module")
-def finished(photos, model, tmp_path_factory):
-    """Nine photographs, one draw each, three shards, one actor: the run that others are compared with."""
+def finished(s3, photos, model, tmp_path_factory):
+    """The run that others are compared with: nine photographs, one draw each, three shards, one actor."""
+    share_ray()
     return run(photos, tmp_path_factory.mktemp("out") / "set", model, *THREE, "actors.max=1")
 
 
 @pytest.fixture
 def copy(finished, tmp_path):
-    """The same, for a test to spoil."""
+    """A copy of it that a test may change."""
     return Path(shutil.copytree(finished, tmp_path / "copy"))
 
 
@@ -106,14 +91,16 @@ def test_card_and_preview(finished):
         assert sheet.height > 6 * 192
 
 
-def test_the_saved_configuration_makes_the_same_bytes_with_two_actors(finished, tmp_path):
+def test_the_saved_configuration_makes_the_same_bytes_with_two_actors(shared_ray, finished, tmp_path):
     synthesize(
         load(SynthesizeConfig, [f"config={finished}/config.yaml", f"output={tmp_path}", "actors.min=2", "actors.max=2"])
     )
     assert content(tmp_path) == content(finished)
 
 
-def test_a_failing_write_stops_the_job_and_a_restart_makes_what_is_missing(photos, model, finished, copy, capsys):
+def test_a_failing_write_stops_the_job_and_a_restart_makes_what_is_missing(
+    shared_ray, photos, model, finished, copy, capsys
+):
     for name in ("_SUCCESS", "data/part-000001.parquet", "rejects/part-000002.parquet", "manifest.parquet"):
         (copy / name).unlink()
     blocked = copy / "data" / "part-000001.parquet"
@@ -169,10 +156,10 @@ def test_too_many_rejects_fail_the_job_and_a_larger_rate_accepts_them(photos, mo
     words = ["max_pixels=80000", "shard.images=4"]
     reason = r"9 of 11 files were rejected.*max_reject_rate=0.5: .*empty.png \(decode: empty"
     with pytest.raises(ValueError, match=reason):
-        run(spoiled, output, model, *words, "max_reject_rate=0.5")
+        synthesize_here(spoiled, output, model, *words, "max_reject_rate=0.5")
     before = content(output)
     assert not (output / "_SUCCESS").exists()
-    run(spoiled, output, model, *words, "max_reject_rate=0.9")
+    synthesize_here(spoiled, output, model, *words, "max_reject_rate=0.9")
     assert "2 photographs in 3 shards, 9 rejects" in capsys.readouterr().out
     assert (output / "_SUCCESS").exists()
     assert content(output) == before
@@ -181,11 +168,11 @@ def test_too_many_rejects_fail_the_job_and_a_larger_rate_accepts_them(photos, mo
 
 def test_a_finished_run_is_left_alone_unless_overwritten(photos, model, copy, capsys):
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
-    run(photos, copy, model, "shard.images=3", "max_reject_rate=0")
+    synthesize_here(photos, copy, model, "shard.images=3", "max_reject_rate=0")
     assert "finished already" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
     (copy / "mine.txt").write_text("keep me")
-    run(photos, copy, model, "limit=2", "seed=5", "overwrite=true")
+    synthesize_here(photos, copy, model, "limit=2", "seed=5", "overwrite=true")
     assert {row["seed"] for row in rows_of(copy).values()} == {5}
     assert len(rows_of(copy)) == 2
     assert (copy / "mine.txt").read_text() == "keep me"
@@ -210,12 +197,12 @@ def test_another_configuration_is_refused(photos, model, finished, tmp_path, wor
         word.replace("model=OTHER", f"model={other}").replace("input=OTHER", f"input={tmp_path}") for word in words
     ]
     with pytest.raises(ValueError, match=re.escape(named)):
-        run(photos, finished, model, "shard.images=3", *words)
+        synthesize_here(photos, finished, model, "shard.images=3", *words)
     assert content(finished) == before
 
 
 def test_dry_run_writes_nothing(photos, model, tmp_path, capsys):
-    run(photos, tmp_path / "out", model, "dry_run=true", "shard.images=4", "scale.per_image=2", "limit=7")
+    synthesize_here(photos, tmp_path / "out", model, "dry_run=true", "shard.images=4", "scale.per_image=2", "limit=7")
     said = capsys.readouterr().out
     assert re.search(r"7 images \(.*\) in 2 shards; 2 LR each, scales uniform in \[1, 4\]", said)
     assert "1 file in " in said
@@ -247,7 +234,7 @@ def test_dry_run_writes_nothing(photos, model, tmp_path, capsys):
         (["actors.threads=64"], "actors.threads=64: Ray finds 2 CPUs"),
     ],
 )
-def test_what_a_run_refuses(photos, model, tmp_path, words, message):
+def test_what_a_run_refuses(shared_ray, photos, model, tmp_path, words, message):
     places = {
         "MISSING": "missing.safetensors",
         "TEXTS": "texts",
@@ -274,3 +261,11 @@ def test_what_a_run_refuses(photos, model, tmp_path, words, message):
         run(photos, tmp_path / "out", model, *words)
     assert not (tmp_path / "out" / "data").exists()
     assert sorted(path.name for path in (tmp_path / "texts").iterdir()) == ["notes.txt"]
+
+
+@pytest.mark.parametrize(("word", "value"), [("solver.steps=2", "2"), ("solver.solver=euler", "euler")])
+def test_a_solver_is_refused_for_a_model_that_has_none(photos, tmp_path, word, value):
+    name = word.partition("=")[0]
+    with pytest.raises(ValueError, match=rf"^{name}={value}: the model that ships has no solver; leave (3|rk5), the"):
+        synthesize_here(photos, tmp_path / "out", "", word)
+    assert not (tmp_path / "out").exists()

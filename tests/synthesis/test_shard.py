@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 import hashlib
 import os
 import re
@@ -16,65 +15,57 @@ from degflow.dataset.card import preview
 from degflow.dataset.layout import Reject
 from degflow.dataset.manifest import finished_shards
 from degflow.dataset.plan import Plan, read_plan, write_part
-from degflow.dataset.scales import ScaleConfig, scales_of, uniform_of
+from degflow.dataset.scales import ScaleConfig, noise_seed_of, scales_of, uniform_of
 from degflow.degrader import Degrader
 from degflow.storage import Place, Source
-from degflow.synthesis.codec import Codec, Loaded
-from degflow.synthesis.resuming import first_part, recipe_of
-from degflow.synthesis.settings import SynthesizeConfig, resolve
-from degflow.synthesis.shard import ShardMaker, Threads
+from degflow.synthesis.codec import Codec, Loaded, Threads
+from degflow.synthesis.inventory import Input
+from degflow.synthesis.run import Run
+from degflow.synthesis.settings import SynthesizeConfig
 from tests.faults import proxying
 from tests.s3 import forget_clients
-from tests.sources import keys_of, png, rejects_of, rows_of, save_model, save_photos, save_spoiled
+from tests.sources import keys_of, png, rejects_of, rows_of, save_model, save_spoiled
 
 COLUMNS = ["key", "draw", "scale", "time", "lr", "hr", "height", "width", "hr_sha256", "seed", "model_sha256"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model") / "tiny.safetensors")
+def plan_of(photos, output, *words):
+    """A plan of all images of an input, as a run makes it."""
+    config = load(SynthesizeConfig, [f"input={photos}", f"output={output}", *words])
+    images = Input(config.input, without=Place(config.output), limit=config.limit).images()
+    return Plan.empty().plus(Plan.empty().next_part(images, config.shard.images))
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    return save_photos(tmp_path_factory.mktemp("photos"))
+def open_run(photos, output, model, *words):
+    return Run(
+        load(SynthesizeConfig, [f"input={photos}", f"output={output}", f"model={model}", *words]), Degrader.load(model)
+    )
 
 
-def plan_of(config):
-    return Plan.empty().plus(first_part(config))
+def finished_in(run, plan):
+    return finished_shards(run.output, plan, run.recipe.digest)
 
 
-def finished_in(photos, output, model, *words):
-    """The plan and the finished shards of a run with these words."""
-    config = load(SynthesizeConfig, [f"input={photos}", f"output={output}", f"model={model}", *words])
-    config = resolve(config, Degrader.load(model))
-    return plan_of(config), finished_shards(Place(str(output)), plan_of(config), functools.partial(recipe_of, config))
-
-
-def run(photos, output, model, *words, plan=None):
-    """Every shard of a run, made in this process."""
-    degrader = Degrader.load(model)
-    config = load(SynthesizeConfig, [f"input={photos}", f"output={output}", f"model={model}", *words])
-    config = resolve(config, degrader)
-    maker, plan = ShardMaker(degrader, config, Threads(2)), plan or plan_of(config)
+def make_all(run, plan):
+    """Make every shard of a plan in this process, and nothing else of a run."""
+    maker = run.maker()
     for number in range(len(plan)):
-        *reports, last = maker.make(number, plan[number])
+        *reports, last = maker.make(number, plan[number], Threads(2))
         assert sum(report.images for report in reports) == len(plan[number])
         assert sum(report.rejects for report in reports) == last.record.rejects
+
+
+def make(photos, output, model, *words, plan=None):
+    make_all(open_run(photos, output, model, *words), plan or plan_of(photos, output, *words))
     return Path(output)
 
 
 @pytest.fixture(scope="module")
 def made(photos, model, tmp_path_factory):
-    return run(photos, tmp_path_factory.mktemp("out"), model, "shard.images=3")
+    return make(photos, tmp_path_factory.mktemp("out"), model, "shard.images=3")
 
 
 def test_every_photograph_becomes_a_row(photos, model, made):
@@ -99,13 +90,13 @@ def test_every_photograph_becomes_a_row(photos, model, made):
 
 def test_times_follow_the_models_rule(photos, tmp_path):
     model = save_model(tmp_path / "inverse.safetensors", time="inverse")
-    for row in rows_of(run(photos, tmp_path / "out", model, "limit=2")).values():
+    for row in rows_of(make(photos, tmp_path / "out", model, "limit=2")).values():
         assert row["time"] == pytest.approx((1 - 1 / row["scale"]) / 0.75, abs=1e-12)
 
 
 @pytest.mark.parametrize("words", [["shard.images=2"], ["shard.images=100", "batch=1"], ["shard.images=7", "batch=8"]])
 def test_rows_do_not_depend_on_shards_and_batches(photos, model, made, tmp_path, words):
-    other = rows_of(run(photos, tmp_path, model, *words))
+    other = rows_of(make(photos, tmp_path, model, *words))
     reference = rows_of(made)
     assert other.keys() == reference.keys()
     for key, row in other.items():
@@ -116,7 +107,7 @@ def test_rows_do_not_depend_on_shards_and_batches(photos, model, made, tmp_path,
 
 def test_more_draws_leave_the_pixels_of_the_first_alone(photos, model, made, tmp_path):
     words = ["scale.per_image=3", "shard.images=3"]
-    rows, reference = rows_of(run(photos, tmp_path, model, *words)), rows_of(made)
+    rows, reference = rows_of(make(photos, tmp_path, model, *words)), rows_of(made)
     assert len(rows) == 27
     assert len({row["scale"] for row in rows.values()}) == 27
     for key, row in reference.items():
@@ -127,7 +118,7 @@ def test_more_draws_leave_the_pixels_of_the_first_alone(photos, model, made, tmp
 
 
 def test_scaled_lr_is_the_same_lr_shrunk(photos, model, made, tmp_path):
-    rows = rows_of(run(photos, tmp_path, model, "size=scaled", "shard.images=3"))
+    rows = rows_of(make(photos, tmp_path, model, "size=scaled", "shard.images=3"))
     for key, row in rows_of(made).items():
         full, small = png(row["lr"]["bytes"]), png(rows[key]["lr"]["bytes"])
         size = images.shrunk_size(*full.shape[:2], row["scale"])
@@ -138,7 +129,11 @@ def test_scaled_lr_is_the_same_lr_shrunk(photos, model, made, tmp_path):
 
 def test_bad_files_are_rejects_with_stage_and_reason(photos, model, tmp_path):
     spoiled = save_spoiled(tmp_path / "spoiled", photos)
-    output = run(spoiled, tmp_path / "out", model, "max_pixels=80000", "shard.images=4")
+    words = ["max_pixels=80000", "shard.images=4"]
+    plan, run = plan_of(spoiled, tmp_path / "out", *words), open_run(spoiled, tmp_path / "out", model, *words)
+    other = open_run(spoiled, tmp_path / "out", model, "max_pixels=80001", "shard.images=4")
+    make_all(run, plan)
+    output = tmp_path / "out"
     rejects = rejects_of(output)
     reasons = {key: (row["stage"], row["error"]) for key, row in rejects.items()}
     assert {key for key, _ in rows_of(output)} == {"good1.png", "good2.jpg"}
@@ -157,18 +152,19 @@ def test_bad_files_are_rejects_with_stage_and_reason(photos, model, tmp_path):
     }.items():
         assert reasons[key][0] == "decode"
         assert reason in reasons[key][1]
-    plan, records = finished_in(spoiled, output, model, "max_pixels=80000", "shard.images=4")
+    records = finished_in(run, plan)
     assert [record.rejects for record in records.values()] == [3, 3, 3]
-    assert [reject.key for reject in manifest.rejects_of(Place(str(output)), plan, records)] == sorted(rejects)
-    assert finished_in(spoiled, output, model, "max_pixels=80001", "shard.images=4")[1] == {}
+    assert [reject.key for reject in manifest.rejects_of(run.output, plan, records)] == sorted(rejects)
+    assert finished_in(other, plan) == {}
 
 
 def test_a_shard_of_rejects_alone_has_an_empty_part(photos, model, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "empty.png").write_bytes(b"")
-    output = run(tmp_path / "in", tmp_path / "out", model)
-    assert rows_of(output) == {}
-    record = finished_in(tmp_path / "in", output, model)[1][0]
+    run, plan = open_run(tmp_path / "in", tmp_path / "out", model), plan_of(tmp_path / "in", tmp_path / "out")
+    make_all(run, plan)
+    assert rows_of(tmp_path / "out") == {}
+    record = finished_in(run, plan)[0]
     assert (record.rows, record.rejects, record.psnr, record.clipped) == (0, 1, None, None)
 
 
@@ -184,8 +180,8 @@ class Starved(Degrader):
 def test_an_image_too_large_for_the_memory_is_a_reject_and_leaves_the_others(photos, model, made, tmp_path):
     loaded = Degrader.load(model)
     starved = Starved(loaded.autoencoder, loaded.velocity, loaded.levels)
-    config = resolve(load(SynthesizeConfig, [f"input={photos}", f"output={tmp_path}", "batch=9"]), loaded)
-    list(ShardMaker(starved, config, Threads(1)).make(0, plan_of(config)[0]))
+    run = Run(load(SynthesizeConfig, [f"input={photos}", f"output={tmp_path}", "batch=9"]), starved)
+    make_all(run, plan_of(photos, tmp_path))
     rejects, rows = rejects_of(tmp_path), rows_of(tmp_path)
     assert len(rejects) == 6
     assert {row["stage"] for row in rejects.values()} == {"degrade"}
@@ -198,7 +194,7 @@ def test_an_image_that_no_tile_of_fits_the_budget_is_a_reject(photos, model, tmp
     (tmp_path / "in").mkdir()
     (tmp_path / "in/large.png").write_bytes(images.encode_png(np.zeros((300, 400, 3), np.uint8)))
     (tmp_path / "in/small.png").write_bytes((photos / "smallest.png").read_bytes())
-    output = run(tmp_path / "in", tmp_path / "out", model, "memory=0.154")
+    output = make(tmp_path / "in", tmp_path / "out", model, "memory=0.154")
     assert [key for key, _ in rows_of(output)] == ["small.png"]
     rejects = rejects_of(output)
     assert rejects["large.png"]["stage"] == "degrade"
@@ -206,14 +202,9 @@ def test_an_image_that_no_tile_of_fits_the_budget_is_a_reject(photos, model, tmp
 
 
 def test_an_unexpected_failure_is_not_a_reject(photos, model, tmp_path):
-    degrader = Degrader.load(model)
-    config = resolve(load(SynthesizeConfig, [f"input={photos}", f"output={tmp_path}"]), degrader)
+    maker = dataclasses.replace(open_run(photos, tmp_path, model).maker(), scales=lambda key: [5.0])
     with pytest.raises(ValueError, match="trained range"):
-        list(
-            ShardMaker(degrader, dataclasses.replace(config, scale=ScaleConfig(low=5, high=5)), Threads(1)).make(
-                0, plan_of(config)[0]
-            )
-        )
+        list(maker.make(0, plan_of(photos, tmp_path)[0], Threads(1)))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -222,10 +213,10 @@ def test_a_file_changed_since_the_plan_is_a_reject(photos, model, tmp_path):
     folder.mkdir()
     for name in ("astronaut.PNG", "coffee.jpg", "cat.jpeg"):
         (folder / name).write_bytes((photos / name).read_bytes())
-    plan = plan_of(SynthesizeConfig(input=str(folder), output=str(tmp_path / "out")))
+    plan = plan_of(folder, tmp_path / "out")
     (folder / "coffee.jpg").write_bytes((photos / "cat.jpeg").read_bytes())
     os.utime(folder / "cat.jpeg", (1, 1))
-    output = run(folder, tmp_path / "out", model, plan=plan)
+    output = make(folder, tmp_path / "out", model, plan=plan)
     assert [key for key, _ in rows_of(output)] == ["astronaut.PNG"]
     rejects = rejects_of(output)
     assert rejects.keys() == {"coffee.jpg", "cat.jpeg"}
@@ -250,6 +241,26 @@ def test_scales_are_a_function_of_seed_key_and_draw():
     assert scales_of(scale, 0, "a")[0] == 1.5 + uniform_of(0, "a", 0) * 1.5
 
 
+def test_noise_seeds_are_a_function_of_seed_key_and_draw():
+    found = [noise_seed_of(seed, key, draw) for seed in (0, 1) for key in ("a", "b/ü.png") for draw in range(2)]
+    assert found == [
+        8865857598420514004,
+        7858282330445522789,
+        7780640161585819902,
+        2965359804543138783,
+        8439925737502052425,
+        8878143001068331800,
+        8009695466953802223,
+        6249594496982186554,
+    ]
+    many = np.array([noise_seed_of(0, f"{n}.png", 0) for n in range(20000)])
+    assert many.dtype == np.int64
+    assert many.min() >= 0
+    assert np.abs(np.histogram(many, 10, (0, 2**63))[0] - 2000).max() < 5 * 2000**0.5
+    scales = [uniform_of(0, f"{n}.png", 0) for n in range(20000)]
+    assert abs(np.corrcoef(many.astype(float), scales)[0, 1]) < 5 / 20000**0.5
+
+
 def test_distributions():
     def draws(**values):
         return np.array([scales_of(ScaleConfig(**values), 0, str(n)) for n in range(4000)])
@@ -270,13 +281,13 @@ def test_output_inside_the_input_is_not_an_input(photos, tmp_path):
     (tmp_path / "out").mkdir()
     for name in ("one.png", "out/preview.png", "outer.png"):
         (tmp_path / name).write_bytes((photos / "astronaut.PNG").read_bytes())
-    plan = plan_of(SynthesizeConfig(input=str(tmp_path), output=str(tmp_path / "out")))
+    plan = plan_of(tmp_path, tmp_path / "out")
     assert [source.key for source in plan[0]] == ["one.png", "outer.png"]
 
 
 def test_the_plan_comes_back_as_it_was_written(photos, tmp_path):
     expected = [source for source in Place(str(photos)).files() if source.key != "notes.txt"]
-    plan = plan_of(load(SynthesizeConfig, [f"input={photos}", f"output={tmp_path}", "shard.images=4"]))
+    plan = plan_of(photos, tmp_path, "shard.images=4")
     place = Place(str(tmp_path))
     assert len(read_plan(place)) == 0
     assert write_part(place, 0, plan.table)
@@ -299,8 +310,8 @@ def test_the_plan_comes_back_as_it_was_written(photos, tmp_path):
         ("scale.distribution=normal", "scale.distribution=normal: must be one of uniform, loguniform, list, grid"),
         ("scale.per_image=0", "scale.per_image=0: must be at least 1"),
         ("scale.distribution=list", r"scale.values=\[\]: needs at least one scale"),
-        ("scale.values=[2]", r"scale.values=\[2.0\]: has a meaning for scale.distribution=list only"),
-        ("scale.distribution=list scale.values=[2] scale.low=1", "scale.low=1.0: has no meaning for"),
+        ("scale.values=[2]", r"scale.values=\[2.0\]: is for scale.distribution=list only"),
+        ("scale.distribution=list scale.values=[2] scale.low=1", "scale.low=1.0: is not for scale.distribution=list"),
         ("scale.low=3 scale.high=2", "scale.low=3.0: must not be above scale.high=2.0"),
         ("scale.high=-1", "scale.high=-1.0: must be a positive number"),
         ("precision=half", "precision=half: must be one of float32, float16, bfloat16"),
@@ -317,10 +328,8 @@ def test_the_plan_comes_back_as_it_was_written(photos, tmp_path):
         ("max_pixels=10", "max_pixels=10: must be at least 64"),
         ("batch=0", "batch=0: must be at least 1"),
         ("memory=0", "memory=0.0: must be above 0"),
-        ("png_level=10", r"png_level=10: must lie in \[0, 9\]"),
         ("max_reject_rate=1.5", r"max_reject_rate=1.5: must lie in \[0, 1\]"),
         ("limit=-1", "limit=-1: must not be negative"),
-        ("actors.device=tpu", "actors.device=tpu: must be auto or cpu"),
         ("input=", "input: must be given"),
     ],
 )
@@ -329,7 +338,7 @@ def test_broken_rules_name_key_value_and_rule(word, message):
         load(SynthesizeConfig, ["input=a", "output=b", *word.split()])
 
 
-CODEC = Codec("", max_pixels=10_000, embed=True, scaled=False, png_level=1, seed=0, model_sha256="")
+CODEC = Codec("", max_pixels=10_000, embed=True, scaled=False, seed=0, model_sha256="")
 
 
 def test_a_store_that_fails_is_no_reject_but_a_file_that_does_is(s3, monkeypatch):
@@ -360,29 +369,32 @@ def test_the_preview_shows_no_source_that_changed_since(model, tmp_path):
     (tmp_path / "in").mkdir()
     file = tmp_path / "in/a.png"
     file.write_bytes(images.encode_png(np.full((32, 32, 3), 128, np.uint8)))
-    output = Place(str(run(tmp_path / "in", tmp_path / "out", model, "hr=reference")))
-    _, records = finished_in(tmp_path / "in", tmp_path / "out", model, "hr=reference")
-    assert preview(output, records, 10_000) is not None
+    run = open_run(tmp_path / "in", tmp_path / "out", model, "hr=reference")
+    plan = plan_of(tmp_path / "in", tmp_path / "out")
+    make_all(run, plan)
+    records = finished_in(run, plan)
+    assert preview(run.output, records, 10_000) is not None
     file.write_bytes(images.encode_png(np.full((32, 32, 3), 129, np.uint8)))
-    assert preview(output, records, 10_000) is None
+    assert preview(run.output, records, 10_000) is None
 
 
 def test_a_finished_shard_of_the_same_recipe_is_left_alone_and_one_of_another_replaced(photos, model, tmp_path):
-    output = run(photos, tmp_path, model, "limit=2")
-    part, words = output / "data/part-000000.parquet", ["limit=2"]
-    before = part.stat().st_mtime_ns
-    first = finished_in(photos, output, model, *words)[1][0]
-    run(photos, output, model, *words)
+    first, second, other = (open_run(photos, tmp_path, model, f"seed={seed}") for seed in (0, 0, 3))
+    plan, part = plan_of(photos, tmp_path, "limit=2"), tmp_path / "data/part-000000.parquet"
+    make_all(first, plan)
+    before, records = part.stat().st_mtime_ns, finished_in(first, plan)
+    make_all(second, plan)
     assert part.stat().st_mtime_ns == before
-    assert finished_in(photos, output, model, *words)[1][0] == first
-    run(photos, output, model, *words, "seed=3")
-    assert finished_in(photos, output, model, *words)[1] == {}
-    assert {row["seed"] for row in rows_of(output).values()} == {3}
+    assert finished_in(second, plan) == records
+    assert len(records) == 1
+    make_all(other, plan)
+    assert finished_in(first, plan) == {}
+    assert {row["seed"] for row in rows_of(tmp_path).values()} == {3}
 
 
-def test_a_shard_of_a_run_whose_place_was_taken_is_not_put(photos, model, tmp_path):
-    other = resolve(load(SynthesizeConfig, [f"input={photos}", f"output={tmp_path}", "seed=9"]), Degrader.load(model))
-    (tmp_path / "config.yaml").write_text(dump(other))
-    with pytest.raises(OSError, match="another run has taken its place"):
-        run(photos, tmp_path, model, "limit=2")
+def test_a_shard_of_a_run_whose_output_was_overwritten_is_not_put(photos, model, tmp_path):
+    run, other = (open_run(photos, tmp_path, model, f"seed={seed}") for seed in (0, 9))
+    (tmp_path / "config.yaml").write_text(dump(other.config))
+    with pytest.raises(OSError, match="another run has overwritten it"):
+        make_all(run, plan_of(photos, tmp_path, "limit=2"))
     assert not (tmp_path / "data").exists()

@@ -6,8 +6,8 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
-from ray.cluster_utils import Cluster
 
 from degflow import images
 from degflow.config import load
@@ -24,7 +23,8 @@ from degflow.synthesis.run import synthesize
 from degflow.synthesis.settings import SynthesizeConfig
 from tests import ROOT
 from tests.faults import proxying
-from tests.sources import save_model
+from tests.finished import synthesize_here
+from tests.synthesis.clusters import own_cluster, share_ray
 
 JOB = ROOT / "jobs" / "synthesize.py"
 PHOTOS, SHARD = 40, 8
@@ -33,34 +33,21 @@ LAYOUT = r"(config\.yaml|manifest\.parquet|README\.md|preview\.png|_SUCCESS|(pla
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model") / "tiny.safetensors")
-
-
-@pytest.fixture(scope="module")
 def photos(s3):
     return save_small_photos(s3.uri("photos"))
 
 
 @pytest.fixture(scope="module")
-def single():
-    """A Ray of its own for the runs in this process, which the S3 server's environment reaches."""
-    ray.shutdown()
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def reference(s3, photos, model, single):
-    """The uninterrupted run."""
+def reference(s3, photos, model):
+    """The rows of the uninterrupted run."""
+    share_ray()
     output = s3.uri("reference")
     run(photos, output, model, *WORDS)
     return rows_of(output)
 
 
 def save_small_photos(uri):
-    """Forty small photographs, and a file that is none."""
+    """Forty small photographs, and a text file."""
     place, random = Place(uri), np.random.default_rng(0)
     for number in range(PHOTOS):
         pixels = random.integers(0, 256, (24 + number % 3 * 8, 32, 3), np.uint8)
@@ -74,7 +61,7 @@ def run(photos, output, model, *words):
 
 
 def driver(photos, output, model, *words, environment=None):
-    """The job as a user starts it, with a Ray of its own."""
+    """The job as a user starts it; it starts a Ray of its own unless the environment says otherwise."""
     command = [sys.executable, JOB, f"input={photos}", f"output={output}", f"model={model}", *WORDS, *words]
     variables = os.environ | {"RAY_ADDRESS": "local"} | (environment or {})
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(JOB.parents[1]), variables.get("PYTHONPATH")]))
@@ -88,7 +75,7 @@ def finish(process):
 
 
 def rows_of(output):
-    """(key, draw) -> scale and PNG bytes; fails when one is there twice, or anything outside of the layout."""
+    """(key, draw) -> scale and PNG bytes; fails if a row comes twice, or if any file is not of the layout."""
     place, rows = Place(output), {}
     names = [file.key for file in place.files()]
     assert [name for name in names if not re.fullmatch(LAYOUT, name)] == []
@@ -148,64 +135,37 @@ def test_a_network_that_fails_changes_nothing(s3, photos, model, reference):
     assert {"throttle", "reset", "delay", "truncate", "lost answer"} <= proxy.met.keys()
 
 
-def test_two_drivers_on_one_output_are_harmless(s3, photos, model, reference):
+def test_two_drivers_on_one_output_are_harmless(s3, shared_ray, photos, model, reference):
     output = s3.uri("two")
-    pair = [driver(photos, output, model, "actors.max=1") for _ in range(2)]
+    joined = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    pair = [driver(photos, output, model, "actors.max=1", environment=joined) for _ in range(2)]
     for process in pair:
         finish(process)
     assert rows_of(output) == reference
 
 
-def test_a_busy_node_that_is_removed_changes_nothing(s3, photos, model, reference):
-    ray.shutdown()
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-    output = s3.uri("node")
-    try:
-        ray.init(address=cluster.address, log_to_driver=False)
-        failed = []
-
-        def remove():
-            try:
-                wait_for(lambda: shards_in(output) >= 1)
-                cluster.remove_node(nodes[0], allow_graceful=False)
-            except BaseException as error:
-                failed.append(error)
-
-        remover = threading.Thread(target=remove)
-        remover.start()
-        run(photos, output, model, *WORDS, "actors.min=2", "actors.max=2")
-        remover.join()
-        assert failed == []
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    assert rows_of(output) == reference
-
-
-def test_new_files_are_named_and_taken_when_asked(s3, photos, model, single, capsys):
+def test_new_files_are_named_and_taken_when_asked(s3, photos, model, capsys):
     place, output = Place(s3.uri("growing")), s3.uri("grown")
     first = Place(photos).files()[1]
     for name in ("a.png", "b.png", "c.png"):
         place.write(name, Place(photos).read(first.key))
     words = ("shard.images=2", "actors.threads=1")
-    run(place.uri, output, model, *words)
+    synthesize_here(place.uri, output, model, *words)
     before = {file.key: file.etag for file in Place(output).files() if file.key.startswith(("data/", "plan/"))}
     place.write("0.png", Place(photos).read(first.key))
     place.write("d.png", b"broken")
-    run(place.uri, output, model, *words)
+    synthesize_here(place.uri, output, model, *words)
     assert "2 new in" in capsys.readouterr().out
-    run(place.uri, output, model, *words, "extend=true", "dry_run=true")
+    synthesize_here(place.uri, output, model, *words, "extend=true", "dry_run=true")
     assert "5 images (" in capsys.readouterr().out
     assert len(rows_of(output)) == 3
     with pytest.raises(ValueError, match=r"1 of 5 files were rejected.*d\.png \(decode"):
-        run(place.uri, output, model, *words, "extend=true")
+        synthesize_here(place.uri, output, model, *words, "extend=true")
     assert not Place(output).exists("_SUCCESS")
-    run(place.uri, output, model, *words, "extend=true", "max_reject_rate=0.5")
+    synthesize_here(place.uri, output, model, *words, "extend=true", "max_reject_rate=0.5")
     assert sorted(key for key, _ in rows_of(output)) == ["0.png", "a.png", "b.png", "c.png"]
     place.write("d.png", Place(photos).read(first.key))
-    run(place.uri, output, model, *words, "retry_rejects=true")
+    synthesize_here(place.uri, output, model, *words, "retry_rejects=true")
     said = capsys.readouterr().out
     assert "5 LR images of 5 photographs in 4 shards, 0 rejects" in said
     assert sorted(key for key, _ in rows_of(output)) == ["0.png", "a.png", "b.png", "c.png", "d.png"]
@@ -221,10 +181,10 @@ def test_new_files_are_named_and_taken_when_asked(s3, photos, model, single, cap
     assert "1 rejected" not in Place(output).read("README.md").decode()
 
 
-def test_globs_and_inventories_are_inputs(s3, photos, model, single, reference):
+def test_globs_and_inventories_are_inputs(s3, photos, model, reference):
     wanted = [key for key, _ in reference if "/1#%20/" in key]
     output = s3.uri("glob")
-    run(f"{photos}/a b/1*/*.png", output, model, *WORDS)
+    synthesize_here(f"{photos}/a b/1*/*.png", output, model, *WORDS)
     found = rows_of(output)
     assert sorted(f"a b/1#%20/{Path(key).name}" for key, _ in found) == sorted(wanted)  # a key starts at the wildcard
     table = pa.table({"key": wanted[::-1], "other": list(range(len(wanted)))})
@@ -233,7 +193,7 @@ def test_globs_and_inventories_are_inputs(s3, photos, model, single, reference):
     inventory = Place(s3.uri("inventory"))
     inventory.write("photos.parquet", buffer.getvalue())
     output = s3.uri("listed")
-    run(inventory.uri_of("photos.parquet"), output, model, *WORDS, f"root={photos}")
+    synthesize_here(inventory.uri_of("photos.parquet"), output, model, *WORDS, f"root={photos}")
     assert rows_of(output) == {key: value for key, value in reference.items() if key[0] in wanted}
 
 
@@ -260,3 +220,17 @@ def test_what_the_store_refuses_ends_the_job_in_seconds(s3, photos, model, varia
     assert time.monotonic() - started < 100  # nearly all of it importing, on a busy machine
     for secret in ("hunter2", s3.secret_key):
         assert secret not in out + err
+
+
+def test_a_busy_node_that_is_removed_changes_nothing(s3, photos, model, reference):
+    output = s3.uri("node")
+    with own_cluster({"num_cpus": 1}, {"num_cpus": 1}) as (cluster, nodes), ThreadPoolExecutor(1) as thread:
+
+        def remove():
+            wait_for(lambda: shards_in(output) >= 1)
+            cluster.remove_node(nodes[0], allow_graceful=False)
+
+        removal = thread.submit(remove)
+        run(photos, output, model, *WORDS, "actors.min=2", "actors.max=2")
+        removal.result()
+    assert rows_of(output) == reference
