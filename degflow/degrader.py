@@ -71,7 +71,7 @@ class Degrader(nn.Module):
     @property
     def has_solver(self) -> bool:
         """Whether it integrates a flow, so that `steps` and `solver` change its images."""
-        return not isinstance(self.velocity, FlowMap)
+        return self.flow.has_solver
 
     @property
     def multiple(self) -> int:

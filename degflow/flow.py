@@ -139,6 +139,7 @@ class Flow(Protocol):
     latent_channels: int  # C_z
     working_channels: float  # numbers alive at the peak of an evaluation of the network, per latent pixel
     multiple: int  # the latent's height and width must be multiples of this
+    has_solver: bool  # whether it integrates at all
     solver: tuple[str, int]  # the solver and its number of steps unless others are asked for
     images: int  # images and latents that are held at once, for each HR image
     optics_channels: float  # numbers per image pixel at the peak of the optics, which see the whole image
@@ -165,7 +166,7 @@ class PathFlow(nn.Module):
 
     def __init__(self, network: nn.Module):
         super().__init__()
-        self.network = network
+        self.network, self.has_solver = network, True
         config = cast(Any, network).config
         self.latent_channels: int = config.latent_channels
         self.working_channels: float = config.working_channels

@@ -71,7 +71,8 @@ dataset again.
 | hr | struct(bytes, path) | {hr} |
 | height, width | int32 | of the LR image |
 | hr_sha256 | string | of the source file |
-| seed | int64 | of the run; with key and draw it decides the scale |
+| seed | int64 | of the run; with key and draw it decides the scale and the noise seed |
+| noise_seed | int64 | of this LR image; it decides what was drawn |
 | model_sha256 | string | of the degrader file |
 
 ## Licence

@@ -73,9 +73,7 @@ def gray_chroma(image: Tensor, hr: Tensor) -> tuple[float, float]:
     if int(gray.sum()) < 64:
         return float("nan"), float("nan")
     red, green, blue = (127.5 * image.double()).unbind(1)
-    chroma = torch.stack(
-        (-0.1687 * red - 0.3313 * green + 0.5 * blue, 0.5 * red - 0.4187 * green - 0.0813 * blue), 1
-    )
+    chroma = torch.stack((-0.1687 * red - 0.3313 * green + 0.5 * blue, 0.5 * red - 0.4187 * green - 0.0813 * blue), 1)
     offset = blur(chroma, 4.0)[0][:, gray].norm(dim=0).mean()
     return float(offset), float(chroma[0][:, gray].std(1).mean())
 

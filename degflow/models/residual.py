@@ -108,7 +108,9 @@ class Spread(nn.Module):
 
     def at(self, time: Tensor) -> tuple[Tensor, Tensor]:
         """The factor of y's covariance, "B C C", and the deviation of each channel, "B C 1 1", at the times "B"."""
-        after = torch.searchsorted(self.times, time.to(self.times), right=True).clamp(1, len(self.times) - 1)
+        after = torch.searchsorted(self.times, time.to(self.times).contiguous(), right=True).clamp(
+            1, len(self.times) - 1
+        )
         start, end = self.times[after - 1], self.times[after]
         weight = ((time.to(start) - start) / (end - start)).clamp(0, 1)[:, None, None]
         factor = torch.lerp(self.factors[after - 1], self.factors[after], weight)
@@ -197,6 +199,7 @@ class ResidualFlow(nn.Module):
     def __init__(self, optics: nn.Module, spread: Spread, network: ResidualNetwork, compression: int):
         super().__init__()
         self.optics, self.spread, self.network, self.compression = optics, spread, network, compression
+        self.has_solver = network.config.blocks > 0
         self.latent_channels, self.working_channels = network.config.latent_channels, network.config.working_channels
         self.optics_channels: float = cast(Any, optics).working_channels
 
@@ -219,16 +222,15 @@ class ResidualFlow(nn.Module):
             steps, solver: of `integrate`, from tau 0 to 1.
         """
         y, (factor, deviation) = guide.optics.new_zeros(guide.optics.shape), self.spread.at(guide.time)
-        learned = self.network.config.blocks > 0
 
         def velocity(y: Tensor, tau: Tensor) -> Tensor:
             return self.network(y, tau, guide).to(y.dtype)
 
-        if learned and spread < 1:
+        if self.has_solver and spread < 1:
             y = velocity(y, guide.time.new_zeros(len(y)))
         if spread > 0:
             drawn = torch.einsum("bij,bjhw->bihw", factor, gaussian(seed, *y.shape[1:]).to(y))
-            if learned:
+            if self.has_solver:
                 drawn = integrate(velocity, drawn, guide.time.new_ones(len(y)), steps=steps, solver=solver)
             y = torch.lerp(y, drawn, spread)
         return guide.optics + guide.gain * deviation * y
