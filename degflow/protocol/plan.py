@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from degflow.config import option, required
 from degflow.degrader import SHIPPED
 
+SYNTHESIS = ("scale.", "spread=", "solver.")  # what a degrader's words say to synthesize
+
 
 @dataclass(frozen=True)
 class ProtocolConfig:
@@ -20,21 +22,19 @@ class ProtocolConfig:
     simulate: list[str] = option([], "words for simulate_scenes")
     cameras: tuple[str, str] = option(("Canon", "Nikon"), "A, which trains the degrader, and B, whose HR it degrades")
     resize_lr: bool = option(False, "bring LR images smaller than HR (RealSR V3) to HR's grid by bicubic")
-    degrader: str = option(
-        "", "degrader file that takes the place of the first of degraders, or shipped; empty: it is trained"
-    )
     degraders: dict[str, list[str]] = option(
-        {"DegFlow": []},
-        "name -> words that set it apart: autoencoder.* for train_rae, scenes.* for both trainings, levels=... for "
-        "evaluate, scale.* for synthesize, all others for train_lfm",
+        {"draws": [], "published": ["stage2=train_lfm", "skips=hr"]},
+        "name -> words that set it apart: model=FILE (or model=shipped) in place of a training; stage2=train_lfm or "
+        "train_residual (the default); skips=..., autoencoder.* for train_rae; scenes.* for both trainings; levels=... "
+        "for evaluate; scale.*, spread=... for synthesize; all others for stage 2",
     )
-    rae: list[str] = option(["config=configs/paper_rae.yaml"], "words for train_rae")
-    flow: list[str] = option([], "words for a train_lfm that goes before, from which lfm starts; empty: none")
+    rae: list[str] = option(["config=configs/paper_rae.yaml", "skips=optics"], "words for train_rae")
     lfm: list[str] = option(["config=configs/paper_lfm.yaml"], "words for train_lfm")
+    residual: list[str] = option([], "words for train_residual")
     evaluate: list[str] = option(["levels={1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0}"], "words for evaluate")
     synthesize: list[str] = option(["scale.low=2", "scale.high=4"], "words for synthesize")
     rows: dict[str, list[str]] = option(
-        {"real x3": ["3"], "real x2, x4": ["2", "4"], "generated x2..x4": ["DegFlow"]},
+        {"real x3": ["3"], "real x2, x4": ["2", "4"], "generated x2..x4": ["draws"]},
         "label -> training set of the SR networks: levels of real pairs, or names of degraders; {} trains none",
     )
     row_words: dict[str, list[str]] = option({}, "row -> words for its train_sr, after all others")
@@ -52,6 +52,10 @@ class ProtocolConfig:
             raise ValueError(f"cameras={list(self.cameras)}: must be two")
         if wrong := set(self.real) - set(self.cameras) or (not self.real and {"nothing"}):
             raise ValueError(f"real={self.real}: must be of cameras={list(self.cameras)}, not {sorted(wrong)[0]}")
+        for name, words in self.degraders.items():
+            for word in words:
+                if word.startswith("stage2=") and word not in ("stage2=train_lfm", "stage2=train_residual"):
+                    raise ValueError(f"degraders: {name}: {word}: must be stage2=train_lfm or stage2=train_residual")
         if not self.degraders or not self.networks:
             raise ValueError("degraders, networks: each needs at least one entry")
         for kind in ("degraders", "rows", "networks"):
@@ -86,8 +90,9 @@ def cells(config: ProtocolConfig) -> list[Cell]:
     models: dict[str, str] = {}
     autoencoders: dict[tuple[str, ...], str] = {}
     for name, own in config.degraders.items():
-        if config.degrader and not models:
-            models[name] = SHIPPED if config.degrader == "shipped" else config.degrader
+        given = [word.removeprefix("model=") for word in own if word.startswith("model=")]
+        if given:
+            models[name] = SHIPPED if given[-1] == "shipped" else given[-1]
         else:
             trained = list(degrader_cells(config, name, own, autoencoders))
             planned += trained
@@ -110,19 +115,17 @@ def degrader_cells(
     """Stage 1, unless an earlier degrader has the same, and stage 2."""
     data = [f"scenes.data={root(config)}/{config.cameras[0]}/Train"]
     data += ["scenes.resize_lr=true"] if config.resize_lr else []
-    levels = [word for word in own if word.startswith("scenes.")]
-    first = tuple(config.rae + levels + [word for word in own if word.startswith("autoencoder.")])
-    second = levels + [word for word in own if not word.startswith(("scenes.", "autoencoder.", "levels=", "scale."))]
+    job = next((word.removeprefix("stage2=") for word in own if word.startswith("stage2=")), "train_residual")
+    both = [word for word in own if word.startswith("scenes.")]
+    first = tuple(config.rae + both + [word for word in own if word.startswith(("autoencoder.", "skips="))])
     if first not in autoencoders:
         autoencoders[first] = f"{config.output}/rae/{name}/rae.safetensors"
         yield Cell(f"rae/{name}", "train_rae", [*data, f"output={config.output}/rae/{name}", *first])
-    given = [*data, f"rae={autoencoders[first]}"]
-    start: list[str] = []
-    if config.flow:
-        output = f"{config.output}/flow/{name}"
-        yield Cell(f"flow/{name}", "train_lfm", [*given, f"output={output}", *config.flow, *second])
-        start = [f"fit.start_from={output}/degrader.safetensors"]
-    yield Cell(f"lfm/{name}", "train_lfm", [*given, f"output={config.output}/lfm/{name}", *start, *config.lfm, *second])
+    elsewhere = ("autoencoder.", "skips=", "scenes.", "levels=", *SYNTHESIS, "stage2=")
+    words = (config.residual if job == "train_residual" else config.lfm) + both
+    words += [word for word in own if not word.startswith(elsewhere)]
+    output = f"{config.output}/stage2/{name}"
+    yield Cell(f"stage2/{name}", job, [*data, f"rae={autoencoders[first]}", f"output={output}", *words])
 
 
 def use_cells(config: ProtocolConfig, name: str, own: list[str], model: str) -> Iterator[Cell]:
@@ -135,7 +138,7 @@ def use_cells(config: ProtocolConfig, name: str, own: list[str], model: str) -> 
         yield Cell(output, "evaluate", [*data, *resize, *config.evaluate, *levels])
     if any(name in parts for parts in config.rows.values()):
         label = first_level(config)
-        output, scales = f"generated/{name}", [word for word in own if word.startswith("scale.")]
+        output, scales = f"generated/{name}", [word for word in own if word.startswith(SYNTHESIS)]
         data = [f"input={root(config)}/{config.cameras[1]}/Train/{label}/*_HR.png"]
         yield Cell(
             output,

@@ -73,11 +73,14 @@ def train_residual(config: TrainResidualConfig) -> None:
     def validate(network: nn.Module) -> Validation:
         return Validation(*evaluation.generation(degrader(network), crops, list(config.scenes.levels)))
 
-    samples = ResidualCrops([stack.pixels for stack in stacks], times, config.scenes.crop, config.fit.seed)
-    result = fit(objective, samples, config.fit, config.output, config, validate)
-    if result:
+    trained: nn.Module | None = network if main else None
+    if config.residual.blocks:
+        samples = ResidualCrops([stack.pixels for stack in stacks], times, config.scenes.crop, config.fit.seed)
+        result = fit(objective, samples, config.fit, config.output, config, validate)
+        trained = result.network if result else None
+    if trained:
         file = f"{config.output}/degrader.safetensors"
-        degrader(result.network).save(file, provenance(config, scenes), half=config.half)
+        degrader(trained).save(file, provenance(config, scenes), half=config.half)
         print(f"degrader: {file}")
 
 
