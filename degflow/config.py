@@ -1,29 +1,49 @@
-"""Configuration: dataclass defaults <- YAML file <- `key=value` arguments; and the frame that every job runs in."""
+"""Configuration: dataclass defaults <- YAML file <- `key=value` arguments; and `run`, which starts every job."""
 
 import copy
 import dataclasses
 import os
 import sys
 import typing
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 T = TypeVar("T")
+_HELP = {"--help", "-h", "help"}
 
 
-def option(default: Any, meaning: str) -> Any:
-    """A dataclass field with its default and the line that `--help` prints for it."""
+class Key(NamedTuple):
+    """One key of a configuration, and what `--help` says of it."""
+
+    name: str
+    value: Any
+    meaning: str
+    group: str
+    required: bool
+    common: bool
+
+
+def option(default: Any, meaning: str = "", *, common: bool = False, when: str = "") -> Any:
+    """Make a dataclass field.
+
+    Args:
+        default: its value when none is given. A dataclass makes a group of keys.
+        meaning: the line that `--help` prints for it; a group's heading is its class's docstring.
+        common: `--help` shows the key, or every key of the group; the rest comes with `--help all`.
+        when: for a group, the value that its neighbour `name` must have for `--help` to show the group.
+    """
+    metadata = {"meaning": meaning, "common": common, "when": when}
     if isinstance(default, (dict, list)) or (dataclasses.is_dataclass(default) and not isinstance(default, type)):
-        return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata={"meaning": meaning})
-    return dataclasses.field(default=default, metadata={"meaning": meaning})
+        return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-def required(meaning: str) -> Any:
-    """A text field that the user must set."""
-    return dataclasses.field(default="", metadata={"meaning": meaning, "required": True})
+def required(meaning: str, kind: type = str) -> Any:
+    """Make a field that the user must set: a text, or a `kind` that is not empty."""
+    return dataclasses.field(default_factory=kind, metadata={"meaning": meaning, "required": True})
 
 
 def load(schema: type[T], arguments: Sequence[str]) -> T:
@@ -39,16 +59,20 @@ def load(schema: type[T], arguments: Sequence[str]) -> T:
     Raises:
         ValueError: unknown key, value of the wrong type, broken rule, missing required key or file.
     """
+    loaded = _merged(schema, arguments)
+    for key in _keys(loaded):
+        if key.required and not key.value:
+            raise ValueError(f"{key.name}: must be given ({key.meaning})")
+    return loaded
+
+
+def _merged(schema: type[T], arguments: Sequence[str]) -> T:
     words = list(arguments)
     if wrong := [word for word in words if not word.partition("=")[0] or "=" not in word]:
         raise ValueError(f"argument {wrong[0]!r}: must be key=value (see --help)")
     files = [word.partition("=")[2] for word in words if word.startswith("config=")]
     words = [word for word in words if not word.startswith("config=")]
-    loaded = _build(schema, [_file(file) for file in files] + [_word(schema, word) for word in words])
-    for name, value, field in _leaves(loaded):
-        if field.metadata.get("required") and not value:
-            raise ValueError(f"{name}: must be given ({field.metadata['meaning']})")
-    return loaded
+    return _build(schema, [_file(file) for file in files] + [_word(schema, word) for word in words])
 
 
 def parse(schema: type[T], values: dict[str, Any]) -> T:
@@ -72,16 +96,17 @@ def read(text: str) -> dict[str, Any]:
 
 
 def run(main: Callable[[T], None], schema: type[T], about: str | None, arguments: Sequence[str] | None = None) -> None:
-    """Run a job: `--help`, configuration, `main(config)`, and an exit code that scripts can trust.
+    """Run a job: print its help, or load its configuration and call `main` with it.
 
-    Exits with 0 after success, 2 for a bad configuration, 1 when the job failed; the last line on stderr says why.
-    Other than expected errors (ValueError, OSError, ...) leave with their traceback.
+    The exit code is 0 after success, 2 for a bad configuration and 1 when the job failed. The last line on stderr then
+    says why. ValueError, OSError and ImportError are expected; other errors keep their traceback.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if {"--help", "-h", "help"} & set(words):
-        print(usage(schema, about or ""))
-        return
     try:
+        if _HELP & set(words):
+            given = [word for word in words if word not in _HELP | {"all"}]
+            print(usage(schema, about or "", given, everything="all" in words))
+            return
         config = load(schema, words)
     except ValueError as error:
         sys.exit(_complain(error, 2))
@@ -95,17 +120,28 @@ def run(main: Callable[[T], None], schema: type[T], about: str | None, arguments
         sys.exit(_complain("interrupted", 130))
 
 
-def usage(schema: type, about: str) -> str:
-    """The text of `--help`: what the job does, and every key with its default and meaning."""
-    lines = [about.strip(), "", "Keys (key=value; config=FILE reads a YAML file first, the words override it):", ""]
-    rows = []
-    for name, value, field in _leaves(schema()):
-        default = "(required)" if field.metadata.get("required") else _short(value)
-        rows.append((f"{name}={default}", field.metadata["meaning"]))
-    for left, meaning in rows:
-        lines.append(f"  {left}")
-        lines.append(f"      {meaning}")
-    return "\n".join(lines)
+def usage(schema: type, about: str, arguments: Sequence[str] = (), *, everything: bool = False) -> str:
+    """The text of `--help`.
+
+    Args:
+        schema: the job's configuration.
+        about: what the job does.
+        arguments: words as for `load`; the text shows their values, and only the groups that they choose.
+        everything: show every key, not only the required and common ones. So it is where no key is common.
+    """
+    keys = sorted(_keys(_merged(schema, arguments)), key=lambda key: not key.required)
+    everything = everything or not any(key.common for key in keys)
+    shown = [key for key in keys if everything or key.required or key.common]
+    groups: dict[str, list[str]] = {}
+    for key in shown:
+        value = "(required)" if key.required and not key.value else _short(key.value)
+        lines = groups.setdefault("Required" if key.required else key.group, [])
+        lines += [f"  {key.name}={value}", f"      {key.meaning}"]
+    parts = [about.strip(), "Keys are given as key=value; config=FILE reads a YAML file first, which they override."]
+    parts += ["\n".join([f"{group}:", *lines]) for group, lines in groups.items()]
+    if len(shown) < len(keys):
+        parts.append(f"{len(keys) - len(shown)} more keys: --help all")
+    return "\n\n".join(parts)
 
 
 def _short(value: Any) -> str:
@@ -119,13 +155,19 @@ def _short(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _leaves(config: Any, prefix: str = "") -> typing.Iterator[tuple[str, Any, dataclasses.Field]]:
+def _keys(config: Any, prefix: str = "", common: bool = False) -> Iterator[Key]:
+    """The keys of a configuration, without the groups that `when` leaves out; a class's own keys come first."""
+    doc = (type(config).__doc__ or "").partition("\n")[0].rstrip(".")
+    group, below = f"{prefix[:-1]}: {doc}" if prefix else doc, []
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from _leaves(value, f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}", value, field
+        value, said = getattr(config, field.name), field.metadata
+        known = common or said.get("common", False)
+        if not dataclasses.is_dataclass(value):
+            yield Key(prefix + field.name, value, said.get("meaning", ""), group, said.get("required", False), known)
+        elif said.get("when", "") in ("", getattr(config, "name", "")):
+            below.append((value, f"{prefix}{field.name}.", known))
+    for arguments in below:
+        yield from _keys(*arguments)
 
 
 def _build(schema: type[T], parts: Sequence[dict[str, Any]]) -> T:

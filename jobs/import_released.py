@@ -2,8 +2,8 @@
 
     python jobs/import_released.py autoencoder=AE.pth flow=FLOW.pth output=runs/released/degrader.safetensors
 
-Any width and depth of the released architecture is taken. Files are read as tensors only: a pickle that would run code
-is refused. Safetensors files with the same names are taken too.
+Any width and depth of the released architecture is accepted, and safetensors files with the same names too. Files are
+read as tensors only: a pickle that would run code is refused.
 """
 
 from degflow.config import run

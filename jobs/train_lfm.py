@@ -3,9 +3,10 @@
     accelerate launch jobs/train_lfm.py config=configs/small_lfm.yaml scenes.data=runs/scenes/Canon/Train \\
         rae=runs/rae/rae.safetensors output=runs/lfm
 
-It ends in ONE file, output/degrader.safetensors, for `jobs/synthesize.py model=...` and `Degrader.load`. Stopped at any
-time, the same command goes on from the last checkpoint. SIGTERM and SIGUSR1 save one and leave with exit code 75 (the
-launcher turns every code but 0 into 1).
+It ends in ONE file, output/degrader.safetensors, for `jobs/synthesize.py model=...` and `Degrader.load`.
+
+After a stop, the same command continues from the last checkpoint. SIGTERM and SIGUSR1 save one and end the job with
+exit code 75 (the launcher turns every code but 0 into 1).
 """
 
 from degflow.config import run

@@ -4,8 +4,10 @@
         rae=runs/rae/rae.safetensors output=runs/residual
 
 Stage 1 must have been trained with skips=optics. It ends in ONE file, output/degrader.safetensors, for
-`jobs/synthesize.py model=...` and `Degrader.load`. Stopped at any time, the same command goes on from the last
-checkpoint. SIGTERM and SIGUSR1 save one and leave with exit code 75 (the launcher turns every code but 0 into 1).
+`jobs/synthesize.py model=...` and `Degrader.load`.
+
+After a stop, the same command continues from the last checkpoint. SIGTERM and SIGUSR1 save one and end the job with
+exit code 75 (the launcher turns every code but 0 into 1).
 """
 
 from degflow.config import run

@@ -1,11 +1,13 @@
-"""Small scenes and a small degrader for the tests of evaluation."""
+"""Small scenes, in memory and as a tree, and a small degrader."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 
 from degflow import Degrader
+from degflow.capture.camera import SimulatedCamera
 from degflow.capture.scenes import Scene
 from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork
 
@@ -33,3 +35,15 @@ def small_degrader(levels, time="linear"):
     velocity = VelocityNetwork(VelocityConfig(width=8, blocks=1, multipliers=(1, 1)))
     velocity.head.weight.data *= 10
     return Degrader(autoencoder, velocity, levels, time)
+
+
+def save_scenes(folder, photos, labels, first=1):
+    """Photographs as a RealSR-like tree of one split: captured at 1 and at each label's scale."""
+    camera = SimulatedCamera.named("canon")
+    for label in labels:
+        (folder / label).mkdir(parents=True)
+        for n, photo in enumerate(photos, first):
+            for name, scale in (("HR", 1.0), (f"LR{label}", float(label))):
+                pixels = camera.capture(photo, scale, seed=n)
+                Image.fromarray(pixels).save(folder / f"{label}/Canon_{n:03d}_{name}.png")
+    return folder

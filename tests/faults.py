@@ -1,4 +1,4 @@
-"""A proxy in front of an S3 server that does to its clients what busy stores and networks do."""
+"""A proxy in front of an S3 server, with the faults of busy stores and networks."""
 
 import asyncio
 import random
@@ -15,13 +15,13 @@ KINDS = ("throttle", "reset", "delay", "truncate", "lost answer")
 
 
 class FaultProxy:
-    """Forwards requests unchanged (signatures stay valid), but for a share of them.
+    """Forwards requests unchanged, so that signatures stay valid, except for a share of them.
 
     Args:
         target: endpoint of the server.
-        rate: share of requests that meet a fault, of a kind drawn at random.
+        rate: share of requests with a fault of a random kind.
         seed: of the draws.
-        broken: a request whose path ends so is always throttled.
+        broken: requests whose path ends with this are always throttled.
     """
 
     def __init__(self, target: str, rate: float = 0.0, seed: int = 0, broken: str | None = None):
@@ -42,7 +42,7 @@ class FaultProxy:
         if kind == "delay":
             await asyncio.sleep(self.random.uniform(0.2, 1.5))
         status, headers, answer = await self._forward(request, body)
-        if kind == "lost answer":  # the server has done it; the client is told that it failed
+        if kind == "lost answer":  # the server did it, but the client hears that it failed
             return web.Response(status=500, body=BROKEN, content_type="application/xml")
         if kind == "truncate" and request.method == "GET" and len(answer) > 1:
             return await self._truncated(request, status, headers, answer)
@@ -52,7 +52,7 @@ class FaultProxy:
         return response
 
     async def _forward(self, request, body):
-        # A connection of its own for each: a server that was killed leaves no dead ones behind.
+        # A connection for each request: after a killed server none would be reusable.
         connector = TCPConnector(force_close=True)
         async with ClientSession(
             connector=connector, auto_decompress=False, cookie_jar=DummyCookieJar(), timeout=ClientTimeout(total=60)
@@ -77,7 +77,7 @@ class FaultProxy:
 
 @contextmanager
 def proxying(target: str, **faults):
-    """A running proxy and its endpoint."""
+    """Runs a proxy; yields it and its endpoint."""
     proxy, ready, ending = FaultProxy(target, **faults), threading.Event(), asyncio.Event()
     found: dict = {}
 

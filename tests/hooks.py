@@ -1,4 +1,4 @@
-"""What the pool tests do inside Ray's workers (runtime_env's worker_process_setup_hook)."""
+"""Functions that Ray's workers call as they start, for the tests of the pool (worker_process_setup_hook)."""
 
 import functools
 import os
@@ -10,7 +10,7 @@ DEADLY = b"\x89PNG\r\n\x1a\nthis one kills its decoder"
 
 
 def fragile_decoder():
-    """A decoder that a certain file kills, as a bug in a C library would."""
+    """Let one file kill its decoder, as a bug in a C library would."""
     from degflow import images
 
     decode = images.decode
@@ -24,9 +24,9 @@ def fragile_decoder():
 
 
 def trace():
-    """Notes in the file named by DEGFLOW_TRACE on which node each function ran.
+    """Note the node of each call in the file named by DEGFLOW_TRACE.
 
-    Imports no torch: every process of a node runs this as it starts.
+    Every process of a node runs this, so it does not import torch.
     """
     from degflow.dataset.writer import ShardWriter
     from degflow.synthesis.codec import Codec

@@ -9,8 +9,9 @@ from unittest import mock
 from tests import ROOT
 
 
-def run_job(name: str, *words: str) -> tuple[int, str]:
-    """Run `python jobs/NAME.py WORDS`; returns the exit status and what it printed on stdout and stderr."""
+def run_job(name: str, *words: str, **keys: object) -> tuple[int, str]:
+    """Run `python jobs/NAME.py WORDS KEY=VALUE ...`; returns the exit status and what it printed."""
+    words += tuple(f"{key}={value}" for key, value in keys.items())
     said = io.StringIO()
     script = str(ROOT / f"jobs/{name}.py")
     with (

@@ -1,6 +1,6 @@
-"""Files that are bad or odd, made in code, each with what the rule of `degflow.images` makes of it.
+"""Bad and odd files, made in code, each with the outcome under the rule of `degflow.images`.
 
-The first part builds files (Pillow's writers, and byte by byte what no writer makes); `oddities` is the corpus.
+The first part builds files, with Pillow's writers or byte by byte; `oddities` is the corpus.
 """
 
 import gzip
@@ -23,7 +23,7 @@ D50 = (0.9642, 1.0, 0.8249)
 
 
 class Oddity(NamedTuple):
-    """A file, and what becomes of it: pixels to within a tolerance, or a reject whose reason has a pattern."""
+    """A file and its outcome: pixels, to within a tolerance, or a pattern of the reason why it is refused."""
 
     name: str
     data: bytes
@@ -39,7 +39,7 @@ def noise(height=24, width=32, seed=0):
 
 
 def smooth(height=24, width=32):
-    """A picture that JPEG keeps to within a few levels."""
+    """A picture that JPEG changes by a few levels only."""
     down, right = np.linspace(0, 1, height)[:, None], np.linspace(0, 1, width)[None]
     planes = (40 + 180 * down + 0 * right, 60 + 120 * right + 0 * down, 200 - 90 * down - 60 * right)
     return np.dstack(planes).round().astype(np.uint8)
@@ -62,7 +62,7 @@ def png(height, width, depth, colour, rows, extra=b"", interlace=0):
 
 
 def tiff(width, height, bits, photometric, data, tags=None, *, big=False, following=0):
-    """A little-endian TIFF (or BigTIFF) of one page; `tags` are added, replaced or (None) left out."""
+    """A little-endian TIFF (or BigTIFF) of one page; `tags` are added, replaced or, if None, left out."""
     start, number, field = (16, "Q", 8) if big else (8, "I", 4)
     fields = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: start, 277: 1, 278: height}
     fields |= {279: len(data)} | (tags or {})
@@ -138,7 +138,7 @@ def encoded(linear):
 
 
 def seen_as(pixels, primaries, gamma=563 / 256):
-    """What pixels of a colour space are in sRGB, by the definition of both."""
+    """Pixels of a colour space in sRGB, by the definitions of both."""
     return encoded((pixels / 255.0) ** gamma @ np.array(primaries) @ np.linalg.inv(SRGB))
 
 
@@ -155,13 +155,13 @@ def over_white(colour, alpha):
 
 
 def oddities() -> list[Oddity]:
-    """All of them; each name is one key."""
+    """All oddities; each name is one key."""
     parts = (damaged, foreign, bombs, frames, colours, depths, profiles, orientations, sizes, jpegs, pngs, tiffs, names)
     return [Oddity(*fields) for part in parts for fields in part()]
 
 
 def damaged() -> Iterator[tuple]:
-    """Files that ended early, or whose bytes changed."""
+    """Files that end early, or whose bytes were changed."""
     picture, good = smooth(), file(noise())
     yield "empty.png", b"", "^empty file$"
     yield "one byte.jpg", b"\xff", "^not a JPEG, PNG, WebP or TIFF file"
@@ -212,7 +212,7 @@ def _without(jpeg, marker):
 
 
 def foreign() -> Iterator[tuple]:
-    """What else lies under an image's name, and images under another format's name."""
+    """Files of other kinds with an image's name, and images with another format's name."""
     other = "^not a JPEG, PNG, WebP or TIFF file"
     yield "text.jpg", b"this is text, not an image\n", other
     yield "page.png", b"<!DOCTYPE html><html><title>403 Forbidden</title></html>", f"{other} .*DOCTYPE"
@@ -242,7 +242,7 @@ def foreign() -> Iterator[tuple]:
 
 
 def bombs() -> Iterator[tuple]:
-    """Small files that claim or cost much."""
+    """Small files that declare a large size or cost much."""
     large = "^60000 x 60000 is 3600000000 pixels, more than max_pixels=200000000$"
     yield "60000 x 60000.png", png(60000, 60000, 8, 2, []), large
     yield "60000 x 60000.tif", tiff(60000, 60000, 8, 1, bytes(100)), large
@@ -267,9 +267,17 @@ def bombs() -> Iterator[tuple]:
     yield "70 MiB of zTXt.png", png(24, 32, 8, 2, noise(), 70 * text), "^damaged image: Value.*Too much memory"
     progressive = file(smooth(), "JPEG", progressive=True)
     last = progressive[progressive.rindex(b"\xff\xda") : -2]
-    yield "5010 scans.jpg", progressive[:-2] + 5000 * last + b"\xff\xd9", "^a JPEG of 5010 scans, where 100"
+    yield (
+        "5010 scans.jpg",
+        progressive[:-2] + 5000 * last + b"\xff\xd9",
+        "^a JPEG of 5010 scans, more than the accepted 100",
+    )
     part = segment(0xE1, b"Exif\0\0" + bytes(20))
-    yield "EXIF in 5000 parts.jpg", with_segments(progressive, *[part] * 5000), "^EXIF in 5000 parts, where 64"
+    yield (
+        "EXIF in 5000 parts.jpg",
+        with_segments(progressive, *[part] * 5000),
+        "^EXIF in 5000 parts, more than the accepted 64",
+    )
     twice = {273: (8, 8) * 1000, 279: (768, 768) * 1000, 278: 23}
     yield "2000 strips on one place.tif", tiff(32, 24, 8, 1, bytes(768), twice), "2000 TIFF strips .* more than once"
     tile = {259: 8, 322: 60000, 323: 60000, 324: 8, 325: 99, 273: None, 278: None, 279: None}
@@ -279,7 +287,7 @@ def bombs() -> Iterator[tuple]:
 
 
 def frames() -> Iterator[tuple]:
-    """Several images in one file: the first."""
+    """Several images in one file: the first is read."""
     first, others = Image.fromarray(noise()), [Image.fromarray(noise(seed=seed)) for seed in (1, 2)]
     yield "animated.png", file(first, save_all=True, append_images=others), noise()
     hidden = file(first, save_all=True, append_images=others, default_image=True)
@@ -433,7 +441,7 @@ def orientations() -> Iterator[tuple]:
     yield "half an EXIF.webp", file(colour, "WEBP", lossless=True, exif=exif(6)[:20]), colour
     yield "EXIF of nonsense.jpg", with_segments(jpeg, segment(0xE1, b"Exif\0\0" + bytes(range(200)))), smooth(), 12
     many = b"II*\0\x08\0\0\0\xff\xff" + struct.pack("<HHII", 274, 3, 1, 6)
-    cut = smooth()[::-1].transpose(1, 0, 2)  # what was read before the end counts
+    cut = smooth()[::-1].transpose(1, 0, 2)  # the entries before the end are used
     yield "65535 EXIF entries.jpg", with_segments(jpeg, segment(0xE1, b"Exif\0\0" + many)), cut, 12
     text = chunk(b"tEXt", b"Raw profile type exif\0\nexif\n 8\nnot hexadecimal\n")
     yield "EXIF of nonsense in a text.png", png(24, 32, 8, 2, colour, text), colour
@@ -505,7 +513,7 @@ def _filtered(kind):
 
 
 def interlaced():
-    """Adam7, and what it holds."""
+    """An Adam7 file and its pixels."""
     colour, rows = noise(), []
     for top, left, down, right in (
         *((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4)),

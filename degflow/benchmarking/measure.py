@@ -1,4 +1,4 @@
-"""Times, peaks of memory, and the tables they go into."""
+"""Times, peaks of memory, and tables."""
 
 import ctypes
 import os
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class Table(NamedTuple):
-    """A Markdown table with a title and what was measured."""
+    """A Markdown table with a title, and a text that says what was measured."""
 
     title: str
     about: str
@@ -32,7 +32,7 @@ def _row(cells: Sequence[str]) -> str:
 
 
 class Timing(NamedTuple):
-    """A way's seconds, repeat by repeat, its largest peak of memory in bytes (NaN: unknown), and its last result."""
+    """The seconds of each repeat, the largest peak of memory in bytes (NaN: unknown), and the last result."""
 
     seconds: list[float]
     peak: float
@@ -44,12 +44,12 @@ class Timing(NamedTuple):
         return statistics.median(self.seconds)
 
     def faster_than(self, other: "Timing") -> float:
-        """Median over the repeats of the other's time over this one's."""
+        """The other's time divided by this one's, median over the repeats."""
         return statistics.median(b / a for a, b in zip(self.seconds, other.seconds, strict=True))
 
 
 def alternate(ways: Mapping[str, Callable[[int], Any]], repeats: int, device: str = "cpu") -> dict[str, Timing]:
-    """Time each way `repeats` times, taking turns; a way is called with the number of the repeat."""
+    """Time each way `repeats` times, in turn; a way is called with the number of the repeat."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     peaks, results = dict.fromkeys(ways, 0.0), dict[str, Any]()
     for repeat in range(repeats):
@@ -72,7 +72,7 @@ def flop(way: Callable[[int], object]) -> int:
 
 
 def forget_peak(device: str) -> float:
-    """Give free memory back, start a new peak, and return the bytes in use now (NaN: unknown)."""
+    """Return free memory to the system, reset the peak, and return the bytes in use (NaN: unknown)."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return float(torch.cuda.memory_allocated())

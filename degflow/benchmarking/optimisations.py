@@ -1,4 +1,4 @@
-"""What each optimisation that is kept should gain, by counting, and what it does gain."""
+"""The factor that each optimisation should gain, by counting, and the factor that it gains."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ from degflow.benchmarking.measure import Table, alternate, flop
 from degflow.degrader import Degrader, pad
 from degflow.flow import SOLVER, STEPS
 
-PRODUCTS = ("conv", "addmm", "mm", "bmm", "linear", "scaled_dot_product")  # parts of the names of what counts FLOP
+PRODUCTS = ("conv", "addmm", "mm", "bmm", "linear", "scaled_dot_product")  # in the names of operators with most FLOP
 LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 
 
@@ -38,7 +38,7 @@ def optimisations(
         count: scales of the sweep.
         compiled: measure torch.compile too.
         model: the degrader's file, empty for the one that ships.
-        side: of the square image that shows large pages (on the CPU of a Linux machine alone).
+        side: of the square image for large pages (only on the CPU of a Linux machine).
     """
     rows = [
         _few_evaluations(degrader, hr, repeats),
@@ -52,13 +52,13 @@ def optimisations(
         rows.append(_large_pages(model, side, repeats))
     about = (
         f"{hr.shape[-1]} x {hr.shape[-2]} pixels, float32, medians of {repeats} alternating repeats. Factors: how many "
-        "times faster with the optimisation than without it, everything else as it is."
+        "times faster with the optimisation than without it, everything else unchanged."
     )
     return Table("Optimisations, predicted and achieved", about, ("", "predicted", "by", "achieved"), rows)
 
 
 class _Parts:
-    """The steps of degrading one image by themselves, the decoder in both forms."""
+    """The steps of degrading one image, each by itself; the decoder in both forms."""
 
     def __init__(self, degrader: Degrader, hr: Tensor):
         self.degrader, self.image = degrader, pad(hr, degrader.multiple).clone()
@@ -129,7 +129,7 @@ def _shared(degrader: Degrader, hr: Tensor, repeats: int, count: int) -> tuple[s
 
 
 def _merged(degrader: Degrader, hr: Tensor, repeats: int) -> tuple[str, ...]:
-    """The decoder as drawn against the one whose 1x1 convolutions are multiplied out and whose skips are merged."""
+    """The decoder as in the paper against the one with multiplied 1x1 convolutions and merged skips."""
     ways = {name: way for name, way in _Parts(degrader, hr).ways().items() if name.startswith("decode")}
     with pixel_by_pixel(degrader.autoencoder.decoder):
         work = {name: flop(way) for name, way in ways.items()}
@@ -139,7 +139,7 @@ def _merged(degrader: Degrader, hr: Tensor, repeats: int) -> tuple[str, ...]:
 
 
 def _head(degrader: Degrader, hr: Tensor, repeats: int) -> tuple[str, ...]:
-    """The decoder's head for one pixel at a time against several, which take 3 x (2 + n) / 9n of the wide products."""
+    """The decoder's head for one pixel at a time against n, which need 3 x (2 + n) / 9n of the wide products."""
     parts, decoder = _Parts(degrader, hr), degrader.autoencoder.decoder
     decode, n = parts.ways()["decode"], decoder.together
     fine = torch.randn(1, decoder.head.in_channels, *parts.image.shape[-2:], device=hr.device)
@@ -162,7 +162,7 @@ def _head(degrader: Degrader, hr: Tensor, repeats: int) -> tuple[str, ...]:
 
 
 def _compiled(degrader: Degrader, hr: Tensor, repeats: int) -> tuple[str, ...]:
-    """As it is against torch.compile; what is not a product could at best cost nothing."""
+    """Without torch.compile against with it; at best, all but the products would cost nothing."""
     scale, fast, device = torch.full((1, 1), degrader.high), compiled_copy(degrader, hr), hr.device.type
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")) as profiler:
         degrader(hr, scale)
@@ -205,7 +205,7 @@ print((first - time.process_time() + begun) / count)
 
 
 def _large_pages(model: str, side: int, repeats: int) -> tuple[str, ...]:
-    """Pages of 4 KiB against those of 2 MiB; a process of its own for each, on one thread."""
+    """Pages of 4 KiB against pages of 2 MiB, each in its own process on one thread."""
     small, large = (list(_in_a_process(model, side, repeats, **{LARGE_PAGES: asked})) for asked in ("0", "1"))
     (seconds, faults, cost), (fewer_seconds, fewer, _) = small, large
     predicted = seconds / (seconds - (faults - fewer) * cost)

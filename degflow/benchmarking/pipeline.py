@@ -1,4 +1,4 @@
-"""What is around the networks: image codecs, and the Ray job beside a bare loop."""
+"""Around the networks: image codecs, and the Ray job beside a bare loop."""
 
 import io
 import os
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def codecs(photographs: Sequence[np.ndarray], repeats: int) -> Table:
-    """Megabytes of pixels per second and core, and bytes per pixel, of each lossless way to write and of reading."""
+    """Megabytes of pixels per second and core, and bytes per pixel, of lossless encoders and of decoding."""
     files = {
         "JPEG": [_saved(p, "JPEG", quality=95) for p in photographs],
         "PNG": [_saved(p, "PNG") for p in photographs],
@@ -73,7 +73,7 @@ def _opencv() -> Any:
 
 
 def job(degrader: Degrader, model: str, photographs: Sequence[np.ndarray], repeats: int, threads: int) -> Table:
-    """LR images per second of the Ray job's shards beside a loop that does nothing but call the degrader.
+    """LR images per second of the Ray job's shards beside a loop that only calls the degrader.
 
     Args:
         degrader: the model. model: its file, empty for the one that ships.
@@ -107,9 +107,9 @@ def job(degrader: Degrader, model: str, photographs: Sequence[np.ndarray], repea
     row = (f"{width} x {height}", *(f"{statistics.median(rates):.2f}" for rates in (bare, shards)), f"{share:.0%}")
     about = (
         f"LR images per second of a loop over tensors in memory, and of a shard of the job (read, decode, degrade, "
-        f"compare, encode HR and LR), {len(photographs)} photographs, {threads} CPUs for either, medians of {repeats} "
-        "alternating repeats. On CPUs the job's other stages take their time from the networks; CPU s is what they "
-        "take for an image, so a device that makes N images/s keeps N times as many cores busy."
+        f"compare, encode HR and LR), {len(photographs)} photographs, {threads} CPUs for each, medians of {repeats} "
+        "alternating repeats. On CPUs the job's other stages compete with the networks. They take CPU s seconds per "
+        "image, so a device that makes N images/s keeps N times as many cores busy."
     )
     header = ("image", "bare loop", "Ray job", "share", "CPU s")
     return Table("Bare loop and Ray job", about, header, [(*row, f"{cost:.3f}")])
@@ -149,12 +149,12 @@ def _rate(manifest: Path) -> float:
 
 
 def actors(counts: Sequence[int], seconds: float, images_per_shard: int) -> Table:
-    """Throughput of a pool of logical actors whose degrader only sleeps: what the pipeline itself loses as it grows.
+    """Throughput of a pool of logical actors whose degrader only sleeps: what the pipeline loses with more actors.
 
     Args:
         counts: sizes of the pool.
-        seconds: what the stand-in sleeps for an image.
-        images_per_shard: images; each actor gets four shards.
+        seconds: that the stand-in sleeps per image.
+        images_per_shard: each actor gets four shards.
     """
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -172,7 +172,7 @@ def actors(counts: Sequence[int], seconds: float, images_per_shard: int) -> Tabl
             rate = (len(ends) - count) * images_per_shard / (ends[-1] - ends[count - 1])
             rows.append((str(count), f"{rate:.1f}", f"{count / seconds:.1f}", f"{rate * seconds / count:.0%}"))
     about = (
-        f"A STAND-IN: the degrader sleeps {seconds:g} s for an image and returns it, and Ray is told of as many CPUs "
-        f"as there are actors ({os.cpu_count()} are real). Images per second after each actor's first shard."
+        f"A STAND-IN: the degrader sleeps {seconds:g} s per image and returns it, and Ray is told of as many CPUs "
+        f"as actors ({os.cpu_count()} are real). Images per second after each actor's first shard."
     )
     return Table("Scaling with actors (stand-in)", about, ("actors", "images/s", "if nothing were lost", "share"), rows)

@@ -1,4 +1,4 @@
-"""The benchmark: its parts one after the other, into one file of tables."""
+"""benchmark: the parts one after the other, into one file of tables."""
 
 import math
 from collections.abc import Iterator
@@ -7,8 +7,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from degflow import benchmarking, images
-from degflow.benchmarking import Table
+from degflow import images
+from degflow.benchmarking import inference, pipeline
+from degflow.benchmarking.measure import Table, machine
+from degflow.benchmarking.optimisations import optimisations
+from degflow.benchmarking.steps import training
 from degflow.config import option
 from degflow.degrader import PRECISIONS, Degrader
 from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityNetwork
@@ -16,6 +19,7 @@ from degflow.perceptual import Perceptual
 from degflow.storage import Place
 
 FULL_WIDTH = ", full width, RANDOM weights (no trained full-width degrader is here)"
+SWEEP = 30  # scales
 PARTS = ("accuracy", "comparison", "roofline", "optimisations", "large", "training", "job", "actors", "codecs")
 
 
@@ -23,33 +27,25 @@ PARTS = ("accuracy", "comparison", "roofline", "optimisations", "large", "traini
 class BenchmarkConfig:
     """Keys of benchmark."""
 
-    output: str = option("runs/benchmark", "folder or URI for benchmark.md")
+    output: str = option("runs/benchmark", "folder or URI for benchmark.md", common=True)
     input: str = option("examples/photographs", "folder or URI with photographs to cut the test images from")
-    model: str = option("", "degrader file; empty: the one that ships")
-    parts: tuple[str, ...] = option(PARTS, "which tables to make")
+    model: str = option("", "degrader file; empty: the one that ships", common=True)
+    parts: tuple[str, ...] = option(PARTS, "which tables to make", common=True)
     sizes: tuple[int, ...] = option((256,), "sides of the square images of the comparison (full width: 64)")
-    scales: int = option(30, "scales of a sweep")
-    repeats: int = option(3, "alternating repeats of everything timed")
-    precision: str = option("float32", "of ours in comparison and roofline: float32, float16 or bfloat16")
+    repeats: int = option(3, "alternating repeats of everything timed", common=True)
+    precision: str = option("float32", "of degflow in comparison and roofline: float32, float16 or bfloat16")
     compile: bool = option(True, "measure with torch.compile as well")
-    large: tuple[int, int] = option((4000, 3000), "width and height of the large image")
-    memory: float = option(2.0, "GB for the large image")
-    actors: tuple[int, ...] = option((1, 4), "sizes of the pool of logical actors")
-    full_width: bool = option(True, "accuracy and comparison of the full-width network with random weights too")
-    threads: int = option(0, "CPU threads; 0: all cores")
+    full_width: bool = option(True, "accuracy and comparison also with the full-width network, at random weights")
+    threads: int = option(0, "CPU threads; 0: all cores", common=True)
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
-    quick: bool = option(False, "tiny sizes and one repeat, whatever else is said")
+    quick: bool = option(False, "tiny sizes and one repeat, to see that everything runs", common=True)
 
     def __post_init__(self):
         rules = (
             ("parts", set(self.parts) <= set(PARTS) and self.parts, f"must be some of {', '.join(PARTS)}"),
-            ("sizes", self.sizes and min(self.sizes) >= 8, "at least one side, each at least 8"),
-            ("scales", self.scales >= 2, "must be at least 2"),
+            ("sizes", self.sizes and min(self.sizes) >= 8, "must be at least one side, each at least 8"),
             ("repeats", self.repeats >= 1, "must be at least 1"),
             ("precision", self.precision in PRECISIONS, f"must be one of {', '.join(PRECISIONS)}"),
-            ("large", min(self.large) >= 8, "each at least 8"),
-            ("memory", self.memory > 0, "must be above 0"),
-            ("actors", self.actors and min(self.actors) >= 1, "at least one number, each at least 1"),
             ("threads", self.threads >= 0, "must not be negative"),
             ("device", self.device in ("auto", "cpu", "cuda"), "must be auto, cpu or cuda"),
         )
@@ -61,22 +57,12 @@ class BenchmarkConfig:
 def benchmark(config: BenchmarkConfig) -> None:
     """Make the tables, print each as it is done, and save them all."""
     if config.quick:
-        config = replace(
-            config,
-            sizes=(64,),
-            scales=3,
-            repeats=1,
-            large=(640, 480),
-            memory=0.3,
-            actors=(2,),
-            compile=False,
-            full_width=False,
-        )
+        config = replace(config, sizes=(64,), repeats=1, compile=False, full_width=False)
     if config.threads:
         torch.set_num_threads(config.threads)
     device = config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     bench = _Bench(config, Degrader.load(config.model or None, device), photographs(config.input), device)
-    texts = [f"# Speed\n\n{benchmarking.machine(device)}"]
+    texts = [f"# Speed\n\n{machine(device)}"]
     print(texts[0])
     for part in config.parts:
         for table in getattr(bench, part)():
@@ -95,7 +81,7 @@ def photographs(uri: str) -> list[np.ndarray]:
 
 
 def cut(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The middle of a photograph, enlarged first where it is smaller."""
+    """The middle of a photograph, which is enlarged first if it is smaller."""
     factor = max(1.0, height / pixels.shape[0], width / pixels.shape[1])
     if factor > 1:
         pixels = images.resize(pixels, *(math.ceil(side * factor) for side in pixels.shape[:2]))
@@ -104,17 +90,17 @@ def cut(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 class _Bench:
-    """One method per part."""
+    """One method per part; `quick` chooses each part's sizes."""
 
     def __init__(self, config: BenchmarkConfig, degrader: Degrader, photos: list[np.ndarray], device: str):
         self.config, self.degrader, self.photos, self.device = config, degrader, photos, device
+        self.quick, self.repeats = config.quick, config.repeats
 
     def accuracy(self) -> Iterator[Table]:
-        side, count = (64, 3) if self.config.quick else (96, 5)
-        crops = self._crops(side)[: 1 if self.config.quick else None]
-        yield benchmarking.accuracy(self.degrader, crops, count)
+        side, count = (64, 3) if self.quick else (96, 5)
+        yield inference.accuracy(self.degrader, self._crops(side)[: 1 if self.quick else None], count)
         if self.config.full_width:
-            yield benchmarking.accuracy(self._full_width(), self._crops(64)[:1], 3, FULL_WIDTH)
+            yield inference.accuracy(self._full_width(), self._crops(64)[:1], 3, FULL_WIDTH)
 
     def comparison(self) -> Iterator[Table]:
         for side in self.config.sizes:
@@ -123,47 +109,44 @@ class _Bench:
             yield self._compared(self._full_width(), 64, False, FULL_WIDTH)
 
     def _compared(self, degrader: Degrader, side: int, compiled: bool, name: str = "") -> Table:
-        repeats, scales, precision = self.config.repeats, self.config.scales, self.config.precision
-        return benchmarking.comparison(degrader, self._crops(side)[0], repeats, scales, compiled, precision, name)
+        count, precision = 3 if self.quick else SWEEP, self.config.precision
+        return inference.comparison(degrader, self._crops(side)[0], self.repeats, count, compiled, precision, name)
 
     def roofline(self) -> Iterator[Table]:
-        side = 256 if self.config.quick else 2048
-        hr, repeats = self._crops(max(self.config.sizes))[0], self.config.repeats
-        yield benchmarking.roofline(self.degrader, hr, repeats, side, self.config.compile, self.config.precision)
+        hr, side = self._crops(max(self.config.sizes))[0], 256 if self.quick else 2048
+        yield inference.roofline(self.degrader, hr, self.repeats, side, self.config.compile, self.config.precision)
 
     def optimisations(self) -> Iterator[Table]:
-        hr, side = self._crops(max(self.config.sizes))[0], 128 if self.config.quick else 1024
-        repeats, compiled, model = self.config.repeats, self.config.compile, self.config.model
-        yield benchmarking.optimisations(self.degrader, hr, repeats, compiled=compiled, model=model, side=side)
+        hr, side = self._crops(max(self.config.sizes))[0], 128 if self.quick else 1024
+        compiled, model = self.config.compile, self.config.model
+        yield optimisations(self.degrader, hr, self.repeats, compiled=compiled, model=model, side=side)
 
     def large(self) -> Iterator[Table]:
-        width, height = self.config.large
-        threads = torch.get_num_threads()
-        yield benchmarking.large(self.degrader, self.config.model, height, width, self.config.memory, threads)
+        width, height, memory = (640, 480, 0.3) if self.quick else (4000, 3000, 2.0)
+        yield inference.large(self.degrader, self.config.model, height, width, memory, torch.get_num_threads())
 
     def training(self) -> Iterator[Table]:
         try:
-            perceptual = None if self.config.quick else Perceptual("vgg").to(self.device)
+            perceptual = None if self.quick else Perceptual("vgg").to(self.device)
         except Exception as error:  # no weights here, and no network to fetch them: whatever the download raises
             print(f"\nLPIPS is left out of stage 2: {error}")
             perceptual = None
-        crop, batch = (32, 2) if self.config.quick else (64, 8)
+        crop, batch = (32, 2) if self.quick else (64, 8)
         networks = self.degrader.autoencoder, self.degrader.velocity
-        yield benchmarking.training(*networks, perceptual, self.config.repeats, crop, batch)
+        yield training(*networks, perceptual, self.repeats, crop, batch)
 
     def job(self) -> Iterator[Table]:
         side = min(self.config.sizes)
-        photos = [cut(photo, side, side) for photo in self.photos] * (1 if self.config.quick else 32)
+        photos = [cut(photo, side, side) for photo in self.photos] * (1 if self.quick else 32)
         degrader, threads = self.degrader.to("cpu"), torch.get_num_threads()
-        yield benchmarking.job(degrader, self.config.model, photos, min(2, self.config.repeats), threads)
+        yield pipeline.job(degrader, self.config.model, photos, min(2, self.repeats), threads)
 
     def actors(self) -> Iterator[Table]:
-        seconds, count = (0.02, 2) if self.config.quick else (0.2, 32)
-        yield benchmarking.actors(self.config.actors, seconds, count)
+        pools, seconds, count = ((2,), 0.02, 2) if self.quick else ((1, 4), 0.2, 32)
+        yield pipeline.actors(pools, seconds, count)
 
     def codecs(self) -> Iterator[Table]:
-        photos = self.photos[: 1 if self.config.quick else None]
-        yield benchmarking.codecs(photos, self.config.repeats)
+        yield pipeline.codecs(self.photos[: 1 if self.quick else None], self.repeats)
 
     def _crops(self, side: int) -> list[torch.Tensor]:
         return [images.to_tensor(cut(photo, side, side), self.device)[None] for photo in self.photos]

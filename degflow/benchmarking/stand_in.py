@@ -14,7 +14,7 @@ from degflow.synthesis.settings import SynthesizeConfig
 
 
 class StandIn(Degrader):
-    """Sleeps for each image, and returns it as every scale's."""
+    """Sleeps for each image, and returns it for every scale."""
 
     def __init__(self, seconds: float):
         autoencoder = ResidualAutoencoder(AutoencoderConfig(base_width=8))
@@ -28,11 +28,11 @@ class StandIn(Degrader):
 
 
 def main() -> None:
-    """Run the job; only the driver's `Degrader.load` is replaced, actors get the object that it gives."""
+    """Run the job. Only the driver's `Degrader.load` is replaced; actors get the object that it returns."""
     from degflow.benchmarking import stand_in
     from degflow.synthesis.run import synthesize
 
-    # By its importable name: this file runs as __main__, which actors could not unpickle.
+    # By its importable name, because this file runs as __main__, which actors could not unpickle.
     degrader = stand_in.StandIn(float(os.environ["DEGFLOW_STAND_IN_SECONDS"]))
     Degrader.load = classmethod(lambda *_: degrader)  # type: ignore[method-assign]
     synthesize(load(SynthesizeConfig, sys.argv[1:]))

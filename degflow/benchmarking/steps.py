@@ -1,4 +1,4 @@
-"""Training steps of the two stages beside a step that takes no care."""
+"""Training steps of the two stages beside careless ones, without their optimisations."""
 
 import copy
 from collections.abc import Callable
@@ -17,7 +17,7 @@ KNOTS = (0.0, 1 / 3, 1.0)
 
 
 def careless_rae(objective: RAEObjective, images: Tensor, draw: Tensor) -> Tensor:
-    """Stage 1's loss with HR encoded for its skips, every target encoded, HR or not, and a plain decoder."""
+    """Stage 1's loss with HR encoded for its skips, every target encoded, even HR again, and a plain decoder."""
     image = to_float(images)
     level = (draw * images.shape[1]).long().clamp(max=images.shape[1] - 1)
     target = image[torch.arange(len(level), device=level.device), level]
@@ -27,7 +27,7 @@ def careless_rae(objective: RAEObjective, images: Tensor, draw: Tensor) -> Tenso
 
 
 def careless_lfm(objective: LFMObjective, images: Tensor, draw: Tensor) -> Tensor:
-    """Stage 2's loss with a graph through the frozen encoder, each level alone, HR once more, and plain decoding."""
+    """Stage 2's loss with a graph through the frozen encoder, levels encoded one by one, HR twice, plain decoding."""
     image = to_float(images)
     values = torch.stack([objective.autoencoder.encode(level)[0] for level in image.unbind(1)], 1)
     _, skips = objective.autoencoder.encode(image[:, 0])

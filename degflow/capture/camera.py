@@ -1,19 +1,19 @@
 """A simulated camera: any photograph becomes a registered RealSR-like capture at any focal ratio.
 
-The order of the light's way, for a capture at `scale` s (pixels are the photograph's unless said otherwise):
+The steps of a capture at `scale` s (pixels are the photograph's unless said otherwise):
 
 1. sRGB to linear light.
-2. Optics: a defocus disc and a Gaussian that grow with s; lateral colour magnifies red and blue about the centre.
-   The lens keeps its f-number at every focal length, so its blur is the same on the sensor at every s.
+2. Optics: blur by a defocus disc and a Gaussian that grow with s; lateral colour magnifies red and blue about the
+   centre. The lens keeps its f-number at every focal length, so its blur on the sensor is the same at every s.
 3. Sampling by integration over cells of s x s pixels, on an RGGB Bayer mosaic under the body's colour cast.
 4. Poisson-Gaussian noise.
-5. White balance and linear demosaicing (Malvar, He and Cutler, 2004), whose corrections presume balanced channels.
+5. White balance, then linear demosaicing (Malvar, He and Cutler, 2004), which expects balanced channels.
 6. sRGB coding with a contrast curve, then an unsharp mask on luma.
 7. JPEG at the sensor's resolution.
-8. Bicubic return to the photograph's pixel grid.
+8. Bicubic resampling to the photograph's pixel grid.
 
-The green plane keeps its place at every scale, so captures of one photograph are registered. The HR image is the same
-body's capture at s = 1. It is a stand-in for RealSR (Cai et al., 2019) and is always called simulated.
+The green channel is not shifted at any scale, so captures of one photograph are registered. The HR image is the same
+camera's capture at s = 1. The result stands in for RealSR (Cai et al., 2019) and is always called simulated.
 """
 
 import io
@@ -27,7 +27,7 @@ from PIL import Image
 
 SCALE_RANGE = (1.0, 8.0)
 MIN_SIDE = 8
-MARGIN = 8  # sensor pixels seen around the frame: hides every border, keeps the Bayer phase and the JPEG block grid
+MARGIN = 8  # sensor pixels around the frame: hides border effects, keeps the Bayer phase and the JPEG block grid
 BAYER = (((0, 0),), ((0, 1), (1, 0)), ((1, 1),))  # RGGB: the (row, column) sites of red, of green, of blue
 LUMA = (0.299, 0.587, 0.114)
 
@@ -36,20 +36,20 @@ Taps = tuple[np.ndarray, np.ndarray]  # source index "N T" and weight "N T" of e
 
 @dataclass(frozen=True)
 class SimulatedCamera:
-    """A camera body with its lens; `named` gives the two that ship."""
+    """A camera body with its lens; `named` returns one of CAMERAS."""
 
     name: str
     disc_radius: float  # sensor pixels, defocus
     blur_sigma: float  # sensor pixels, the Gaussian that stands for aberrations, diffraction and low-pass filter
     red_shift: float  # sensor pixels outwards at the corner, relative to green
     blue_shift: float  # sensor pixels outwards at the corner, relative to green
-    red_gain: float  # white-balance gain relative to green; the mosaic holds red / red_gain
-    blue_gain: float  # white-balance gain relative to green; the mosaic holds blue / blue_gain
+    red_gain: float  # white-balance gain relative to green; the mosaic has red / red_gain
+    blue_gain: float  # white-balance gain relative to green; the mosaic has blue / blue_gain
     white_electrons: float  # electrons of a green photosite at white
     read_noise: float  # electrons, standard deviation
     contrast: float  # share of the S-curve in the tone curve, in [0, 1]
     sharpen_sigma: float  # sensor pixels
-    sharpen_amount: float  # multiple of the detail that is added
+    sharpen_amount: float  # factor of the added detail
     jpeg_quality: int  # Pillow's scale, 1 to 100
     jpeg_subsampling: Literal["4:4:4", "4:2:0"]  # chroma layout of the JPEG
 
@@ -65,10 +65,10 @@ class SimulatedCamera:
         return CAMERAS[name]
 
     def capture(self, photo: np.ndarray, scale: float, seed: int = 0) -> np.ndarray:
-        """Photographs a photograph.
+        """Capture a photograph.
 
-        The result is a pure function of the arguments and the body. Noise is drawn afresh for every photograph, scale,
-        seed and body, as in separate exposures.
+        The result depends on the arguments and the camera alone. Every photograph, scale, seed and camera has its own
+        noise, as separate exposures have.
 
         Args:
             photo: "H W 3" uint8, sRGB; H and W at least 8.
@@ -79,7 +79,7 @@ class SimulatedCamera:
             "H W 3" uint8, sRGB, on the photograph's own pixel grid.
 
         Raises:
-            ValueError: an argument is outside its type or range.
+            ValueError: an argument has the wrong type or is out of range.
         """
         _check(photo, scale, seed)
         exposure = zlib.crc32(self.name.encode(), zlib.crc32(np.ascontiguousarray(photo).data))
@@ -138,9 +138,9 @@ class SimulatedCamera:
         return np.asarray(Image.open(buffer))
 
 
-# With the pixel's own width the blur makes an MTF50 of 0.25 and 0.28 cycles per pixel before sharpening, as of a body
-# with an optical low-pass filter and of one without. Noise as at base ISO: registered pairs are shot from a tripod,
-# with time to expose.
+# Blur and the pixel's width give an MTF50 of 0.25 and 0.28 cycles per pixel before sharpening, like a camera with an
+# optical low-pass filter and one without. The noise is that of base ISO: registered pairs are shot from a tripod, with
+# long exposures.
 CAMERAS = {
     "canon": SimulatedCamera(
         name="canon",
@@ -231,7 +231,7 @@ def _convolve(plane: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     height, width = plane.shape
     padded = np.pad(plane, [(side // 2, side // 2) for side in kernel.shape], mode="symmetric")
     out = np.zeros_like(plane)
-    for top in range(0, height, 64):  # bands that stay in the cache
+    for top in range(0, height, 64):  # bands that fit the CPU's cache
         band = out[top : top + 64]
         for (row, column), weight in np.ndenumerate(kernel.astype(np.float32)):
             if weight:
@@ -242,8 +242,8 @@ def _convolve(plane: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 def _cells(count: int, phase: int, scale: float, length: int, magnification: float) -> Taps:
     """Taps that average an axis of `length` pixels over every second of `count` cells, from `phase` on.
 
-    Cell i covers [(i - MARGIN) * scale, (i - MARGIN + 1) * scale); an image magnified about the centre is sampled by
-    cells that shrink toward it. Beyond its ends the axis is mirrored.
+    Cell i covers [(i - MARGIN) * scale, (i - MARGIN + 1) * scale). Magnifying the image about its centre is the same
+    as shrinking the cells toward it. The axis is mirrored at its ends.
     """
     centre = length / 2
     left = (np.arange(phase, count, 2) - MARGIN) * scale
@@ -283,7 +283,7 @@ def _return_to_grid(rgb: np.ndarray, size: tuple[int, ...], scale: float) -> np.
 CROSS = np.array([[0, 0, -1, 0, 0], [0, 0, 2, 0, 0], [-1, 2, 4, 2, -1], [0, 0, 2, 0, 0], [0, 0, -1, 0, 0]]) / 8
 ALONG = np.array([[0, 0, 0.5, 0, 0], [0, -1, 0, -1, 0], [-1, 4, 5, 4, -1], [0, -1, 0, -1, 0], [0, 0, 0.5, 0, 0]]) / 8
 DIAGONAL = np.array([[0, 0, -3, 0, 0], [0, 4, 0, 4, 0], [-3, 0, 12, 0, -3], [0, 4, 0, 4, 0], [0, 0, -3, 0, 0]]) / 16
-MISSING = (  # row and column of the site, channel that it lacks, kernel that supplies it
+MISSING = (  # row and column of a site, a channel that it did not measure, the kernel that estimates it
     (0, 0, 1, CROSS),
     (0, 0, 2, DIAGONAL),
     (0, 1, 0, ALONG),

@@ -1,11 +1,11 @@
 """RealSR-like scene folders -> random aligned crops at every level.
 
 1. `find_scenes` lists a tree `ROOT/2/ID_HR.png, ROOT/2/ID_LR2.png, ROOT/4/...` and keeps the ids that every level has.
-2. `SceneImages` decodes each image once, checks that a scene has one size, and keeps the pixels (in memory, or in
-   memory-mapped files that all processes of a machine share), where random crops are cheap.
+2. `SceneImages` decodes each image once, checks that the images of a scene have one size, and keeps the pixels, in
+   memory or in memory-mapped files that all processes of a machine share. Random crops of them are cheap.
 3. `Crops` cuts the same crop, with the same flips, from every level, and draws what else is random in a sample. Sample
-   number n is a function of (seed, n) alone, so neither workers nor processes nor an interruption change what a
-   training sees.
+   n depends on (seed, n) alone, so a training sees the same samples with any number of workers and processes, and after
+   an interruption.
 """
 
 import hashlib
@@ -39,10 +39,12 @@ class SceneConfig:
 
     data: str = required("folder or URI of one split of a RealSR-like tree, e.g. RealSR/Canon/Train")
     levels: dict[str, float] = option(
-        {"1": 1.0, "2": 2.0, "4": 4.0}, "folder label -> scale (nominal or optical); label 1 is the HR image"
+        {"1": 1.0, "2": 2.0, "4": 4.0},
+        "folder label -> scale (nominal or optical); label 1 is the HR image",
+        common=True,
     )
-    resize_lr: bool = option(False, "bring LR images smaller than HR (RealSR V3) to HR's grid by bicubic")
-    crop: int = option(256, "side of the random crops, in pixels")
+    resize_lr: bool = option(False, "enlarge LR images smaller than HR (RealSR V3) to HR's size by bicubic")
+    crop: int = option(256, "side of the random crops, in pixels", common=True)
     cache: str = option("", "local folder for decoded images, shared by all processes; empty: memory of each process")
     reductions: tuple[float, ...] = option(
         (1.0,), "factors that whole scenes are reduced by: all levels of a scene reduced by r are captures at scale / r"
@@ -80,7 +82,7 @@ def find_scenes(uri: str, labels: Sequence[str]) -> tuple[list[Scene], dict[str,
         labels: level labels, HR's ("1") first; HR files are taken from the first other label's folder.
 
     Returns:
-        The scenes present at every level, sorted by id; and for each level the ids that lack it.
+        The scenes present at every level, sorted by id; and for each level the ids missing from it.
 
     Raises:
         ValueError: no scene is present at every level.
@@ -116,7 +118,7 @@ def find_scenes(uri: str, labels: Sequence[str]) -> tuple[list[Scene], dict[str,
 def _offence(
     listing: dict[str, dict[str, str]], names: Sequence[str], others: Sequence[str], wanted: Sequence[str]
 ) -> str:
-    """The first file that is missing, and the first image whose name is not understood."""
+    """The first missing file, and the first image whose name does not fit."""
     said = ""
     if names:
         label = next(label for label in listing if names[0] not in listing[label])
@@ -133,8 +135,8 @@ class SceneImages:
     Args:
         config: tree, levels and cache.
         quiet: no progress bar.
-        share: (n, N): process n of the N that fill one cache; each begins with its own N-th of the scenes, and finds
-            most of the others' done by them.
+        share: (n, N): this is process n of N that fill one cache. Each begins with its own N-th of the scenes; the
+            other processes have then decoded most of the rest.
 
     Raises:
         ValueError: a scene's files differ in size, or one is smaller than the crop; the message names the file.
@@ -153,7 +155,7 @@ class SceneImages:
         return len(self.scenes)
 
     def describe(self) -> str:
-        """One line: how many scenes, how many were left out and the first of them by name."""
+        """One line: number of scenes and sizes, and how many ids each level lacks, with the first names."""
         sizes = Counter(f"{array.shape[2]} x {array.shape[1]}" for array in self.pixels).most_common()
         shown = ", ".join([size for size, _ in sizes[:3]] + ["..."] * (len(sizes) > 3))
         line = f"{len(self)} scenes at levels {', '.join(self.config.levels)} ({shown})"

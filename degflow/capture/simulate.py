@@ -20,14 +20,16 @@ class SimulateConfig:
 
     input: str = required("folder or URI with photographs (png, jpg, jpeg, webp, tif, tiff)")
     output: str = required("folder or URI for the tree")
-    cameras: tuple[str, ...] = option(("canon", "nikon"), "simulated bodies; the photographs are dealt out to them")
+    cameras: tuple[str, ...] = option(("canon", "nikon"), "simulated cameras; each photograph goes to one of them")
     scales: dict[str, float] = option(
         {"1.532": 1.532, "2": 2.0, "3": 3.0, "3.361": 3.361, "4": 4.0}, "folder label -> optical scale"
     )
     test_fraction: float = option(0.2, "share of each camera's photographs that goes to Test")
-    test: tuple[str, ...] = option((), "file names that go to Test whatever test_fraction says")
-    longest_side: int = option(2048, "shrink photographs to this before the capture, so that HR is sharp; 0 does not")
-    seed: int = option(0, "decides who gets which photograph, and the noise")
+    test: tuple[str, ...] = option((), "file names that always go to Test")
+    longest_side: int = option(
+        2048, "shrink photographs to this before the capture, so that HR is sharp; 0: no shrinking"
+    )
+    seed: int = option(0, "decides which camera gets which photograph, and the noise")
 
     def __post_init__(self):
         if not self.cameras or len(set(self.cameras)) < len(self.cameras):
@@ -47,48 +49,48 @@ class SimulateConfig:
 
 
 def simulate_scenes(config: SimulateConfig) -> None:
-    """Deal the photographs out, and capture each at scale 1 and at every scale."""
+    """Assign each photograph to a camera, and capture it at scale 1 and at every scale."""
     source, target = Place(config.input), Place(config.output)
     keys = [file.key for file in source.files() if file.key.lower().endswith(images.SUFFIXES)]
     if not keys:
         raise ValueError(f"input={config.input}: no photograph there (files ending in {', '.join(images.SUFFIXES)})")
     if target.files():
         raise ValueError(f"output={config.output}: is not empty; choose another or remove it")
-    dealt = deal(config, keys)
-    for key in keys:  # decoding costs a fraction of a capture, and a damaged file is told before anything is written
+    assigned = assign(config, keys)
+    for key in keys:  # decoding is cheap beside a capture, and a damaged file is named before anything is written
         photograph(config, source, key)
     target.write("config.yaml", dump(config).encode())
     listing = io.StringIO(newline="")
     rows = csv.writer(listing, lineterminator="\n")
     rows.writerow(("scene", "photograph"))
-    for camera, split, number, key in tqdm(dealt, "capturing", unit="photo"):
+    for camera, split, number, key in tqdm(assigned, "capturing", unit="photo"):
         name = f"{camera.capitalize()}_{number:03d}"
         photo = photograph(config, source, key)
         capture(config, photo, SimulatedCamera.named(camera), target, f"{camera.capitalize()}/{split}", name)
         rows.writerow((name, key))
     target.write("scenes.csv", listing.getvalue().encode())
-    print(f"{len(dealt)} scenes at {', '.join(config.scales)} in {config.output} (scenes.csv names the photographs)")
+    print(f"{len(assigned)} scenes at {', '.join(config.scales)} in {config.output} (scenes.csv names the photographs)")
 
 
-def deal(config: SimulateConfig, keys: list[str]) -> list[tuple[str, str, int, str]]:
-    """(camera, split, scene number, photograph) for every photograph, each dealt to one camera and one split."""
+def assign(config: SimulateConfig, keys: list[str]) -> list[tuple[str, str, int, str]]:
+    """(camera, split, scene number, photograph) of every photograph; each has one camera and one split."""
     if len(keys) < len(config.cameras):
         raise ValueError(
-            f"input={config.input}: {len(keys)} are too few for cameras={list(config.cameras)}, which share none"
+            f"input={config.input}: {len(keys)} photographs are too few for cameras={list(config.cameras)}, one each"
         )
     named = [key for key in keys if key.rpartition("/")[2] in config.test]
     if missing := set(config.test) - {key.rpartition("/")[2] for key in named}:
         raise ValueError(f"test={sorted(missing)[0]}: no such photograph in {config.input}")
     order = np.random.default_rng(config.seed).permutation(len(keys))
-    hands: dict[str, list[str]] = {camera: [] for camera in config.cameras}
+    shares: dict[str, list[str]] = {camera: [] for camera in config.cameras}
     for turn, index in enumerate(order):
-        hands[config.cameras[turn % len(config.cameras)]].append(keys[index])
-    dealt = []
-    for camera, hand in hands.items():
-        free = [key for key in hand if key not in named]
-        test = {key for key in hand if key in named} | set(free[: round(len(free) * config.test_fraction)])
-        dealt += [(camera, "Test" if key in test else "Train", n, key) for n, key in enumerate(hand, 1)]
-    return dealt
+        shares[config.cameras[turn % len(config.cameras)]].append(keys[index])
+    assigned = []
+    for camera, share in shares.items():
+        free = [key for key in share if key not in named]
+        test = {key for key in share if key in named} | set(free[: round(len(free) * config.test_fraction)])
+        assigned += [(camera, "Test" if key in test else "Train", n, key) for n, key in enumerate(share, 1)]
+    return assigned
 
 
 def photograph(config: SimulateConfig, source: Place, key: str) -> np.ndarray:
@@ -108,7 +110,7 @@ def photograph(config: SimulateConfig, source: Place, key: str) -> np.ndarray:
 def capture(
     config: SimulateConfig, photo: np.ndarray, camera: SimulatedCamera, target: Place, folder: str, name: str
 ) -> None:
-    """Write one scene: its HR capture beside its LR capture in every scale's folder."""
+    """Write one scene: its HR capture and its LR capture, into the folder of every scale."""
     seed = config.seed * 100_003 + int(name.rpartition("_")[2])
     hr = images.encode_png(camera.capture(photo, 1.0, seed=seed))
     for label, scale in config.scales.items():

@@ -1,12 +1,13 @@
-"""The dataset that `synthesize` leaves: its layout, how it is planned and written, and who reads it.
+"""The dataset that `synthesize` makes: its layout, its plan, and how it is written and read.
 
-layout          names of the objects, their schemas
-plan            which photographs each shard takes
-scales          which scale each draw of a photograph has
+layout          names and schemas of the objects
+plan            the photographs of each shard
+scales          the scale of each draw of a photograph
 writer          a shard's rows -> its objects
 manifest        the records of finished shards, the rejects, manifest.parquet
 card            README.md and preview.png
 reader          a finished dataset, read through its manifest
-pairs           ... as a PyTorch dataset of aligned crops
-exports         ... as folders or tars for other trainers; `export_layouts` has one class for each layout
+pairs           a finished dataset as a PyTorch dataset of aligned crops
+exports         a finished dataset as folders or tars for other trainers
+export_layouts  a class for each layout of an export
 """

@@ -1,4 +1,4 @@
-"""What people see first of a synthesized dataset: README.md (the dataset card) and preview.png (a contact sheet)."""
+"""What people see first of a dataset: README.md (the dataset card) and preview.png (a contact sheet)."""
 
 import hashlib
 import io
@@ -34,8 +34,9 @@ configs:
 
 # {rows:,} LR images of {files:,} photographs, at sampled degradation scales
 
-Low-resolution images made from high-resolution ones by [DegFlow](https://arxiv.org/abs/2602.04193)'s latent flow, with
-`jobs/synthesize.py` of degflow. A scale is the strength of the degradation, not a resize{resize}
+Low-resolution images made from high-resolution photographs by the latent flow of
+[DegFlow](https://arxiv.org/abs/2602.04193), with `jobs/synthesize.py` of degflow. A scale is the strength of the
+degradation, not a resize{resize}
 
 ![HR crops beside their LR images](preview.png)
 
@@ -57,13 +58,12 @@ rows = load_dataset("parquet", data_files="data/*.parquet", split="train")
 rows[0]["lr"], rows[0]["hr"], rows[0]["scale"]
 ```
 
-`manifest.parquet` lists the parts with rows, bytes and sha256; `_SUCCESS` says that all of them are there. `rejects/`
-holds the files that gave no rows, each with stage and reason. `config.yaml` is the configuration that makes the same
-dataset again.
+`manifest.parquet` lists the parts with rows, bytes and sha256. `_SUCCESS` shows that all parts are there. `rejects/`
+lists the files without rows, each with stage and reason. `config.yaml` makes the same dataset again.
 
 | column | type | meaning |
 |---|---|---|
-| key | string | path of the HR image below the input's root |
+| key | string | path of the HR image in the input |
 | draw | int32 | number of the LR image among those of its HR image |
 | scale | float64 | degradation scale |
 | time | float64 | time on the flow, 0 at the smallest trained scale and 1 at the largest |
@@ -71,13 +71,13 @@ dataset again.
 | hr | struct(bytes, path) | {hr} |
 | height, width | int32 | of the LR image |
 | hr_sha256 | string | of the source file |
-| seed | int64 | of the run; with key and draw it decides the scale and the noise seed |
-| noise_seed | int64 | of this LR image; it decides what was drawn |
+| seed | int64 | of the run; it decides the scale and the noise seed, together with key and draw |
+| noise_seed | int64 | of the LR image; it decides what was drawn |
 | model_sha256 | string | of the degrader file |
 
 ## Licence
 
-The images are derived from the photographs in the input, and their licences apply. Say here which ones they are.
+The images are derived from the photographs in the input, whose licences apply. Name those licences here.
 """
 
 
@@ -86,9 +86,9 @@ def card(records: Mapping[int, Record], rejects: int, recipe: Mapping[str, Any],
 
     Args:
         records: of all shards.
-        rejects: files that gave no rows.
+        rejects: number of files without rows.
         recipe: the resolved configuration.
-        scales: how they were drawn, in words.
+        scales: how they were drawn; see `ScaleConfig.in_words`.
     """
     rows = sum(record.rows for record in records.values())
     used = rows // recipe["scale"]["per_image"]
@@ -108,10 +108,10 @@ def card(records: Mapping[int, Record], rejects: int, recipe: Mapping[str, Any],
         model_sha256=recipe["model_sha256"],
         resize=": LR images have HR's size."
         if recipe["size"] == "same"
-        else "; here each LR image was then shrunk by it.",
+        else "; here each LR image was then also shrunk by it.",
         hr="PNG of exactly the pixels that were degraded"
         if embedded
-        else "no bytes; path is the URI of the source file",
+        else "without bytes; path is the URI of the source file",
     )
 
 
@@ -121,15 +121,15 @@ def _size_category(rows: int) -> str:
 
 
 def preview(output: Place, records: Mapping[int, Record], max_pixels: int) -> bytes | None:
-    """A PNG: for some images, the crop of the HR image with the most detail beside its LR images, by scale.
+    """A PNG: a row for each of some photographs, with HR's most detailed crop and the LR crops, sorted by scale.
 
     Args:
         output: the dataset.
         records: of its finished shards.
-        max_pixels: as for the run; decides which referenced HR images are decoded again.
+        max_pixels: of the run; for HR images that are read from their sources.
 
     Returns:
-        None when there is no row to show.
+        None if there is no row to show.
     """
     lines = []
     for part, key in sample_keys(output, records, IMAGES):
@@ -155,11 +155,11 @@ def preview(output: Place, records: Mapping[int, Record], max_pixels: int) -> by
 
 
 def _line(rows: Sequence[dict[str, Any]], max_pixels: int) -> list[tuple[str, np.ndarray]]:
-    """HR and LR tiles with their captions; empty when a referenced HR image is no longer there as it was."""
+    """The HR tile and the LR tiles with their captions; empty if the HR image is gone or has changed."""
     hr_cell = rows[0]["hr"]
     try:
         hr = images.decode(hr_cell["bytes"] or _source(rows[0]), max_pixels=max_pixels)
-    except Exception:  # a picture is not worth failing a finished dataset for, whatever its storage raises
+    except Exception:  # a missing preview must not fail a finished dataset
         return []
     size = min(CROP, *hr.shape[:2])
     top, left = most_detail(hr, size)
@@ -198,7 +198,7 @@ def most_detail(pixels: np.ndarray, size: int) -> tuple[int, int]:
 def read_rows(
     output: Place, part: str, columns: Sequence[str], keys: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
-    """Some columns of a data part, of all rows or of the images with these keys, reading no other row groups."""
+    """Columns of the rows of a data part, or of those with these keys; reads no other row groups."""
     with output.open(part) as file:
         parquet = pq.ParquetFile(file)
         rows: list[dict[str, Any]] = []
@@ -211,7 +211,7 @@ def read_rows(
 
 
 def sample_keys(output: Place, records: Mapping[int, Record], count: int) -> list[tuple[str, str]]:
-    """Up to `count` images (part, key) of the first shards, spread evenly over the scales."""
+    """At most `count` photographs (part, key) of the first shards, spread evenly over the scales."""
     found: list[tuple[float, str, str]] = []
     for record in islice((records[n] for n in sorted(records) if records[n].rows), 4):
         rows = read_rows(output, record.part, ("key", "draw", "scale"))

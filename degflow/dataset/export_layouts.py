@@ -1,6 +1,6 @@
-"""The layouts of an export: which files a photograph's rows become, and their names.
+"""The layouts of an export: the files that the rows of a photograph become, and their names.
 
-A layout takes the rows of one photograph at a time, and holds none. `exports` writes what it gives.
+A layout gets the rows of one photograph at a time, and keeps none of them. `exports` writes its files.
 """
 
 import hashlib
@@ -15,32 +15,32 @@ from degflow.config import parse
 from degflow.dataset.reader import FinishedDataset
 from degflow.dataset.scales import ScaleConfig, scales_of
 
-# Short, lower-case, one suffix; hyphens and slashes single, so that two hyphens can stand for a slash.
+# Short, lower-case, one suffix, no double hyphens or slashes: so two hyphens can stand for a slash.
 _PLAIN_KEY = re.compile(rf"(?=.{{1,48}}$)[a-z0-9_]+([-/][a-z0-9_]+)*({'|'.join(map(re.escape, images.SUFFIXES))})")
 _EQUAL = 1e-9  # scales that differ by less are the same
 
 
 class Pair(NamedTuple):
-    """An exported row: what the index says of it, and its files."""
+    """An exported row: its entry in the index, and its files."""
 
     info: dict[str, Any]
     files: dict[str, bytes]
 
 
 class Layout(Protocol):
-    """How the rows of one photograph become files, and what is written at the end."""
+    """How the rows of a photograph become files, and which files list all pairs."""
 
     def pairs(self, rows: Sequence[dict[str, Any]]) -> list[Pair]:
-        """The pairs of one photograph's rows; rows that the layout has no place for are not among them."""
+        """The pairs of one photograph's rows, without the rows that do not fit the layout."""
         ...
 
     def listings(self, index: Iterable[dict[str, Any]]) -> dict[str, str]:
-        """Files that name all pairs, given what the index says of them."""
+        """Name -> text of the files that list all pairs, from their entries in the index."""
         ...
 
 
 def scales_in(recipe: Mapping[str, Any]) -> list[float]:
-    """The scales that a dataset's draws can have, increasing; empty when they are continuous."""
+    """The scales that the draws of a dataset can have, in increasing order; empty if they are continuous."""
     scale = parse(ScaleConfig, recipe["scale"])
     if scale.distribution == "list":
         return sorted(set(scale.values))
@@ -48,13 +48,12 @@ def scales_in(recipe: Mapping[str, Any]) -> list[float]:
 
 
 def _scales_in_words(recipe: Mapping[str, Any]) -> str:
-    scale = recipe["scale"]
     few = ", ".join(f"{value:g}" for value in scales_in(recipe))
-    return few or f"{scale['distribution']} in [{scale['low']:g}, {scale['high']:g}]"
+    return few or parse(ScaleConfig, recipe["scale"]).in_words()
 
 
 class Paired:
-    """gt/ and lq/ with equal names; where LR images are shrunk, a tree for each scale, HR being that multiple of LR."""
+    """gt/ and lq/ with equal names; if LR images are shrunk, in a tree for each scale, with HR `scale` times LR."""
 
     def __init__(self, source: FinishedDataset):
         self.source, self.scaled = source, source.recipe["size"] == "scaled"
@@ -62,8 +61,8 @@ class Paired:
         if self.scaled and (not scales or any(scale != int(scale) for scale in scales)):
             raise ValueError(
                 f"layout=paired: {source.uri} has size=scaled and scales {_scales_in_words(source.recipe)}; trainers "
-                "of paired folders want HR to be a whole multiple of LR (scale.distribution=list scale.values=[2,4]), "
-                "and webdataset and realsr take any scale"
+                "of paired folders need HR to be a whole multiple of LR (scale.distribution=list scale.values=[2,4]); "
+                "layout=webdataset and layout=realsr take any scale"
             )
 
     def pairs(self, rows: Sequence[dict[str, Any]]) -> list[Pair]:
@@ -80,7 +79,7 @@ class Paired:
         return pairs
 
     def _multiple(self, row: dict[str, Any], hr: bytes) -> tuple[bytes, bytes, int]:
-        """Both as PNG, HR being `scale` times LR in size, and how far apart they are at the far edge, in HR pixels."""
+        """HR and LR as PNG, cut to a whole multiple, and their misalignment at the far edge, in HR pixels."""
         scale, sizes = round(row["scale"]), list(zip(_size_of(hr), (row["height"], row["width"]), strict=True))
         off = max(abs(large - scale * small) for large, small in sizes)
         if not off:
@@ -90,7 +89,7 @@ class Paired:
         return images.encode_png(gt), images.encode_png(self.source.lr_of(row)[:height, :width]), off
 
     def listings(self, index: Iterable[dict[str, Any]]) -> dict[str, str]:
-        """Of BasicSR's two forms, `NAME (height,width,3)` of gt, and `gt/NAME, lq/NAME`."""
+        """BasicSR's two forms: lines `NAME (height,width,3)` of gt, and lines `gt/NAME, lq/NAME`."""
         lines: dict[str, list[str]] = {}
         for pair in index:
             file, folder = f"{pair['name']}.png", pair["folder"]
@@ -100,10 +99,10 @@ class Paired:
 
 
 class RealSR:
-    """A folder for each label, as `scenes` reads it.
+    """A folder for each label, as `capture.scenes` reads it.
 
-    Scene n of a photograph holds, at every label, the n-th of those draws whose scale is nearest to the label's,
-    the best first; so draws at several labels make one scene, and no draw is lost.
+    Each draw goes to the label with the nearest scale. Scene n of a photograph has the n-th nearest draw of each label.
+    So a scene has several labels, and no draw is lost.
     """
 
     def __init__(self, source: FinishedDataset, labels: dict[str, float], tolerance: float | None):
@@ -112,15 +111,15 @@ class RealSR:
             return
         self.labels = {f"{scale:g}": scale for scale in scales_in(source.recipe) if scale != 1}
         if self.tolerance is None:
-            self.tolerance = _EQUAL  # draws at scale 1 have no label
+            self.tolerance = _EQUAL  # leaves out draws at scale 1, which has no label
         if not self.labels:
             raise ValueError(
-                f"labels={{}}: {source.uri} has scales {_scales_in_words(source.recipe)}; say which label takes "
-                "which, as labels='{2: 2.0, 3: 3.0, 4: 4.0}'"
+                f"labels={{}}: {source.uri} has scales {_scales_in_words(source.recipe)}; give each label its "
+                "scale, as labels='{2: 2.0, 3: 3.0, 4: 4.0}'"
             )
 
     def pairs(self, rows: Sequence[dict[str, Any]]) -> list[Pair]:
-        """One pair for each row that is within the tolerance and not too small for `scenes`."""
+        """One pair for each row within the tolerance and not too small for `capture.scenes`."""
         found: dict[str, list[tuple[float, int]]] = {}
         for place, row in enumerate(rows):
             away, label = min((abs(row["scale"] - scale), label) for label, scale in self.labels.items())
@@ -163,16 +162,16 @@ class WebDataset:
 
 
 def file_name(key: str, number: int) -> str:
-    """Name without suffix of a pair's files, at most 84 characters of A-Z a-z 0-9 _ -.
+    """The name, without suffix, of a pair's files: at most 84 characters of A-Z a-z 0-9 _ -.
 
-    A short lower-case key stays readable: "2024/img-1.png" is "2024--img-1_png_0". Any other (long, or with capitals,
-    spaces, dots, ...) becomes a few of its own characters and 128 bits of its digest. Different rows have different
-    names, also where a file system ignores case: a name of the first kind ends in an image's suffix before the number,
-    one of the second in 32 hexadecimal digits.
+    A short lower-case key stays readable: "2024/img-1.png" becomes "2024--img-1_png_0". Any other key (long, or with
+    capitals, spaces, dots, ...) becomes some of its characters and 128 bits of its digest. Different rows have
+    different names, even if a file system ignores case: before the number, names of the first kind end in an image's
+    suffix, and names of the second kind in 32 hexadecimal digits.
 
     Args:
         key: any text.
-        number: not negative.
+        number: of the draw or scene, from 0.
     """
     if _PLAIN_KEY.fullmatch(key):
         stem, _, suffix = key.rpartition(".")

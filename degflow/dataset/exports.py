@@ -4,12 +4,12 @@
     realsr       2/NAME_HR.png  2/NAME_LR2.png  3/...
     webdataset   part-000000.tar ... with NAME.hr.png  NAME.lr.png  NAME.json
 
-and in each `export.yaml`, `index/part-000000.json` ... and `_SUCCESS`, last.
+Every layout also has `export.yaml`, `index/part-000000.json` ... and `_SUCCESS`, which is written last.
 
-1. `export` takes the dataset part by part; the photographs of a part are fetched, encoded and written by threads.
-2. A part is done when its index is there, which names the part's sha256 and says of every pair which row it is. So a
-   rerun goes on where the last run stopped, and takes the parts that were added to the dataset since.
-3. A name is a function of the row's key and draw alone, of characters that cannot leave a folder (`layouts.file_name`).
+1. `export` takes the dataset part by part; threads fetch, encode and write the photographs of a part.
+2. A part is done when its index exists. The index has the part's sha256, and the row of every pair. So a second run
+   continues where the first one stopped, and exports the parts that were added to the dataset meanwhile.
+3. A file's name depends on the row's key and draw alone, and cannot lead out of its folder (`file_name`).
 """
 
 import io
@@ -38,7 +38,7 @@ _OURS = re.compile(
     rf"{SUCCESS}|export\.yaml|index/part-\d+\.json|part-\d+\.tar|(x\d+/)?(meta_info(_pair)?\.txt|(gt|lq)/{_NAME}\.png)"
     rf"|[\d.]+/{_NAME}_(HR|LR[\d.]+)\.png"
 )
-_LEFTOVER = re.compile(r"((?:.*/)?)\.([^/]+)\.[0-9a-f]{32}")  # of a local write that was killed
+_LEFTOVER = re.compile(r"((?:.*/)?)\.([^/]+)\.[0-9a-f]{32}")  # left by a local write that was killed
 
 
 @dataclass(frozen=True)
@@ -46,23 +46,21 @@ class ExportConfig:
     """Keys of export."""
 
     input: str = required("folder or URI of a finished dataset")
-    output: str = required("folder or URI for the export; an unfinished one is continued")
+    output: str = required("folder or URI of the export; an unfinished export is continued")
     layout: str = option("paired", "paired (gt/ and lq/ folders with meta_info), realsr, or webdataset (tars)")
     labels: dict[str, float] = option(
-        {}, "for realsr, folder label -> scale; a row goes to the nearest. {}: the dataset's scales, if they are few"
+        {}, "for realsr: folder label -> scale; a row goes to the nearest. {}: the dataset's scales, if they are few"
     )
-    tolerance: float | None = option(
-        None, "for realsr, leave out rows further than this from their label's scale; null: none"
-    )
-    threads: int = option(4, "photographs that are fetched, encoded and written at a time")
-    verify: bool = option(False, "compare each part with the manifest's sha256 first; reads it twice")
-    overwrite: bool = option(False, "delete an export of this job in output first (and nothing else there)")
+    tolerance: float | None = option(None, "for realsr: largest distance of a row from its label's scale; null: any")
+    threads: int = option(4, "photographs that are fetched, encoded and written at the same time")
+    verify: bool = option(False, "first compare each part with the manifest's sha256; reads parts twice")
+    overwrite: bool = option(False, "first delete the export in output (no other file)")
 
     def __post_init__(self):
         rules = (
             ("layout", self.layout in ("paired", "realsr", "webdataset"), "must be paired, realsr or webdataset"),
-            ("labels", not self.labels or self.layout == "realsr", "has a meaning for layout=realsr only"),
-            ("tolerance", self.tolerance is None or self.layout == "realsr", "has a meaning for layout=realsr only"),
+            ("labels", not self.labels or self.layout == "realsr", "is for layout=realsr only"),
+            ("tolerance", self.tolerance is None or self.layout == "realsr", "is for layout=realsr only"),
             ("tolerance", self.tolerance is None or self.tolerance >= 0, "must not be negative"),
             ("threads", self.threads >= 1, "must be at least 1"),
         )
@@ -79,7 +77,7 @@ class ExportConfig:
 
 
 class _Tally(NamedTuple):
-    """Pairs, those that were cut, and how far the worst of them is off at the far edge, in HR pixels."""
+    """Numbers of pairs and of cut pairs, and the largest misalignment at the far edge, in HR pixels."""
 
     pairs: int
     cut: int
@@ -90,15 +88,15 @@ def export(config: ExportConfig) -> None:
     """Write the dataset in the layout, or what is missing of it.
 
     Raises:
-        ValueError: no finished dataset, one that the layout cannot hold, a damaged part, or an output that holds
-            something else.
+        ValueError: no finished dataset, a dataset that does not fit the layout, a damaged part, or an output that
+            holds something else.
         OSError: storage that cannot be read or written.
     """
     source, output = FinishedDataset(config.input, config.verify), Place(config.output)
     layout = _layout(config, source)
     done = _claim(config, source, output)
     if done is None:
-        print(f"{config.output}: finished already, nothing to do (overwrite=true makes it anew)")
+        print(f"{config.output}: finished already, nothing to do (overwrite=true makes it again)")
         return
     total = sum(part.rows for part in source.parts)
     with ThreadPoolExecutor(config.threads) as pool, tqdm(total=total, desc="exporting", unit="row") as bar:
@@ -129,17 +127,17 @@ def _summarise(config: ExportConfig, rows: int, tallies: Sequence[_Tally]) -> No
     pairs, cut = (sum(getattr(tally, name) for tally in tallies) for name in ("pairs", "cut"))
     print(f"{pairs} pairs in {config.output}")
     if rows > pairs:
-        reason = "too far from every label's scale, or LR images too small to be read again"
+        reason = "too far from every label's scale, or LR images too small for a reader"
         print(f"{rows - pairs} of {rows} rows left out: {reason}")
     if cut:
         print(
-            f"{cut} pairs cut, for their HR image was no multiple of their scale; "
-            f"at the far edge they are off by up to {max(tally.off for tally in tallies)} HR pixels"
+            f"{cut} pairs were cut, because their HR image was not a multiple of their scale; "
+            f"at the far edge they are misaligned by up to {max(tally.off for tally in tallies)} HR pixels"
         )
 
 
 def _claim(config: ExportConfig, source: FinishedDataset, output: Place) -> dict[str, _Tally] | None:
-    """Make the output ours; the parts that are done in it, or None when all is."""
+    """Prepare the output, and return its finished parts; None if the whole export is finished."""
     names = [file.key for file in output.files()]
     if names and CONFIG not in names:
         raise ValueError(f"output={config.output}: is not empty and holds no export of this job; choose another")
@@ -200,7 +198,7 @@ def _is_ours(name: str) -> bool:
 def _write(
     config: ExportConfig, source: FinishedDataset, part: Part, layout: Layout, output: Place, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """Write the pairs of a part; yields, as they are done, numbers of rows and what the index says of their pairs."""
+    """Write the pairs of a part; yields the number of rows and the pairs' index entries of each photograph."""
     rows = (row for _, row in source.rows(part))
     photos = (list(photo) for _, photo in groupby(rows, key=lambda row: row["key"]))
     windows = iter(lambda: list(islice(photos, config.threads)), [])

@@ -3,15 +3,15 @@
     OUTPUT/config.yaml  plan/part-000000.parquet ...  data/part-000000.parquet ...  rejects/part-000000.parquet ...
            manifest.parquet  README.md  preview.png  _SUCCESS
 
-A shard is planned before any work starts, and its plan never changes. A finished shard has two objects of its number,
-each put whole. The first is in `rejects/`: its schema metadata holds the shard's `Record` (rows, bytes and sha256 of
-the data part, statistics). The second is in `data/`: its bytes depend on the images alone. A shard is done when both
-are there, the data part has the size in the record, and the record's recipe (configuration and files) is the one that
-is wanted now. So a restart needs no state but these objects. Data is put only where there is none yet: of two drivers
-on one output, the second finds the first one's shard, equal to the byte, and leaves it.
+A shard is planned before any work starts, and its plan never changes. A finished shard has two objects with its
+number, each written as a whole. The first is in `rejects/`: its schema metadata is the shard's `Record` (rows, bytes
+and sha256 of the data part, statistics). The second is in `data/`: its bytes depend on the images alone. A shard is
+done when both exist, the data part has the size in the record, and the record's recipe (configuration and files) is
+that of the run. So a restart needs no other state than these objects. A data part never replaces one of the same
+recipe: if two drivers work on one output, the second one finds the first one's shard, equal to the byte, and keeps it.
 
-The plan grows by parts: `extend` and `retry_rejects` append one, with shards of new numbers. A key is planned again
-only after a shard rejected it. The newest shard that names a key decides.
+`extend` and `retry_rejects` add a part to the plan, with shards of new numbers. A key is planned again only if a shard
+has rejected it. The newest shard of a key counts.
 """
 
 import json
@@ -56,7 +56,7 @@ REJECT = pa.schema([("key", pa.string()), ("stage", pa.string()), ("error", pa.s
 
 
 class Reject(NamedTuple):
-    """A file that gave no rows: where it stopped (read, decode, degrade or encode), why, and after how many tries."""
+    """A file without rows: the stage that failed (read, decode, degrade or encode), the reason, and the attempts."""
 
     key: str
     stage: str
@@ -66,12 +66,12 @@ class Reject(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
-    """A finished shard, one row of the manifest.
+    """A finished shard; one row of the manifest.
 
-    `recipe` is the digest of the configuration and of the planned files that it was made from. `seconds` is the time
-    from its first read to its last write. `psnr` (HR against LR, in dB, at most 99), `clipped` (share of LR values at 0
-    or 255) and `colour_shift` (distance of the mean colours, in levels of 255) are means over its rows, before any
-    resize, and null without rows.
+    `recipe` is the digest of its configuration and planned files. `seconds` is the time from its first read to its last
+    write. Three statistics are means over its rows, before any resize, and null without rows: `psnr` (LR against HR, in
+    dB, at most 99), `clipped` (share of LR values at 0 or 255) and `colour_shift` (distance of the mean colours, in
+    levels of 255).
     """
 
     part: str
@@ -92,21 +92,21 @@ MANIFEST_ROW = pa.schema(
             (field.name, {str: pa.string(), int: pa.int64()}.get(field.type, pa.float64()))  # pyright: ignore[reportArgumentType, reportCallIssue]
             for field in fields(Record)
         ],
-        ("retried", pa.int64()),  # of the rejects, those that a newer shard takes again
+        ("retried", pa.int64()),  # the rejects that a newer shard has tried again
     ]
 )
 
 
 def part_name(folder: str, number: int) -> str:
-    """Name of a plan part or of a shard's data or rejects, e.g. "data/part-000012.parquet"."""
+    """Name of a part in `plan/`, `data/` or `rejects/`, e.g. "data/part-000012.parquet"."""
     return f"{folder}/part-{number:06d}.parquet"
 
 
 def find_objects(output: Place) -> list[str]:
-    """Every object of this layout that is there, in the order to delete them; leftovers of killed writes included.
+    """The objects of this layout and the leftovers of killed writes, in the order to delete them.
 
-    So that what a kill leaves is still this job's: _SUCCESS goes first, the newest parts before older ones, and the
-    configuration last.
+    _SUCCESS comes first, newer parts before older ones, and the configuration last. So if deleting is interrupted, the
+    rest is still known as an unfinished dataset.
     """
     names = [file.key for file in output.files() if _is_ours(file.key) or is_leftover(file.key)]
     names.sort(reverse=True)

@@ -1,4 +1,4 @@
-"""The records of finished shards: which shards are done, which files stand rejected, and manifest.parquet."""
+"""The records of finished shards: which shards are done, which files are rejected, and manifest.parquet."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ from degflow.storage import Place, Source
 
 
 def finished_shards(output: Place, plan: Plan, recipe: Callable[[Sequence[Source]], str]) -> dict[int, Record]:
-    """The records of the shards that are done; `recipe` gives what a shard of these files would be made from now."""
+    """The records of the shards that are done; `recipe` gives the digest of a shard with these files."""
     data = {file.key: file.size for file in output.files(DATA)}
     rejects = {file.key for file in output.files(REJECTS)}
     there = [n for n in range(len(plan)) if part_name(DATA, n) in data and part_name(REJECTS, n) in rejects]
@@ -37,7 +37,7 @@ def finished_shards(output: Place, plan: Plan, recipe: Callable[[Sequence[Source
 
 
 def read_record(output: Place, number: int) -> Record | None:
-    """The record of a shard; None where there is none that can be read."""
+    """The record of a shard; None if it is missing or damaged."""
     try:
         table = read_table(output, part_name(REJECTS, number))
         return Record(**json.loads((table.schema.metadata or {})[b"degflow"]))
@@ -46,7 +46,7 @@ def read_record(output: Place, number: int) -> Record | None:
 
 
 def rejects_of(output: Place, plan: Plan, records: Mapping[int, Record]) -> Iterator[Reject]:
-    """The rejects that stand, in the plan's order: those whose key no newer shard takes again."""
+    """The rejects that no newer shard has tried again, in the order of the plan."""
     newest = plan.newest()
     for number, reject in _all_rejects(output, records):
         if newest.get(reject.key, number) == number:
@@ -61,7 +61,7 @@ def _all_rejects(output: Place, records: Mapping[int, Record]) -> Iterator[tuple
 
 
 def write_manifest(output: Place, plan: Plan, records: Mapping[int, Record]) -> None:
-    """Write one row per shard: what consumers read through."""
+    """Write manifest.parquet, which has a row for each shard; consumers read the dataset through it."""
     newest, retried = plan.newest(), dict.fromkeys(records, 0)
     if newest:
         for number, reject in _all_rejects(output, records):
@@ -71,7 +71,7 @@ def write_manifest(output: Place, plan: Plan, records: Mapping[int, Record]) -> 
 
 
 def parts_in_manifest(output: Place) -> int:
-    """How many shards the manifest lists; 0 where there is none."""
+    """Number of shards in the manifest; 0 without a manifest."""
     try:
         return len(read_table(output, MANIFEST))
     except FileNotFoundError:

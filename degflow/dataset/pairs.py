@@ -1,11 +1,11 @@
 """A finished dataset as a PyTorch dataset of (LR, HR) pairs.
 
 1. An epoch is one sequence of rows: the parts in an order drawn from (seed, epoch), their rows as stored. Every loader
-   worker of every rank takes one contiguous slice of it. The slices have equal length to one row, whatever the number
-   of parts, overlap nowhere and leave nothing out.
-2. A buffer of bounded size shuffles the slice. It is run on row numbers alone, so that a resumed epoch replays it
+   worker of every rank reads one contiguous slice of it. The slices share no row, leave none out, and differ in length
+   by one row at most, whatever the number of parts.
+2. A buffer of limited size shuffles the slice. It works on row numbers, so a resumed epoch repeats the shuffling
    without reading, and then reads only the rows that are still to come.
-3. Crop, flips and rotation of a row follow from (seed, epoch, key, draw), whoever reads it.
+3. Crop, flips and rotation of a row depend on (seed, epoch, key, draw) alone, not on the worker.
 """
 
 import hashlib
@@ -30,38 +30,38 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
 
     An element is a dict with
         lr, hr: float32 "3 H W" in [-1, 1].
-        scale, time: float; collated, float64 "B".
-        key, draw: str and int; the two name a row.
+        scale, time: float; float64 "B" in a batch.
+        key, draw: str and int; together they identify a row.
 
-    `crop` cuts `lr` to crop x crop at a random place, and `hr` at the same one. In a dataset of `size=same` both have
-    that size. In one of `size=scaled`, `hr` has round(crop * scale) pixels a side, so a batch needs equal scales (or a
-    collate_fn of its own): the crops share their centre to within half an HR pixel, and exactly where the scale is
-    whole and HR's sides are multiples of it. An image smaller than its crop is continued by reflection.
+    `crop` cuts `lr` to crop x crop at a random place, and `hr` at the same place. With `size=same` both crops have that
+    size. With `size=scaled`, the HR crop has round(crop * scale) pixels a side, so a batch needs equal scales (or its
+    own collate_fn). The centres of the two crops are at most half an HR pixel apart; they are equal if the scale is
+    whole and HR's sides are multiples of it. An image smaller than its crop is extended by reflection.
 
-    All ranks must have equally many loader workers, which start in any multiprocessing context, whatever the storage.
-    `set_epoch` reaches them, persistent ones too. At the end of an epoch a rank may have one batch per worker less than
-    another; where that would leave one waiting, `repeat` has no end. Frameworks that split an IterableDataset among
-    ranks themselves (Accelerate's `prepare`) want rank=0, world=1. With loader workers the state is kept by torchdata's
-    StatefulDataLoader; without, DataLoader and `state_dict` do as well.
+    All ranks must have the same number of loader workers. These may use any multiprocessing context, with any storage.
+    `set_epoch` reaches them, persistent ones too. At the end of an epoch a rank may have up to one batch per worker
+    fewer than another; if the other rank would wait for it, use `repeat`, which never ends. Frameworks that split an
+    IterableDataset among ranks themselves (Accelerate's `prepare`) need rank=0, world=1. To save the state with loader
+    workers, use torchdata's StatefulDataLoader; without them, DataLoader and `state_dict` are enough.
 
-    A worker's memory holds `buffer` rows as PNG, one row group (100 rows or some 64 MB; with Arrow's own buffers
-    some 240 MB), and the pair being decoded.
+    A worker's memory holds `buffer` rows as PNG, one row group (100 rows or some 64 MB; some 240 MB with Arrow's
+    buffers), and the pair being decoded.
 
     Args:
         uri: the dataset's folder or URI.
-        crop: side of the LR crops, in pixels; None gives whole images.
+        crop: side of the LR crops, in pixels; None: whole images.
         flips: mirror at random, left to right and upside down.
         rotations: turn by 0, 90, 180 or 270 degrees at random.
-        shuffle: parts in an order by (seed, epoch), and rows through the buffer; False: as stored.
-        buffer: rows to shuffle among; None: as many as take some 256 MB on average, at most 1024.
+        shuffle: shuffle the parts, and the rows in a buffer; False: the stored order.
+        buffer: number of rows in the buffer; None: as many as take some 256 MB on average, at most 1024.
         seed: decides order, crops, flips and rotations.
-        repeat: go on with the next epoch for ever.
-        rank, world: of this process; None: torch.distributed's, else RANK's and WORLD_SIZE's, else one process.
+        repeat: continue with the next epoch, without end.
+        rank, world: of this process; None: from torch.distributed, else from RANK and WORLD_SIZE, else one process.
         verify: compare each part with the manifest's sha256 before its first use.
 
     Raises:
-        ValueError: no finished dataset, or a bad argument; while reading, a part or a source that is
-            missing or not as it was.
+        ValueError: no finished dataset, or a bad argument; while reading, a part or a source that is missing or has
+            changed.
         OSError: a part that cannot be read.
     """
 
@@ -96,30 +96,30 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
         size = sum(part.bytes for part in self.dataset.parts)
         self.buffer = buffer or max(1, min(_BUFFER_ROWS, _BUFFER_BYTES * self._total // max(1, size)))
         self._scaled = self.dataset.recipe["size"] == "scaled"
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that are already running
-        self._at = (0, 0)  # epoch, and rows given of it
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared with workers that are already running
+        self._at = (0, 0)  # epoch, and number of its rows that were given
         self._resume: tuple[int, int] | None = None
 
     def __len__(self) -> int:
-        """Rows of this rank in one epoch."""
+        """Number of rows of this rank in one epoch."""
         return self._total * (self.rank + 1) // self.world - self._total * self.rank // self.world
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration gives."""
+        """Choose the epoch of the next iteration."""
         self._epoch.fill_(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where this process is, for `load_state_dict` of the same worker of the same rank."""
+        """The position of this process, for `load_state_dict` in the same worker of the same rank."""
         consumer, consumers = self._consumer()
         epoch, position = self._at
         place = {"epoch": epoch, "position": position, "consumer": consumer, "consumers": consumers}
         return place | {"identity": self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next iteration go on after the last row of the state, with the same rows in the same order.
+        """Let the next iteration continue after the state's last row, with the same rows in the same order.
 
         Raises:
-            ValueError: the state is of another dataset, other arguments, or another number of ranks and workers.
+            ValueError: the state belongs to another dataset, other arguments, or another number of ranks and workers.
         """
         here = self._identity() | dict(zip(("consumer", "consumers"), self._consumer(), strict=True))
         there = state["identity"] | {name: state[name] for name in ("consumer", "consumers")}
@@ -140,7 +140,7 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
         return self.rank * count + number, self.world * count
 
     def _slice(self) -> tuple[int, int]:
-        """First row of the epoch that is this worker's, and the first that is not."""
+        """This worker's first row of the epoch, and the row after its last."""
         consumer, consumers = self._consumer()
         return self._total * consumer // consumers, self._total * (consumer + 1) // consumers
 
@@ -159,7 +159,7 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
             position = 0
 
     def _rows(self, epoch: int, position: int) -> Iterator[dict[str, Any]]:
-        """This worker's rows of an epoch, from `position` on."""
+        """This worker's rows of an epoch, starting at `position`."""
         first, last = self._slice()
         order = iter(range(last - first))
         if self.shuffle:
@@ -167,19 +167,19 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
             order = _shuffled(last - first, self.buffer, random)
         wanted = np.ones(last - first, bool)
         wanted[np.fromiter(itertools.islice(order, position), np.int64)] = False
-        stored, held = self._stored(epoch, first, wanted), {}
+        stored, waiting = self._stored(epoch, first, wanted), {}
         for number in order:
-            while number not in held:
+            while number not in waiting:
                 found, row = next(stored)
-                held[found] = row
-            yield held.pop(number)
+                waiting[found] = row
+            yield waiting.pop(number)
 
     def _stored(self, epoch: int, first: int, wanted: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
         """The wanted rows of the slice that begins at row `first` of the epoch, in the epoch's stored order."""
         parts = self.dataset.parts
         if self.shuffle:
             parts = [parts[n] for n in np.random.default_rng((self.seed, 0, epoch)).permutation(len(parts))]
-        begin = -first  # of the part, in the slice
+        begin = -first  # the part's first row, as a row of the slice
         for part in parts:
             mask = np.zeros(part.rows, bool)
             low, high = max(0, begin), min(len(wanted), begin + part.rows)
@@ -212,38 +212,38 @@ def _processes(rank: int | None, world: int | None) -> tuple[int, int]:
         else:
             rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     if rank is None or world is None or not 0 <= rank < world:
-        raise ValueError(f"rank={rank}, world={world}: must be given together, with 0 <= rank < world")
+        raise ValueError(f"rank={rank}, world={world}: give both, with 0 <= rank < world")
     return rank, world
 
 
 def _shuffled(count: int, buffer: int, random: np.random.Generator) -> Iterator[int]:
-    """0 .. count - 1, each taken at random from those of a buffer that the next in order then fills."""
-    held: list[int] = []
+    """0 .. count - 1, each drawn from a buffer of the next numbers, whose place the following number takes."""
+    numbers: list[int] = []
     for number in range(count):
-        if len(held) < buffer:
-            held.append(number)
+        if len(numbers) < buffer:
+            numbers.append(number)
             continue
         place = int(random.integers(buffer))
-        yield held[place]
-        held[place] = number
-    random.shuffle(held)
-    yield from held
+        yield numbers[place]
+        numbers[place] = number
+    random.shuffle(numbers)
+    yield from numbers
 
 
 def aligned_crops(
     lr: np.ndarray, hr: np.ndarray, crop: int, scale: float, random: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cut the same random place out of both.
+    """Cut two images at the same random place.
 
     Args:
         lr: uint8 "h w 3".
-        hr: uint8 "H W 3", at each side `scale` times `lr` to rounding.
+        hr: uint8 "H W 3", `scale` times as large as `lr`, to rounding.
         crop: side of the LR crop.
         scale: side of the HR crop / side of the LR crop.
-        random: where.
+        random: draws the place.
 
     Returns:
-        "crop crop 3", and "S S 3" with S = round(crop * scale) around the same centre, to half an HR pixel.
+        LR "crop crop 3" and HR "S S 3", S = round(crop * scale), with centres at most half an HR pixel apart.
     """
     side, places = round(crop * scale), []
     for small, large in zip(lr.shape[:2], hr.shape[:2], strict=True):

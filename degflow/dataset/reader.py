@@ -1,4 +1,4 @@
-"""A finished dataset: what `synthesize` left, read through its manifest."""
+"""A finished dataset, read through its manifest."""
 
 import hashlib
 import io
@@ -19,7 +19,7 @@ _CHUNK = 8 << 20  # bytes read at a time where a part's sha256 is checked
 
 
 class Part(NamedTuple):
-    """A data part as the manifest describes it."""
+    """A data part, as in the manifest."""
 
     name: str
     rows: int
@@ -28,16 +28,16 @@ class Part(NamedTuple):
 
 
 class FinishedDataset:
-    """A dataset that has its `_SUCCESS`.
+    """A dataset with `_SUCCESS`.
 
-    It keeps no open connection: it can be pickled, and used in forked and in spawned processes.
+    It keeps no connection open, so it can be pickled, and used in forked and in spawned processes.
 
     Args:
         uri: the dataset's folder or URI.
-        verify: compare each part with the manifest's sha256 before its first use in a process; reads it twice.
+        verify: compare each part with the manifest's sha256 before its first use in a process; reads parts twice.
 
     Raises:
-        ValueError: no finished dataset there.
+        ValueError: no finished dataset at the URI.
     """
 
     def __init__(self, uri: str, verify: bool = False):
@@ -54,15 +54,15 @@ class FinishedDataset:
         self._verified: set[str] = set()
 
     def rows(self, part: Part, wanted: np.ndarray | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Rows of a part in stored order, each with its number; memory holds one row group at a time.
+        """The rows of a part with their numbers, in stored order; memory holds one row group at a time.
 
         Args:
             part: one of `parts`.
-            wanted: bool "rows", which of them; row groups without one are not read.
+            wanted: bool "rows": which rows; row groups without such rows are not read.
 
         Raises:
-            ValueError: the part is missing, or not what the manifest describes; the message names it.
-            OSError: the part cannot be read, or is damaged inside; the message names it.
+            ValueError: the part is missing, or differs from the manifest.
+            OSError: the part cannot be read, or is damaged.
         """
         place = Place(self.uri)
         where = place.uri_of(part.name)
@@ -71,7 +71,7 @@ class FinishedDataset:
                 self._check(file, where, part)
                 parquet = pq.ParquetFile(file, pre_buffer=True)
                 if parquet.metadata.num_rows != part.rows:
-                    raise ValueError(f"{where}: {parquet.metadata.num_rows} rows, where the manifest says {part.rows}")
+                    raise ValueError(f"{where}: {parquet.metadata.num_rows} rows, but the manifest says {part.rows}")
                 first = 0
                 for group in range(parquet.num_row_groups):
                     count = parquet.metadata.row_group(group).num_rows
@@ -82,13 +82,13 @@ class FinishedDataset:
                         del table
                     first += count
         except FileNotFoundError:
-            raise ValueError(f"{where}: no such part, though the manifest lists it") from None
-        except (pa.ArrowException, OSError) as error:  # Arrow calls some kinds of damage an OSError
+            raise ValueError(f"{where}: no such part, but the manifest lists it") from None
+        except (pa.ArrowException, OSError) as error:  # Arrow reports some damage as an OSError
             raise OSError(f"{where}: cannot be read ({type(error).__name__}: {error})") from error
 
     def _check(self, file: BinaryIO, where: str, part: Part) -> None:
         if (size := file.seek(0, os.SEEK_END)) != part.bytes:
-            raise ValueError(f"{where}: {size} bytes, where the manifest says {part.bytes}")
+            raise ValueError(f"{where}: {size} bytes, but the manifest says {part.bytes}")
         file.seek(0)
         if not self.verify or part.name in self._verified:
             return
@@ -96,15 +96,15 @@ class FinishedDataset:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
         if digest.hexdigest() != part.sha256:
-            raise ValueError(f"{where}: sha256 {digest.hexdigest()}, where the manifest says {part.sha256}")
+            raise ValueError(f"{where}: sha256 {digest.hexdigest()}, but the manifest says {part.sha256}")
         self._verified.add(part.name)
 
     def lr_of(self, row: dict[str, Any]) -> np.ndarray:
-        """LR image of a row, uint8 "H W 3"."""
+        """The LR image of a row, uint8 "H W 3"."""
         return _png(row, "lr")
 
     def hr_of(self, row: dict[str, Any]) -> np.ndarray:
-        """HR image of a row, uint8 "H W 3": exactly the pixels that were degraded.
+        """The HR image of a row, uint8 "H W 3": exactly the pixels that were degraded.
 
         Raises:
             ValueError: with `hr=reference`, the source is gone or has changed.
@@ -116,16 +116,16 @@ class FinishedDataset:
 
 def _png(row: dict[str, Any], name: str) -> np.ndarray:
     try:
-        # The format's own class: an LR image may be smaller than `images.decode` accepts.
+        # Not `images.decode`, which refuses images as small as LR images may be.
         with PngImageFile(io.BytesIO(row[name]["bytes"])) as image:
             return np.asarray(image)
-    except Exception as error:  # Pillow's decoders raise many kinds
+    except Exception as error:  # Pillow's decoders raise many kinds of errors
         raise ValueError(f"{row['key']}, draw {row['draw']}: damaged {name} ({error})") from error
 
 
 def _source(row: dict[str, Any]) -> bytes:
     path, key = row["hr"]["path"], row["key"]
-    # A key may hold what a URI would give a meaning to; the input's root was given as one.
+    # The path is a URI and then a key; a key may hold characters such as ::, which have a meaning in a URI.
     place, name = (Place(path.removesuffix(f"/{key}")), key) if path.endswith(f"/{key}") else split_uri(path)
     try:
         data = place.read(name)

@@ -18,15 +18,20 @@ ROW_GROUP_ROWS, ROW_GROUP_BYTES = 100, 64 << 20
 
 
 class ShardWriter:
-    """Collects a shard's rows in a temporary local file, and puts its two objects at the end.
+    """Collects the rows of a shard in a temporary local file, and writes its two objects at the end.
 
-    Memory holds one row group at a time. Use it as a context manager: the temporary file goes with it.
+    Memory holds one row group at a time. Use it as a context manager, which deletes the temporary file.
+
+    Args:
+        output: the dataset.
+        number: of the shard.
+        recipe: digest of the configuration and of the planned files.
     """
 
     def __init__(self, output: Place, number: int, recipe: str):
         self.output, self.number, self.recipe = output, number, recipe
-        self._spool = tempfile.TemporaryFile()  # noqa: SIM115 (without a name: nothing to leave behind)
-        # PNG does not compress any further; the other columns are a few bytes each.
+        self._spool = tempfile.TemporaryFile()  # noqa: SIM115 (a file without a name leaves nothing behind)
+        # PNGs do not compress further, and the other columns are a few bytes each.
         self._parquet = pq.ParquetWriter(self._spool, ROW, compression="none")
         self._buffer: list[dict[str, Any]] = []
         self._rejects: list[Reject] = []
@@ -40,7 +45,7 @@ class ShardWriter:
         self._spool.close()
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Append the rows of one image, keys as in `ROW`."""
+        """Append the rows of one photograph, with the columns of `ROW`."""
         self._buffer += rows
         self._rows += len(rows)
         self._buffered += sum(len(row[name]["bytes"] or b"") for row in rows for name in ("lr", "hr"))
@@ -48,7 +53,7 @@ class ShardWriter:
             self._flush()
 
     def reject(self, reject: Reject) -> None:
-        """Note that an image gives no rows."""
+        """Note that a photograph has no rows."""
         self._rejects.append(reject)
 
     def _flush(self) -> None:
@@ -57,9 +62,9 @@ class ShardWriter:
         self._buffer, self._buffered = [], 0
 
     def finish(self, seconds: float, psnr: float | None, clipped: float | None, colour_shift: float | None) -> Record:
-        """Put the rejects with the record, then the data: from then on the shard is done.
+        """Write the rejects with the record, then the data; then the shard is done.
 
-        One that another driver has put meanwhile, by the same recipe, stays as it is; its record is returned.
+        If another driver has already written this shard by the same recipe, it is kept, and its record is returned.
         """
         found = read_record(self.output, self.number)
         if found and found.recipe == self.recipe and _size_there(self.output, found.part) == found.bytes:
@@ -86,7 +91,7 @@ class ShardWriter:
         self.output.write(part_name(REJECTS, self.number), serialise(rejects))
         spool = f"/dev/fd/{self._spool.fileno()}"
         if not self.output.upload(spool, record.part, new=True) and self.output.sha256(record.part) != digest:
-            self.output.upload(spool, record.part)  # what is there is no shard of this recipe, or cut short
+            self.output.upload(spool, record.part)  # the existing part has another recipe, or is cut off
         return record
 
 

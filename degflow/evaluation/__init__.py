@@ -1,9 +1,10 @@
 """How close generated LR images come to captured ones: scores, realism, baselines, tables, pictures.
 
-1. `metrics` are those of the published protocol, `realism` what they cannot see.
-2. `fidelity` scores the degrader and the `baselines` against captured levels; `curve` follows the degrader over a fine
+1. `metrics` has the scores of the published protocol, `realism` measures what they miss.
+2. `fidelity` scores the degrader and the `baselines` against captured levels; `curve` scores the degrader over a fine
    grid of scales.
-3. `tables` and `pictures` show it; `validation` is what trainings show while they run.
+3. `tables` and `pictures` show the results; `validation` is for trainings while they run.
+4. `run` is the job.
 """
 
 from degflow.evaluation.baselines import (

@@ -1,10 +1,13 @@
-"""What a generated LR image is compared with, from HR alone or with an eye on the captured LR.
+"""LR images made by simpler means, for comparison with the generated ones.
 
-- `bicubic`: down and back.
+From HR alone:
+- `bicubic`: downsampling and upsampling.
 - `blur`: one Gaussian per level, its sigma fitted by `fit_sigmas`.
-- `random_degradation` (see `random_pipeline`): what a degradation model that knows no camera makes.
-- `reconstruct` and `interpolate` see the captured LR: the autoencoder's limit, and a path through the latents of the
-  captured trained levels, what a flow could learn at best.
+- `random_degradation` (see `random_pipeline`): a degradation model without a camera.
+
+With the captured LR, as upper limits:
+- `reconstruct`: the captured LR through the autoencoder.
+- `interpolate`: a path through the latents of the captured trained levels, the best that a flow could learn.
 """
 
 import hashlib
@@ -27,12 +30,12 @@ from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear
 
 BASELINES = ("gaussian", "random", "spline", "linear")
 FIT_SIDE = 512  # pixels of each scene that a sigma is fitted on
-SHARPEST = 0.05  # sigma in pixels: no blur
+SHARPEST = 0.05  # sigma in pixels, practically no blur
 _PATHS = {"spline": NaturalCubicSpline, "linear": PiecewiseLinear}
 
 
 def bicubic(hr: Tensor, scale: float) -> Tensor:
-    """The baseline: antialiased bicubic down by `scale` and back, through 8-bit, "B 3 H W" in [-1, 1]."""
+    """Antialiased bicubic down by `scale` and up again, with 8-bit rounding; "B 3 H W" in [-1, 1]."""
 
     def there_and_back(pixels: np.ndarray) -> np.ndarray:
         height, width = pixels.shape[:2]
@@ -43,7 +46,7 @@ def bicubic(hr: Tensor, scale: float) -> Tensor:
 
 @torch.inference_mode()
 def reconstruct(autoencoder: ResidualAutoencoder, guide: Tensor, lr: Tensor) -> Tensor:
-    """decode(encode(LR); skips of the guide: HR, or HR after the optics), the best that any flow could reach with it."""
+    """decode(encode(LR); skips of the guide), the best that a flow could reach; the guide is HR, or HR after optics."""
     multiple = autoencoder.config.compression
     latent, _ = autoencoder.encode(pad(lr, multiple))
     decoded = autoencoder.decode(latent, autoencoder.skips(pad(guide, multiple)))
@@ -52,7 +55,7 @@ def reconstruct(autoencoder: ResidualAutoencoder, guide: Tensor, lr: Tensor) -> 
 
 @torch.inference_mode()
 def interpolate(degrader: Degrader, captured: Tensor, scale: float, path: str) -> Tensor:
-    """Decode, with HR's skips, a path through the latents of captured images.
+    """Decode a point of a path through the latents of captured images, with HR's skips.
 
     Args:
         degrader: whose autoencoder and trained levels are taken.
@@ -74,10 +77,10 @@ def interpolate(degrader: Degrader, captured: Tensor, scale: float, path: str) -
 
 
 def fit_sigmas(scenes: SceneImages, levels: Mapping[str, float], crop: int = 0) -> dict[str, float]:
-    """The sigma in pixels, for each level but HR's, of the Gaussian that brings HR closest to the captured LR.
+    """For each level but HR, the sigma in pixels of the Gaussian that makes HR most like the captured LR.
 
-    Closest is the highest mean PSNR-Y over the scenes (of their middle 512 pixels at most), between no blur and a sigma
-    of the level's scale; golden-section search to 0.005 pixels.
+    It has the highest mean PSNR-Y over the central 512 pixels of the scenes, and lies between no blur and the level's
+    scale; golden-section search to 0.005 pixels.
     """
     side = min(crop or FIT_SIDE, FIT_SIDE)
     scene_lumas = [luma(images.to_tensor(central(pixels, side)))[:, None].float() for pixels in scenes.pixels]
@@ -95,7 +98,7 @@ def fit_sigmas(scenes: SceneImages, levels: Mapping[str, float], crop: int = 0) 
 
 
 def _lowest(function, low: float, high: float, tolerance: float = 0.005) -> float:
-    """Where a function of one minimum in [low, high] has it."""
+    """The minimum of a function that has one in [low, high], by golden-section search."""
     ratio = (math.sqrt(5) - 1) / 2
     a, b = high - ratio * (high - low), low + ratio * (high - low)
     at_a, at_b = function(a), function(b)
@@ -112,15 +115,14 @@ def _lowest(function, low: float, high: float, tolerance: float = 0.005) -> floa
 
 
 class Baselines:
-    """The baselines that a table shows beside HR, bicubic and the autoencoder's limit.
+    """The baselines of a table, beside HR, bicubic and the autoencoder's limit.
 
     Args:
         degrader: for the latent paths.
         levels: label -> scale of the scenes' levels, HR first.
         sigmas: label -> sigma of the Gaussian blur.
-        names: which of gaussian, random, spline and linear. The latent paths need the captured LR of every trained
-            level, and are left out where `levels` lacks one.
-        seed: of the random pipeline; with the scene's id and the level it decides everything.
+        names: which of gaussian, random, spline and linear. The last two, the latent paths, need the captured LR of
+            every trained level; they are left out if `levels` lacks one.
     """
 
     def __init__(
@@ -129,15 +131,14 @@ class Baselines:
         levels: Mapping[str, float],
         sigmas: Mapping[str, float],
         names: Sequence[str] = BASELINES,
-        seed: int = 0,
     ):
-        self.degrader, self.levels, self.sigmas, self.seed = degrader, dict(levels), dict(sigmas), seed
+        self.degrader, self.levels, self.sigmas = degrader, dict(levels), dict(sigmas)
         self.lacking = [label for label in degrader.levels if label not in levels]
         self.names = [name for name in names if not (name in _PATHS and self.lacking)]
         self.knots = [] if self.lacking else [list(levels).index(label) for label in degrader.levels]
 
     def at(self, label: str) -> list[str]:
-        """Names at one level: at a trained one the latent paths are the autoencoder's limit, and left out."""
+        """Names at one level. At a trained level the latent paths equal the autoencoder's limit and are left out."""
         trained = self.degrader.levels.get(label) == self.levels[label]
         return [name for name in self.names if not (name in _PATHS and trained)]
 
@@ -150,7 +151,7 @@ class Baselines:
         if name == "gaussian":
             return blur(hr, self.sigmas[label])
         if name == "random":
-            identity = f"{self.seed} {label} {scene}".encode()
+            identity = f"0 {label} {scene}".encode()  # 0: a fixed seed, so that tables repeat
             rng = np.random.default_rng(int.from_bytes(hashlib.sha256(identity).digest()[:8], "big"))
             return images.to_tensor(random_degradation(images.to_pixels(hr)[0], scale, rng), hr.device)[None]
         return interpolate(self.degrader, captured[self.knots], scale, name)

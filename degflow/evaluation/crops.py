@@ -1,4 +1,4 @@
-"""Which part of a scene is looked at."""
+"""The part of a scene that is compared or shown."""
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from degflow.evaluation.metrics import luma
 
 
 def central(pixels: np.ndarray, crop: int) -> np.ndarray:
-    """The middle `crop` x `crop` of "K H W 3", smaller where the scene is; 0 leaves it whole."""
+    """The central `crop` x `crop` of "K H W 3", or less if the scene is smaller; 0 returns it whole."""
     if not crop:
         return pixels
     top, left = (max(0, side - crop) // 2 for side in pixels.shape[1:3])
@@ -18,7 +18,7 @@ def central(pixels: np.ndarray, crop: int) -> np.ndarray:
 
 
 def validation_crops(scenes: SceneImages, count: int = 6, side: int = 192) -> Tensor:
-    """Central crops of evenly spaced scenes, uint8 "N K 3 side side" (smaller where a scene is)."""
+    """Central crops of evenly spaced scenes, uint8 "N K 3 side side"; side is at most that of the smallest."""
     chosen = np.unique(np.linspace(0, len(scenes) - 1, count).astype(int))
     side = min(side, *(min(scenes.pixels[n].shape[1:3]) for n in chosen))
     crops = np.stack([central(scenes.pixels[n], side) for n in chosen])

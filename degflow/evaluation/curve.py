@@ -1,4 +1,4 @@
-"""Generated LR images over a fine grid of scales: how far from HR, and where along it the captured levels lie."""
+"""Generated LR images over a fine grid of scales: their distance to HR, and the scales closest to captured levels."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from degflow.evaluation.crops import central
 from degflow.evaluation.metrics import psnr
 from degflow.trajectory import Timeline
 
-TOGETHER = 8  # scales decoded at once
+BATCH = 8  # scales decoded at once
 
 
 class SweepPoint(NamedTuple):
@@ -27,12 +27,12 @@ class SweepPoint(NamedTuple):
 
 
 class BestTime(NamedTuple):
-    """Where a scene's generated LR image is closest to its captured one.
+    """The time at which a scene's generated LR image is closest to its captured one.
 
     Attributes:
-        scene, level: whose captured image.
-        time, scale: of the highest PSNR-Y.
-        at_end: the highest is at an end of the trained range; the image may lie beyond.
+        scene, level: of the captured image.
+        time, scale: with the highest PSNR-Y.
+        at_end: this is an end of the trained range, and the true best may lie outside.
         psnr: the highest on the grid. own_time, own_psnr: at the level's own scale.
     """
 
@@ -54,10 +54,10 @@ def sweep(
     crop: int = 0,
     **solver: int | str,
 ) -> Iterator[list[SweepPoint]]:
-    """Score generated LR images of every scene at many scales, from one integration each.
+    """Score generated LR images of every scene at many scales.
 
     Args:
-        degrader: what is judged.
+        degrader: the model.
         scenes: captured scenes with the levels' images.
         levels: label -> scale, in the scenes' order, HR first.
         count: scales of an even grid over the trained range, >= 2; the levels' own scales are added.
@@ -75,7 +75,7 @@ def sweep(
     for scene, pixels in zip(scenes.scenes, scenes.pixels, strict=True):
         real = images.to_tensor(central(pixels, crop), device)
         points = []
-        for part in torch.arange(len(scales)).split(TOGETHER):
+        for part in torch.arange(len(scales)).split(BATCH):
             made = degrader(real[:1], scales[None, part], **solver)[0]  # type: ignore[arg-type]
             for level, image in zip(levels, real, strict=True):
                 scores = psnr(made, image.expand_as(made)).tolist()
@@ -102,8 +102,8 @@ def mean_curve(points: Sequence[SweepPoint], level: str = HR_LABEL) -> dict[floa
 def best_times(points: Sequence[SweepPoint], levels: Mapping[str, float], timeline: Timeline) -> list[BestTime]:
     """For every scene and level but HR's, the time of the highest PSNR-Y.
 
-    The mean squared error is taken as a parabola through the best time of the grid and its neighbours, which is exact
-    where the image moves evenly along a line.
+    A parabola is fitted to the mean squared error at the best time of the grid and its two neighbours. This is exact
+    where the image changes linearly in time.
 
     Args:
         points: of `sweep`.
@@ -128,7 +128,7 @@ def _best(curve: Sequence[SweepPoint], scale: float, timeline: Timeline) -> Best
 
 
 def _vertex(three: Sequence[SweepPoint]) -> float:
-    """Time of the least error of the parabola through three points, the middle one the lowest."""
+    """Time of the lowest point of the parabola through three points, of which the middle one is the lowest."""
     (t0, e0), (t1, e1), (t2, e2) = ((point.time, 10 ** (-point.psnr / 10)) for point in three)
     left, right = (t1 - t0) * (e1 - e2), (t1 - t2) * (e1 - e0)
     if left == right:  # all equal

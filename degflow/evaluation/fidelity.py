@@ -1,4 +1,4 @@
-"""Every method's LR images against the captured ones, scored as the 8-bit images that a dataset holds."""
+"""Scores of every method's LR images against the captured ones, rounded to 8 bits as in a dataset."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -25,14 +25,14 @@ TITLES = {
     "spline": "latent spline",
     "linear": "latent line",
 }
-TOGETHER = 2**21  # pixels whose LPIPS is taken at once
+LPIPS_PIXELS = 2**21  # in one batch
 
 
 class Measurement(NamedTuple):
     """One LR image of one scene, made by one method, against the captured one.
 
-    `spectrum`, `noise`, `correlation` and `divergence` are `realism`'s; `captured_noise` and `captured_correlation`
-    those of the captured LR image.
+    `spectrum`, `noise`, `correlation` and `divergence` are defined in `realism`; `captured_noise` and
+    `captured_correlation` are those of the captured LR image.
     """
 
     scene: str
@@ -60,19 +60,19 @@ def measure(
     baselines: Baselines | None = None,
     **solver: int | str,
 ) -> Iterator[Measurement]:
-    """Compare every method's LR with the captured one, at every level but HR's.
+    """Compare every method's LR with the captured one, at every level but HR.
 
     Args:
-        degrader: what is judged.
+        degrader: the model.
         scenes: captured scenes with the levels' images.
-        levels: label -> scale, in the scenes' order; label 1 (HR) is what the methods start from.
+        levels: label -> scale, in the scenes' order; label 1 is HR, the methods' input.
         perceptual: LPIPS, or None to leave it out (NaN).
-        crop: side of the central crop (smaller where a scene is); 0 takes whole images.
+        crop: side of the central crop, less if a scene is smaller; 0 takes whole images.
         baselines: more methods, after those of METHODS.
         solver: `steps`, `solver` of the degrader.
 
     Raises:
-        ValueError: an image of fewer than 24 pixels a side.
+        ValueError: an image side has fewer than 24 pixels.
     """
     labels = [label for label in levels if label != HR_LABEL]
     device = next(degrader.parameters()).device
@@ -98,7 +98,7 @@ def measure(
 
 
 def count(scenes: SceneImages, levels: Mapping[str, float], baselines: Baselines | None = None) -> int:
-    """How many measurements `measure` makes."""
+    """Number of measurements that `measure` yields."""
     labels = [label for label in levels if label != HR_LABEL]
     return len(scenes) * sum(len(METHODS) + (len(baselines.at(label)) if baselines else 0) for label in labels)
 
@@ -106,7 +106,7 @@ def count(scenes: SceneImages, levels: Mapping[str, float], baselines: Baselines
 def _scores(
     batch: Tensor, lr: Tensor, hr: Tensor, flat: Tensor, perceptual: nn.Module | None
 ) -> list[tuple[float, ...]]:
-    """The numbers of a `Measurement` for each of "M 3 H W", made from "1 3 H W" to resemble "1 3 H W"."""
+    """The scores of a `Measurement` for each of M LR images "M 3 H W", against LR and HR "1 3 H W"."""
     lrs, hrs = lr.expand_as(batch), hr.expand_as(batch)
     noise, correlation = realism.noise(batch, flat)
     captured = [value.expand(len(batch)) for value in realism.noise(lr, flat)]
@@ -128,11 +128,11 @@ def _scores(
 def _lpips(perceptual: nn.Module | None, batch: Tensor, lr: Tensor) -> Tensor:
     if perceptual is None:
         return torch.full((len(batch),), torch.nan)
-    parts = batch.split(max(1, TOGETHER // (lr.shape[-1] * lr.shape[-2])))
-    return torch.cat([perceptual(part, lr) for part in parts])  # one reference: its features are computed once
+    parts = batch.split(max(1, LPIPS_PIXELS // (lr.shape[-1] * lr.shape[-2])))
+    return torch.cat([perceptual(part, lr) for part in parts])  # with one reference, whose features are computed once
 
 
 def methods_of(measurements: Sequence[Measurement]) -> list[str]:
-    """Methods that were measured, in their order."""
+    """The measured methods, in the order of METHODS and BASELINES."""
     found = {row.method for row in measurements}
     return [method for method in (*METHODS, *BASELINES) if method in found]

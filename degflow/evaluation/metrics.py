@@ -36,7 +36,7 @@ def shaved_luma(image: Tensor, smallest: int) -> Tensor:
     """Y without its border, "B 3 H W" -> "B H-8 W-8".
 
     Raises:
-        ValueError: a side of fewer than `smallest` pixels is left.
+        ValueError: a side has fewer than `smallest` pixels left.
     """
     if min(image.shape[-2:]) < 2 * SHAVE + smallest:
         raise ValueError(

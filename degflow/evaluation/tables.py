@@ -1,4 +1,4 @@
-"""Measurements as Markdown, means over the scenes; and rows as parquet."""
+"""Measurements as Markdown tables of means over the scenes, and as parquet."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -47,9 +47,9 @@ def baselines_table(measurements: Sequence[Measurement], sigmas: Mapping[str, fl
 
 
 def realism_table(measurements: Sequence[Measurement]) -> str:
-    """A row per level and method, and one for the captured LR: `realism`'s measures, in the mean.
+    """A row per level for the captured LR and each method: the means of `realism`'s measures.
 
-    Of noise and its correlation the median, for a scene that is nowhere flat shows its texture in them.
+    Noise and its correlation are medians, because in a scene without flat blocks they include texture.
     """
     rows = []
     for label in _labels(measurements):
@@ -93,11 +93,11 @@ def best_time_table(best: Sequence[BestTime], optical: Mapping[str, float], time
 
 
 def curve_table(curves: Mapping[str, Mapping[float, float]], count: int = 11) -> str:
-    """A column for some `count` scales, a row for each level's curve.
+    """A column for each of about `count` scales, a row for each level's curve.
 
     Args:
-        curves: level label -> `mean_curve`, all of the same scales.
-        count: columns at most.
+        curves: level label -> `mean_curve`, all at the same scales.
+        count: largest number of columns.
     """
     scales = list(next(iter(curves.values())))
     shown = scales[:: math.ceil(len(scales) / count)]
@@ -107,12 +107,12 @@ def curve_table(curves: Mapping[str, Mapping[float, float]], count: int = 11) ->
 
 
 def falls(curve: Mapping[float, float]) -> bool:
-    """Whether every value is below the one before."""
+    """Whether every value is lower than the one before it."""
     return all(after < before for before, after in pairwise(curve.values()))
 
 
 def parquet(rows: Iterable[Any]) -> bytes:
-    """NamedTuples of plain values, one kind, as a parquet file."""
+    """NamedTuples of one class, with plain values, as a parquet file."""
     table = pa.Table.from_pylist([row._asdict() for row in rows])
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
@@ -120,12 +120,12 @@ def parquet(rows: Iterable[Any]) -> bytes:
 
 
 def read_measurements(data: bytes) -> list[Measurement]:
-    """Rows that `parquet` wrote."""
+    """Read the rows that `parquet` wrote."""
     return [Measurement(**row) for row in pq.read_table(pa.BufferReader(data)).to_pylist()]
 
 
 def generated_scores(measurements: Sequence[Measurement]) -> dict[str, str]:
-    """ "PSNR / SSIM / LPIPS" of the generated LR images in the mean, by level."""
+    """ "PSNR / SSIM / LPIPS", means of the generated LR images, by level."""
     return {f"x{label}": _scores(_of(measurements, label, "generated")) for label in _labels(measurements)}
 
 
@@ -146,7 +146,7 @@ def _mean(rows: Sequence[Measurement], name: str, form: str) -> str:
 
 
 def _middle(rows: Sequence[Measurement], name: str) -> str:
-    """The median of the rows that have the value: an image without noise has no correlation."""
+    """The median without NaN: an image without noise has no correlation."""
     values = [value for row in rows if not math.isnan(value := getattr(row, name))]
     return f"{float(np.median(values)) if values else math.nan:.2f}"
 

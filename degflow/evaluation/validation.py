@@ -1,4 +1,4 @@
-"""What a training shows while it runs: scores and pictures of a few crops."""
+"""Scores and pictures of a few crops, which a training shows while it runs."""
 
 from collections.abc import Mapping, Sequence
 
@@ -34,7 +34,7 @@ def reconstruction(
 
 
 def generation(degrader: Degrader, crops: Tensor, labels: Sequence[str]) -> tuple[dict[str, float], np.ndarray]:
-    """PSNR of generated against real LR at every trained level, and a picture: HR | real and generated LR | between."""
+    """PSNR of generated against real LR at every trained level; a picture of HR, real and generated LR, and between."""
     device = next(degrader.parameters()).device
     image = to_float(crops.to(device))
     scales = [degrader.levels[label] for label in labels[1:]]

@@ -1,4 +1,4 @@
-"""The paper's experiment: what is to be run (`plan`), running it (`cells`), and what came out (`tables`)."""
+"""The paper's experiment: the cells (`plan`), running them (`cells`, `run`), and the results (`tables`)."""
 
 from degflow.protocol.cells import finished, perform
 from degflow.protocol.plan import Cell, ProtocolConfig, cells

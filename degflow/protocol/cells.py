@@ -1,4 +1,4 @@
-"""Running a cell: a job as a process of its own, with a log, and a record that it was finished."""
+"""Run a cell: a job as its own process, with a log, and a record when it is finished."""
 
 import json
 import shlex
@@ -19,7 +19,7 @@ def finished(cell: Cell, place: Place) -> bool:
     """Whether the cell was finished with the same words.
 
     Raises:
-        ValueError: it was finished with others.
+        ValueError: it was finished with other words.
     """
     if not place.exists(f"cells/{cell.name}.json"):
         return False
@@ -40,10 +40,10 @@ def perform(cell: Cell, place: Place, jobs: Path, launch: Sequence[str]) -> floa
         cell: what to run.
         place: the experiment's output.
         jobs: folder of the jobs' scripts.
-        launch: words before a training's script; none: this Python.
+        launch: command that starts a training's script; empty: this Python.
 
     Raises:
-        Stopped: SIGTERM or SIGUSR1 came; the job was told, and had time to save.
+        Stopped: SIGTERM or SIGUSR1 came; it was passed on to the job, which had time to save.
         ValueError: the job failed; the message has its last line.
     """
     start = [*launch] if launch and cell.job.startswith("train") else [sys.executable]
@@ -69,7 +69,7 @@ def perform(cell: Cell, place: Place, jobs: Path, launch: Sequence[str]) -> floa
             for number, handler in before.items():
                 signal.signal(number, handler)
     if code and (told or code == EXIT_CODE):
-        print(f"stopped during {cell.name}; the same command goes on", flush=True)
+        print(f"stopped during {cell.name}; the same command continues", flush=True)
         raise Stopped
     if code:
         lines = log.read_text(errors="replace").strip().splitlines()
@@ -81,5 +81,5 @@ def perform(cell: Cell, place: Place, jobs: Path, launch: Sequence[str]) -> floa
 
 
 def record(cell: Cell, place: Place) -> dict[str, Any]:
-    """What a finished cell is known by; the experiment's folder may be moved."""
+    """A cell's job and words, with OUTPUT for the experiment's folder, which may be moved."""
     return {"job": cell.job, "words": [word.replace(place.uri, "OUTPUT") for word in cell.words]}

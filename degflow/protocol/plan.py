@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from degflow.config import option, required
 from degflow.degrader import SHIPPED
 
+TEST_LEVEL = "3"  # label and scale of the test images
 SYNTHESIS = ("scale.", "spread=", "solver.")  # what a degrader's words say to synthesize
 
 
@@ -17,16 +18,19 @@ class ProtocolConfig:
     """Keys of protocol."""
 
     output: str = required("local folder for the cells and the tables")
-    data: str = option("", "RealSR-like root that holds CAMERA/Train and CAMERA/Test")
-    photographs: str = option("", "in place of data: photographs that the simulated cameras capture")
+    data: str = option("", "RealSR-like root that holds CAMERA/Train and CAMERA/Test", common=True)
+    photographs: str = option("", "in place of data: photographs that the simulated cameras capture", common=True)
     simulate: list[str] = option([], "words for simulate_scenes")
-    cameras: tuple[str, str] = option(("Canon", "Nikon"), "A, which trains the degrader, and B, whose HR it degrades")
-    resize_lr: bool = option(False, "bring LR images smaller than HR (RealSR V3) to HR's grid by bicubic")
+    cameras: tuple[str, str] = option(
+        ("Canon", "Nikon"), "A, whose pairs train the degrader, and B, whose HR images it degrades"
+    )
+    resize_lr: bool = option(False, "enlarge LR images smaller than HR (RealSR V3) to HR's size by bicubic")
     degraders: dict[str, list[str]] = option(
         {"draws": [], "published": ["stage2=train_lfm", "skips=hr"]},
-        "name -> words that set it apart: model=FILE (or model=shipped) in place of a training; stage2=train_lfm or "
+        "name -> its own words: model=FILE (or model=shipped) in place of a training; stage2=train_lfm or "
         "train_residual (the default); skips=..., autoencoder.* for train_rae; scenes.* for both trainings; levels=... "
         "for evaluate; scale.*, spread=... for synthesize; all others for stage 2",
+        common=True,
     )
     rae: list[str] = option(["config=configs/paper_rae.yaml", "skips=optics"], "words for train_rae")
     lfm: list[str] = option(["config=configs/paper_lfm.yaml"], "words for train_lfm")
@@ -36,16 +40,20 @@ class ProtocolConfig:
     rows: dict[str, list[str]] = option(
         {"real x3": ["3"], "real x2, x4": ["2", "4"], "generated x2..x4": ["draws"]},
         "label -> training set of the SR networks: levels of real pairs, or names of degraders; {} trains none",
+        common=True,
     )
-    row_words: dict[str, list[str]] = option({}, "row -> words for its train_sr, after all others")
-    real: list[str] = option(["Canon"], "cameras whose Train has the real pairs of the rows")
+    row_words: dict[str, list[str]] = option({}, "row -> words for its train_sr, after all other words")
+    real: list[str] = option(["Canon"], "cameras whose Train gives the rows' real pairs")
     networks: dict[str, list[str]] = option(
-        {name: [f"network.name={name}"] for name in ("swinir", "hat", "mambair")}, "name -> words for train_sr"
+        {name: [f"network.name={name}"] for name in ("swinir", "hat", "mambair")},
+        "name -> words for train_sr",
+        common=True,
     )
     sr: list[str] = option(["config=configs/paper_sr.yaml"], "words for train_sr, before the network's")
     seeds: dict[str, int] = option({}, "network -> how many seeds; one for those not named")
-    test_level: str = option("3", "folder label of the test images")
-    launch: list[str] = option([], "how trainings start, e.g. [accelerate,launch,--multi_gpu]; empty: this Python")
+    launch: list[str] = option(
+        [], "command that starts trainings, e.g. [accelerate,launch,--multi_gpu]; empty: this Python", common=True
+    )
 
     def __post_init__(self):
         if len(set(self.cameras)) != 2:
@@ -81,7 +89,7 @@ class Cell(NamedTuple):
 
 
 def cells(config: ProtocolConfig) -> list[Cell]:
-    """Everything that is to be run, in order."""
+    """All cells, in the order in which they run."""
     planned = []
     if config.photographs:
         cameras = ",".join(camera.lower() for camera in config.cameras)
@@ -112,7 +120,7 @@ def root(config: ProtocolConfig) -> str:
 def degrader_cells(
     config: ProtocolConfig, name: str, own: list[str], autoencoders: dict[tuple[str, ...], str]
 ) -> Iterator[Cell]:
-    """Stage 1, unless an earlier degrader has the same, and stage 2."""
+    """Stage 1, unless an earlier degrader has the same stage 1, and stage 2."""
     data = [f"scenes.data={root(config)}/{config.cameras[0]}/Train"]
     data += ["scenes.resize_lr=true"] if config.resize_lr else []
     job = next((word.removeprefix("stage2=") for word in own if word.startswith("stage2=")), "train_residual")
@@ -129,7 +137,7 @@ def degrader_cells(
 
 
 def use_cells(config: ProtocolConfig, name: str, own: list[str], model: str) -> Iterator[Cell]:
-    """The degrader against captured LR of both cameras; and B's HR degraded by it, if a row wants it."""
+    """Compare the degrader with captured LR of both cameras; degrade B's HR images with it, if a row needs them."""
     levels = [word for word in own if word.startswith("levels=")]
     resize = ["resize_lr=true"] if config.resize_lr else []
     for camera in config.cameras:
@@ -148,9 +156,9 @@ def use_cells(config: ProtocolConfig, name: str, own: list[str], model: str) -> 
 
 
 def first_level(config: ProtocolConfig) -> str:
-    """The folder whose HR files are degraded: the first level that a row names, as every level has the same."""
+    """The level folder whose HR files are degraded, the lowest that a row names: all levels have the same HR files."""
     labels = [part for parts in config.rows.values() for part in parts if part not in config.degraders]
-    return min(labels, key=float, default=config.test_level)
+    return min(labels, key=float, default=TEST_LEVEL)
 
 
 def sr_cell(config: ProtocolConfig, network: str, row: str, seed: int) -> Cell:
@@ -163,7 +171,7 @@ def sr_cell(config: ProtocolConfig, network: str, row: str, seed: int) -> Cell:
     words = [
         f"train={_dict(sources)}",
         f"test={_dict({camera: f'{root(config)}/{camera}/Test' for camera in config.cameras})}",
-        f"test_level={config.test_level}",
+        f"test_level={TEST_LEVEL}",
         f"output={config.output}/{name}",
         f"fit.seed={seed}",
         *([f"levels={_dict({label: float(label) for label in labels})}"] if labels else []),

@@ -1,4 +1,4 @@
-"""What came out: SR networks by training set beside the published numbers, and the degraders' fidelity."""
+"""The results: SR networks by training set beside the published numbers, and the degraders' fidelity."""
 
 import csv
 import io
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from degflow import evaluation
-from degflow.protocol.plan import ProtocolConfig, sr_name
+from degflow.protocol.plan import TEST_LEVEL, ProtocolConfig, sr_name
 from degflow.storage import Place
 
 SOURCE = "DegFlow, AAAI 2026, table 1 (RealSR x3)"
@@ -45,7 +45,7 @@ class Result(NamedTuple):
 
 
 def results(config: ProtocolConfig, place: Place) -> Iterator[Result]:
-    """Of every finished SR cell."""
+    """The results of every finished SR cell."""
     for network in config.networks:
         for row in config.rows:
             for seed in range(config.seeds.get(network, 1)):
@@ -61,14 +61,14 @@ def results(config: ProtocolConfig, place: Place) -> Iterator[Result]:
 
 
 def write_tables(config: ProtocolConfig, place: Place) -> None:
-    """table.md and results.csv from what is finished."""
+    """Write table.md and results.csv from the finished cells."""
     found, text = list(results(config, place)), io.StringIO()
     csv.writer(text, lineterminator="\n").writerows((Result._fields, *found))
     place.write("results.csv", text.getvalue().encode())
     a, b = config.cameras
     simulated = "simulated cameras, not RealSR" if config.photographs else config.data
     parts = [
-        f"# SR networks by what they were trained on\n\nTested on x{config.test_level} of {a} and {b} ({simulated}): "
+        f"# SR networks by what they were trained on\n\nTested on x{TEST_LEVEL} of {a} and {b} ({simulated}): "
         "PSNR in dB / SSIM / LPIPS, mean of the two cameras, ± standard deviation over seeds. Real pairs: "
         f"{' and '.join(config.real)}, generated pairs: HR of {b}. Published: {SOURCE}.",
         *([sr_table(config, found)] if config.rows else []),
@@ -80,14 +80,14 @@ def write_tables(config: ProtocolConfig, place: Place) -> None:
 
 
 def runs_of(found: Sequence[Result], network: str, row: str, image: str = "restored", camera: str = "") -> np.ndarray:
-    """PSNR, SSIM, LPIPS of each seed, "seeds 3", of one camera or in the mean of both."""
+    """PSNR, SSIM, LPIPS of each seed, "seeds 3", of one camera or averaged over both."""
     chosen = [r for r in found if (r.network, r.row, r.image) == (network, row, image) and camera in ("", r.camera)]
     seeds = sorted({r.seed for r in chosen})
     return np.array([np.mean([r[5:] for r in chosen if r.seed == seed], 0) for seed in seeds]).reshape(-1, 3)
 
 
 def cell_text(runs: np.ndarray) -> str:
-    """Means over the seeds, and their spread where there are several."""
+    """Means over the seeds, and their standard deviation where there are several."""
     if not len(runs):
         return "–"
     runs = runs[:, np.isfinite(runs).all(0)]  # LPIPS may have been left out
@@ -100,7 +100,7 @@ def cell_text(runs: np.ndarray) -> str:
 
 
 def sr_table(config: ProtocolConfig, found: Sequence[Result]) -> str:
-    """A row per training set, and for each network what was measured and what was published."""
+    """A row per training set; for each network the measured and the published scores."""
     titles = [title for network in config.networks for title in (network, f"{network}, published")]
     lines = ["| trained on | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
     same = [runs_of(found, network, row, "LR") for network in config.networks for row in config.rows]
@@ -116,7 +116,7 @@ def sr_table(config: ProtocolConfig, found: Sequence[Result]) -> str:
 
 
 def differences(config: ProtocolConfig, found: Sequence[Result]) -> str:
-    """How far the generated rows are above the real ones, in dB, beside the spread over seeds."""
+    """PSNR of the generated rows minus that of the real ones, in dB, with the standard deviation over seeds."""
     lines = ["| PSNR gained, dB | " + " | ".join(config.networks) + " |", "|---" * (len(config.networks) + 1) + "|"]
     made = [row for row, parts in config.rows.items() if set(parts) & set(config.degraders)]
     for row in made:

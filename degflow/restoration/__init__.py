@@ -1,4 +1,4 @@
-"""Super-resolution networks, and the pairs that they are trained on (DegFlow, section 3.3)."""
+"""Super-resolution networks, the pairs they are trained on, their training and test (DegFlow, section 3.3)."""
 
 from degflow.restoration.crops import Pair, PairCrops, find_pairs
 from degflow.restoration.networks import (

@@ -1,10 +1,10 @@
 """Pairs of LR and HR images -> random aligned crops for SR networks.
 
 1. `find_pairs` reads a source: one split of a RealSR-like tree at chosen levels, or a finished synthesized dataset, row
-   by row from its shards. Either way it keeps the decoded pixels, in memory or in memory-mapped files.
-2. `PairCrops` draws from one source or several in given shares, and cuts the same place out of both images. Sample
-   number n is a function of (seed, n) alone, so neither workers nor processes nor an interruption change what a
-   training sees.
+   by row from its shards. It keeps the decoded pixels, in memory or in memory-mapped files.
+2. `PairCrops` draws from one or several sources in given shares, and cuts the same crop from both images. Sample n
+   depends on (seed, n) alone, so a training sees the same samples with any number of workers and processes, and after
+   an interruption.
 """
 
 import hashlib
@@ -28,11 +28,11 @@ from degflow.dataset.reader import FinishedDataset
 from degflow.restoration.liif import pixel_centres
 from degflow.storage import Place
 
-SHRINK = 4  # LIIF's LR crops have this part of the crop's side
+SHRINK = 4  # the side of LIIF's LR crops is the crop's, divided by this
 
 
 class Pair(NamedTuple):
-    """A degraded image and what it was, uint8 "H W 3" both."""
+    """A degraded image and its HR image, both uint8 "H W 3"."""
 
     name: str
     scale: float
@@ -54,22 +54,24 @@ def find_pairs(
     """Read a source.
 
     Args:
-        uri: one split of a RealSR-like tree, or a synthesized dataset, which is known by its `_SUCCESS`.
+        uri: one split of a RealSR-like tree, or a synthesized dataset, which has a `_SUCCESS`.
         levels: of a tree, folder label -> scale of the LR images to take.
         crop: smallest side that an image may have.
-        resize_lr: bring LR images smaller than HR to its grid by bicubic.
+        resize_lr: enlarge LR images smaller than HR to HR's size by bicubic.
         cache: local folder for decoded images, shared by all processes; empty: memory of each process.
-        memory: GB (1e9 bytes) of a synthesized dataset's decoded images that may be held without a cache.
+        memory: most GB (1e9 bytes) of a synthesized dataset's decoded images in memory, when there is no cache.
         quiet: no progress bar.
         share: as for `SceneImages`.
 
     Raises:
-        ValueError: nothing to read there, or images that do not suit; the message names the first of them.
+        ValueError: the source is empty, or an image is unsuitable; the message names it.
     """
     if Place(uri).exists(SUCCESS):
-        return _from_shards(FinishedDataset(uri), crop, resize_lr, _Keeper(uri, cache, memory), quiet)
+        return _from_shards(FinishedDataset(uri), crop, resize_lr, _PixelStore(uri, cache, memory), quiet)
     if HR_LABEL in levels or not levels:
-        raise ValueError(f"levels={dict(levels)}: must name at least one level of LR images, and not HR's {HR_LABEL}")
+        raise ValueError(
+            f"levels={dict(levels)}: must name at least one level of LR images, and not {HR_LABEL}, which is HR"
+        )
     config = SceneConfig(uri, {HR_LABEL: 1.0, **levels}, resize_lr, crop, cache)
     scenes, scales = SceneImages(config, quiet, share), list(levels.values())
     return [
@@ -79,7 +81,7 @@ def find_pairs(
     ]
 
 
-def _from_shards(source: FinishedDataset, crop: int, resize_lr: bool, keeper: "_Keeper", quiet: bool) -> list[Pair]:
+def _from_shards(source: FinishedDataset, crop: int, resize_lr: bool, store: "_PixelStore", quiet: bool) -> list[Pair]:
     pairs, rows = [], sum(part.rows for part in source.parts)
     with tqdm(total=rows, desc="decoding pairs", disable=quiet) as bar:
         for part in source.parts:
@@ -93,36 +95,36 @@ def _from_shards(source: FinishedDataset, crop: int, resize_lr: bool, keeper: "_
                     lr = images.resize(lr, *hr.shape[:2])
                 if min(hr.shape[:2]) < crop:
                     raise ValueError(f"{name}: {hr.shape[1]} x {hr.shape[0]} pixels, smaller than crop={crop}")
-                pairs.append(Pair(name, row["scale"], keeper.keep(lr), keeper.keep(hr)))
+                pairs.append(Pair(name, row["scale"], store.put(lr), store.put(hr)))
                 bar.update()
     if not pairs:
         raise ValueError(f"{source.uri}: no rows in this dataset")
     return pairs
 
 
-class _Keeper:
-    """Holds decoded images once each, in memory up to a bound or in memory-mapped files."""
+class _PixelStore:
+    """Stores each decoded image once, in memory up to a limit or in memory-mapped files."""
 
     def __init__(self, uri: str, cache: str, memory: float):
         self.uri, self.cache, self.memory = uri, cache, memory
-        self.held: dict[bytes, np.ndarray] = {}
+        self.stored: dict[bytes, np.ndarray] = {}
         self.bytes = 0
 
-    def keep(self, pixels: np.ndarray) -> np.ndarray:
-        """The same pixels, as they are held: HR images of several draws are held once."""
+    def put(self, pixels: np.ndarray) -> np.ndarray:
+        """Returns the stored copy of these pixels; several draws of a photograph share one HR image."""
         shape = np.array(pixels.shape).tobytes()
         digest = hashlib.blake2b(shape + np.ascontiguousarray(pixels).tobytes(), digest_size=16)
-        if digest.digest() not in self.held:
-            self.held[digest.digest()] = (
+        if digest.digest() not in self.stored:
+            self.stored[digest.digest()] = (
                 self._mapped(pixels, digest.hexdigest()) if self.cache else self._counted(pixels)
             )
-        return self.held[digest.digest()]
+        return self.stored[digest.digest()]
 
     def _counted(self, pixels: np.ndarray) -> np.ndarray:
         self.bytes += pixels.nbytes
         if self.bytes > self.memory * 1e9:
             raise ValueError(
-                f"memory={self.memory:g}: {self.uri} has more GB of decoded images than that; "
+                f"memory={self.memory:g}: the decoded images of {self.uri} need more GB; "
                 "raise it, or set cache=FOLDER to keep them on a disk"
             )
         return pixels
@@ -148,10 +150,10 @@ class PairCrops(Dataset[dict[str, Tensor]]):
         weights: shares of the samples, one for each source.
         crop: side in pixels.
         seed: with n, decides source, pair, place and orientation.
-        queries: 0, or the number of pixels that LIIF is asked for; its LR crop has crop / 4 pixels a side and is a
-            crop of crop / 4 * scale HR pixels that was shrunk (bicubic, antialiased).
-        noise: standard deviation, in levels of 8 bits, of noise that each source's LR images get; empty: none. It is
-            white at the sampling of a camera at the pair's scale, and brought to HR's grid by bicubic.
+        queries: 0, or for LIIF the number of HR pixels in a sample. Its LR crop has crop / 4 pixels a side; it is a
+            crop of crop / 4 * scale pixels, shrunk by antialiased bicubic.
+        noise: standard deviation, in 8-bit levels, of the noise added to each source's LR images; empty: none. It is
+            white on the sensor grid of the pair's scale, then enlarged to HR's grid by bicubic.
     """
 
     def __init__(
@@ -171,8 +173,8 @@ class PairCrops(Dataset[dict[str, Tensor]]):
         """Sample `index` of an endless sequence.
 
         Returns:
-            lr, hr: uint8 "3 crop crop". For LIIF lr is "3 h h", hr the colours "3 Q" at `coordinates`, float32
-            "Q 2", and `cell`, float32 "2", the size of HR's pixels.
+            lr, hr: uint8 "3 crop crop". For LIIF lr is "3 h h", hr "3 Q" the colours at `coordinates` float32 "Q 2",
+            and `cell` float32 "2" the size of HR's pixels.
         """
         random = np.random.default_rng((self.seed, 2, index))
         number = int(np.searchsorted(self.bounds, random.random(), side="right").clip(0, len(self.sources) - 1))

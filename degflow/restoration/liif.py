@@ -20,7 +20,7 @@ class LIIFConfig:
     width: int = option(64, "channels of the encoder")
     blocks: int = option(16, "residual blocks of the encoder")
     hidden: tuple[int, ...] = option((256, 256, 256, 256), "hidden layers of the function")
-    queries: int = option(2304, "pixels of each training sample that are asked for")
+    queries: int = option(2304, "HR pixels of each training sample")
 
     def __post_init__(self):
         for name in ("width", "blocks", "queries"):
@@ -31,7 +31,7 @@ class LIIFConfig:
 
 
 class EDSRBlock(nn.Module):
-    """Two convolutions beside the input."""
+    """Two convolutions, added to the input."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -45,7 +45,7 @@ class EDSRBlock(nn.Module):
 
 
 class LIIF(nn.Module):
-    """Encoder, and the function of features and coordinates.
+    """An encoder, and a function of its features and coordinates.
 
     Args:
         config: sizes.
@@ -67,12 +67,12 @@ class LIIF(nn.Module):
         return F.unfold(features, 3, padding=1).unflatten(-1, features.shape[-2:])
 
     def ask(self, features: Tensor, coordinates: Tensor, cell: Tensor) -> Tensor:
-        """Colours at coordinates: the four nearest pixels' answers, weighted by the opposite rectangles' areas.
+        """Colours at coordinates: of the four nearest pixels, each weighted by the area of the opposite rectangle.
 
         Args:
             features: "B 9C h w".
             coordinates: "B Q 2".
-            cell: "B 2", height and width of the pixels that are asked for.
+            cell: "B 2", height and width of the wanted pixels.
 
         Returns:
             "B Q 3".
@@ -82,7 +82,7 @@ class LIIF(nn.Module):
         pixels, batch = features.flatten(2).transpose(1, 2), torch.arange(len(features), device=size.device)[:, None]
         answers, areas = [], []
         for corner in corners:
-            # The pixel whose centre is next in this direction; the shift is a little less than half a pixel.
+            # The nearest pixel centre in this direction; the shift is a little less than half a pixel.
             index = ((coordinates + corner * (1 - 1e-4) / size + 1) / 2 * size).floor()
             index = torch.minimum(index.clamp(min=0), size - 1)
             found = pixels[batch, (index[..., 0] * size[1] + index[..., 1]).long()]

@@ -35,7 +35,7 @@ class MambaIRConfig:
 
 
 class Scan2d(nn.Module):
-    """The vision state space module: a gated stream that is scanned by rows and columns, forth and back."""
+    """The vision state space module: a gated stream, scanned along rows and columns in both directions."""
 
     def __init__(self, width: int, expand: float, states: int):
         super().__init__()
@@ -46,7 +46,7 @@ class Scan2d(nn.Module):
         self.select = nn.Parameter(torch.empty(4, self.rank + 2 * states, inner).uniform_(-bound, bound))
         bound = self.rank**-0.5
         self.delta_weight = nn.Parameter(torch.empty(4, inner, self.rank).uniform_(-bound, bound))
-        # Steps start between 0.001 and 0.1, evenly on a logarithmic scale: the bias is softplus's inverse of them.
+        # Step sizes start uniformly on a logarithmic scale between 0.001 and 0.1; the bias is their inverse softplus.
         steps = torch.empty(4, inner).uniform_(math.log(1e-3), math.log(1e-1)).exp()
         self.delta_bias = nn.Parameter(steps + torch.log(-torch.expm1(-steps)))
         self.log_decay = nn.Parameter(torch.arange(1.0, states + 1).log().expand(4, inner, states).clone())
@@ -77,7 +77,7 @@ class Scan2d(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """Two convolutions through a bottleneck, each channel then weighted by what its mean says."""
+    """Two convolutions through a bottleneck; then each channel is weighted by a function of the channels' means."""
 
     def __init__(self, width: int, compress: int, squeeze: int):
         super().__init__()
@@ -100,7 +100,7 @@ class ChannelAttention(nn.Module):
 
 
 class StateSpaceBlock(nn.Module):
-    """Scan, then channel attention, each behind a LayerNorm and beside a learned multiple of its input."""
+    """Scan, then channel attention; each after a LayerNorm, and added to a learned multiple of its input."""
 
     def __init__(self, config: MambaIRConfig):
         super().__init__()
@@ -116,7 +116,7 @@ class StateSpaceBlock(nn.Module):
 
 
 class Group(nn.Module):
-    """State space blocks and a convolution, beside the input."""
+    """State space blocks and a convolution, added to the input."""
 
     def __init__(self, config: MambaIRConfig, depth: int):
         super().__init__()
@@ -129,12 +129,12 @@ class Group(nn.Module):
 
 
 class MambaIR(nn.Module):
-    """The body: channels in -> deep features -> an image four times as large.
+    """The body: input channels -> deep features -> an image with sides four times as long.
 
     Args:
         config: sizes.
         inputs, outputs: channels.
-        one_step: of the pixel-shuffle.
+        one_step: one pixel-shuffle of 4 instead of two of 2.
     """
 
     def __init__(self, config: MambaIRConfig, inputs: int, outputs: int, one_step: bool = False):

@@ -1,8 +1,8 @@
-"""The SR networks of the published tables, as `train_sr` trains them, and their files.
+"""The SR networks of the published tables, their objective, and their files.
 
 Fixed-scale networks take an LR image of HR's size: pixel-unshuffle by 4, the published body with 48 input channels, its
-own upsampling by 4. SwinIR, HAT and RCAN are spandrel's. LIIF takes the LR image shrunk by the scale, and answers for
-HR's pixels. Images are "B 3 H W" in [-1, 1].
+own upsampling by 4. SwinIR, HAT and RCAN come from spandrel. LIIF takes the LR image shrunk by the scale, and computes
+the colours of HR's pixels. Images are "B 3 H W" in [-1, 1].
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from degflow.restoration.mambair import MambaIR, MambaIRConfig, upsampler
 
 UNSHUFFLE = 4
 _CHANNELS = 3 * UNSHUFFLE**2
-_QUERIES = 1 << 15  # pixels that LIIF answers for at once
+_QUERIES = 1 << 15  # pixels that LIIF computes at once
 
 
 def _check_transformer(name: str, config: Any) -> None:
@@ -46,7 +46,6 @@ class SwinIRConfig:
     depths: tuple[int, ...] = option((6, 6, 6, 6, 6, 6), "transformer layers of each group")
     heads: int = option(6, "attention heads")
     window: int = option(8, "side of an attention window, in units of 4 pixels")
-    mlp_ratio: float = option(2.0, "channels inside the MLPs / width")
     drop_path: float = option(0.1, "stochastic depth of the last layer, while training")
 
     def __post_init__(self):
@@ -61,8 +60,6 @@ class HATConfig:
     depths: tuple[int, ...] = option((6, 6, 6, 6, 6, 6), "transformer layers of each group")
     heads: int = option(6, "attention heads")
     window: int = option(16, "side of an attention window, in units of 4 pixels")
-    overlap: float = option(0.5, "overlapping windows are 1 + overlap times as wide")
-    mlp_ratio: float = option(2.0, "channels inside the MLPs / width")
     compress: int = option(3, "convolution branches have width / compress channels inside")
     squeeze: int = option(30, "channel attention has width / squeeze channels inside")
     drop_path: float = option(0.1, "stochastic depth of the last layer, while training")
@@ -92,24 +89,26 @@ class RCANConfig:
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Which network, and the sizes of each."""
+    """Which network, and its size."""
 
-    name: Literal["swinir", "hat", "mambair", "rcan", "liif"] = option("swinir", "swinir, hat, mambair, rcan or liif")
+    name: Literal["swinir", "hat", "mambair", "rcan", "liif"] = option(
+        "swinir", "swinir, hat, mambair, rcan or liif", common=True
+    )
     residual: bool = option(
-        False, "add the LR image to the output, which starts at zero: for short trainings; the published do without"
+        False, "add the LR image to the output, which starts at zero: for short trainings; not in the published ones"
     )
     upsampling: Literal["two", "one"] = option(
-        "two", "steps of the pixel-shuffle at the end: two, as published, or one, as in SwinIR's light variant"
+        "two", "pixel-shuffles at the end: two of 2, as published, or one of 4, as in SwinIR's light variant"
     )
-    swinir: SwinIRConfig = option(SwinIRConfig(), "")
-    hat: HATConfig = option(HATConfig(), "")
-    mambair: MambaIRConfig = option(MambaIRConfig(), "")
-    rcan: RCANConfig = option(RCANConfig(), "")
-    liif: LIIFConfig = option(LIIFConfig(), "")
+    swinir: SwinIRConfig = option(SwinIRConfig(), when="swinir", common=True)
+    hat: HATConfig = option(HATConfig(), when="hat", common=True)
+    mambair: MambaIRConfig = option(MambaIRConfig(), when="mambair", common=True)
+    rcan: RCANConfig = option(RCANConfig(), when="rcan", common=True)
+    liif: LIIFConfig = option(LIIFConfig(), when="liif", common=True)
 
     @property
     def multiple(self) -> int:
-        """Sides of a fixed-scale network's images are padded to a multiple of this, and cropped back."""
+        """Inside, a fixed-scale network pads the sides of its images to a multiple of this."""
         window = {"swinir": self.swinir.window, "hat": self.hat.window}.get(self.name, 1)
         return UNSHUFFLE * window
 
@@ -118,7 +117,7 @@ class FixedScale(nn.Module):
     """A fixed-scale network on images of HR's size.
 
     Args:
-        config: which, and how large.
+        config: which network, and its size.
 
     Raises:
         ImportError: SwinIR, HAT and RCAN need spandrel.
@@ -129,7 +128,7 @@ class FixedScale(nn.Module):
         self.config = config
         self.body = _body(config)
         if config.residual:
-            _silence(self.body)
+            _start_at_zero(self.body)
 
     def forward(self, lr: Tensor) -> Tensor:
         """LR of HR's size -> HR; any H and W."""
@@ -139,7 +138,7 @@ class FixedScale(nn.Module):
 
     @torch.inference_mode()
     def restore(self, lr: Tensor, scale: float) -> Tensor:
-        """LR of HR's size -> HR in [-1, 1]; the scale is not looked at."""
+        """LR of HR's size -> HR in [-1, 1]; the scale is ignored."""
         return self(lr).clamp(-1, 1)
 
 
@@ -147,7 +146,7 @@ class ArbitraryScale(nn.Module):
     """LIIF, on LR images that are shrunk by their scale.
 
     Args:
-        config: how large.
+        config: its size.
     """
 
     def __init__(self, config: NetworkConfig):
@@ -155,7 +154,7 @@ class ArbitraryScale(nn.Module):
         self.config = config
         self.body = LIIF(config.liif)
         if config.residual:
-            _silence(self.body)
+            _start_at_zero(self.body)
 
     def forward(self, lr: Tensor, coordinates: Tensor, cell: Tensor) -> Tensor:
         """Colours "B 3 Q" of a shrunk image at coordinates "B Q 2", for pixels of size `cell` "B 2" (see `liif`)."""
@@ -183,10 +182,10 @@ class ArbitraryScale(nn.Module):
 
 
 class RestorationObjective(nn.Module):
-    """L1 between the network's image (or the pixels that LIIF was asked for) and HR's.
+    """L1 between the network's image, or LIIF's colours, and HR.
 
     Args:
-        network: of `build`.
+        network: made by `build`.
     """
 
     def __init__(self, network: nn.Module):
@@ -206,12 +205,12 @@ class RestorationObjective(nn.Module):
 
 
 def build(config: NetworkConfig) -> FixedScale | ArbitraryScale:
-    """The network, with fresh weights."""
+    """The network, with initial weights."""
     return ArbitraryScale(config) if config.name == "liif" else FixedScale(config)
 
 
 def save(network: FixedScale | ArbitraryScale, uri: str, provenance: dict[str, Any]) -> None:
-    """Write one safetensors file that describes itself."""
+    """Write the network and its configuration as one safetensors file."""
     description = {"kind": "restoration", "network": plain(network.config), "provenance": provenance}
     save_checkpoint(uri, network.state_dict(), description)
 
@@ -220,7 +219,7 @@ def load(uri: str, device: str | torch.device = "cpu") -> FixedScale | Arbitrary
     """Read a file of `save`, in eval mode.
 
     Raises:
-        ValueError: the file is missing, or not one of these.
+        ValueError: the file is missing, or has no such network.
     """
     tensors, description, _ = load_checkpoint(uri, "restoration")
     try:
@@ -232,7 +231,7 @@ def load(uri: str, device: str | torch.device = "cpu") -> FixedScale | Arbitrary
 
 
 def _body(config: NetworkConfig) -> nn.Module:
-    """48 channels in, 3 out, four times as large."""
+    """48 input channels -> 3 output channels, sides four times as long."""
     one = config.upsampling == "one"
     if config.name == "mambair":
         return MambaIR(config.mambair, _CHANNELS, 3, one_step=one)
@@ -245,20 +244,20 @@ def _body(config: NetworkConfig) -> nn.Module:
         return body
     size = config.swinir if config.name == "swinir" else config.hat
     sizes: dict[str, Any] = {"embed_dim": size.width, "depths": size.depths, "window_size": size.window}
-    sizes |= {"num_heads": [size.heads] * len(size.depths), "mlp_ratio": size.mlp_ratio}
+    sizes |= {"num_heads": [size.heads] * len(size.depths), "mlp_ratio": 2.0}
     if isinstance(size, HATConfig):
-        sizes |= {"compress_ratio": size.compress, "squeeze_factor": size.squeeze, "overlap_ratio": size.overlap}
+        sizes |= {"compress_ratio": size.compress, "squeeze_factor": size.squeeze, "overlap_ratio": 0.5}
     sizes |= {"drop_path_rate": size.drop_path, "upsampler": "pixelshuffle"}
     body = published(in_chans=_CHANNELS, upscale=UNSHUFFLE, **sizes)
     body.upsample, body.conv_last = upsampler(body.conv_last.in_channels, 3, one), nn.Identity()
     return body
 
 
-def _silence(body: nn.Module) -> None:
-    """Let the last layer start at zero, so that training starts from the LR image, and the deep features' as well.
+def _start_at_zero(body: nn.Module) -> None:
+    """Start the last layer at zero, so that training starts from the LR image; and the last one of the deep features.
 
-    What the deep features add is of unit spread (their last step is a LayerNorm), ten times that of the shallow ones;
-    in short trainings their noise hides what there is to learn.
+    Deep features end in a LayerNorm, so they have unit spread, ten times that of the shallow ones. In short trainings
+    their initial noise would hide what there is to learn.
     """
     layers = [module for module in body.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     for layer in (layers[-1], getattr(body, "conv_after_body", None)):

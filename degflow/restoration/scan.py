@@ -2,9 +2,9 @@
 
     h_t = exp(delta_t A) h_{t-1} + delta_t x_t B_t        y_t = C_t . h_t
 
-A sequence of length L is cut into some sqrt(L) chunks, which are scanned side by side from a zero state, position by
-position; then the chunks' final states are carried on, and what each chunk inherits is added. Every product of decays
-is below 1, so nothing over- or underflows. The states are not kept: the backward pass scans again.
+A sequence of length L is cut into about sqrt(L) chunks. They are scanned in parallel, position by position, each from a
+zero state. Then the final states are carried from chunk to chunk, and their decayed values added inside each chunk. All
+products of decays are below 1, so nothing overflows. States are not stored: the backward pass scans again.
 """
 
 import math
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_STATES = 1 << 26  # numbers of each kind that are held at once; more channels are done one part after another
+_STATES = 1 << 26  # most states in memory at once; larger inputs are processed in parts of the channels
 
 
 def selective_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
@@ -87,12 +87,12 @@ def _gradients(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, grad_y
 
 
 def _decay_and_entry(x: Tensor, delta: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(delta A) and delta x B, "T K N G S D"; with the channels last they are summed over in vectors."""
+    """exp(delta A) and delta x B, "T K N G S D"; channels last, so that sums over them are vectorised."""
     return (delta[..., None, :] * A.mT).exp_(), (delta * x)[..., None, :] * B[..., None]
 
 
 def _recur(a: Tensor, b: Tensor, backward: bool = False) -> Tensor:
-    """h_t = a_t h_{t-1} + b_t, or backward a_t h_{t+1} + b_t, over "T K *" (position, chunk); uses up a and b."""
+    """h_t = a_t h_{t-1} + b_t, or backward a_t h_{t+1} + b_t, over "T K *" (position, chunk); overwrites a and b."""
     order = slice(None, None, -1) if backward else slice(None)
     positions, chunks = range(a.shape[0])[order], range(a.shape[1])[order]
     for before, at in pairwise(positions):
@@ -121,7 +121,7 @@ def _shifted(tensor: Tensor, by: int) -> Tensor:
 
 
 def _fold(tensor: Tensor) -> Tensor:
-    """ "N G * L" -> "T K N G *", filled up with zeros, which leave a state as it is."""
+    """ "N G * L" -> "T K N G *", padded with zeros, which do not change a state."""
     length = tensor.shape[-1]
     steps = math.ceil(math.sqrt(length))
     chunks = math.ceil(length / steps)
@@ -134,7 +134,7 @@ def _unfold(tensor: Tensor, length: int) -> Tensor:
 
 
 def _parts(x: Tensor, A: Tensor) -> Iterator[slice]:
-    """Slices of the channels of "T K N G D" that keep within `_STATES`."""
+    """Slices of the channels of "T K N G D" with at most `_STATES` states each."""
     channels = x.shape[-1]
     count = max(1, _STATES // (x.numel() // channels * A.shape[-1]))
     return (slice(first, first + count) for first in range(0, channels, count))

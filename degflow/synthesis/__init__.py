@@ -1,10 +1,18 @@
-"""HR images in a folder or an object store -> a dataset of LR images at sampled scales, on a pool of Ray actors.
+"""HR photographs in a folder or an object store -> a dataset of LR images at sampled scales, on a pool of Ray actors.
 
-1. `synthesize` loads the model, resolves the configuration and compares it with the one of an unfinished run.
-2. The input is listed once and dealt into shards; this plan is written before any work starts. It never changes, but
-   `extend` and `retry_rejects` add shards to it.
-3. Ray Data streams the missing shards to a pool of actors, with or without GPUs (see `pool`). Each holds a degrader
-   and turns one whole shard at a time into its objects (see `shards`), reporting finished images as it goes. Beside
-   GPUs, files are decoded and encoded by Ray tasks on any node's CPUs (see `codec`).
-4. When every shard is done: the manifest, the card, the preview, and last `_SUCCESS` (see `dataset`).
+The way of one photograph through the job:
+
+ 1. `run.Run.plan`                the run resolves its configuration, and reads what the output already holds
+ 2. `inventory.Input.images`      the photograph is listed with its size and version tag
+ 3. `run.Run.claim`               a shard gets it; the plan is written before any work starts, and may only grow
+ 4. `pool.Pool.make`              the shard goes to an actor, which holds the degrader
+ 5. `shard.ShardMaker.make`       the actor takes the photograph in a window of its shard
+ 6. `codec.Codec.load`            a thread, or a Ray task if actors have GPUs, reads and decodes it
+ 7. `window.WindowDegrader.degrade`   it is degraded to the scales of its draws (`dataset.scales.scales_of`)
+ 8. `codec.Codec.encode`          HR and LR images become rows of PNGs
+ 9. `dataset.writer.ShardWriter.finish`   the shard's rows and rejects are written into the output
+10. `run.Run.finish`              after all shards: the manifest, the card, the preview, and last `_SUCCESS`
+
+A file that fails on this way becomes a reject with a stage and a reason. `settings` has the keys. `resuming` decides
+whether a run may continue an unfinished dataset.
 """

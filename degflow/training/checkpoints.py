@@ -1,4 +1,4 @@
-"""Training checkpoints: `checkpoints/step-N.pt`, each one object that is there whole or not at all."""
+"""Training checkpoints: `checkpoints/step-N.pt`, each written whole or not at all."""
 
 import io
 import re
@@ -9,7 +9,7 @@ import torch
 
 from degflow.storage import Place
 
-# What may change between a run and its continuation.
+# Keys that may differ between a run and its continuation.
 _FREE = re.compile(
     r"fit\.(workers|log_every|validate_every|save_every|keep|resume|compile|accumulate|timeout)"
     r"|(scenes\.)?cache|memory|output|validation|half|test(_\w+|\..+)?"
@@ -21,22 +21,22 @@ class Checkpoints:
 
     Args:
         place: the output.
-        keep: how many of the newest stay.
+        keep: how many of the newest are kept.
     """
 
     def __init__(self, place: Place, keep: int):
         self.place, self.keep = place, keep
 
     def names(self) -> list[str]:
-        """Their names, oldest first; all of them are complete, because each was put whole."""
+        """Their names, oldest first."""
         keys = [source.key for source in self.place.files("checkpoints")]
         return [key for key in keys if re.fullmatch(r"checkpoints/step-\d+\.pt", key)]
 
     def write(self, step: int, state: dict[str, Any]) -> None:
-        """Put a checkpoint, then drop the oldest beyond `keep`.
+        """Write a checkpoint, then delete the oldest beyond `keep`.
 
         Raises:
-            OSError: it cannot be written, e.g. on a full disk; those before stay, and nothing of it is left.
+            OSError: it cannot be written, e.g. on a full disk. Nothing of it is left, and the older ones stay.
         """
         name, buffer = f"checkpoints/step-{step:08d}.pt", io.BytesIO()
         torch.save(state, buffer)
@@ -49,7 +49,7 @@ class Checkpoints:
             self.place.delete(old)
 
     def clear(self) -> int:
-        """Drop all; returns how many there were."""
+        """Delete all; returns how many there were."""
         names = self.names()
         for name in names:
             self.place.delete(name)
@@ -60,11 +60,11 @@ class Checkpoints:
 
         Args:
             name: one of `names`.
-            settings: the run's configuration, as plain values; what does not change the result may differ.
-            frozen: fingerprint of the weights beside the trained network.
+            settings: the run's configuration, as plain values. Keys that do not change the result may differ.
+            frozen: fingerprint of the weights that are not trained.
 
         Raises:
-            ValueError: unreadable, or of another configuration or other frozen weights.
+            ValueError: it is unreadable, or was made with another configuration or other frozen weights.
         """
         uri, state = self.place.uri_of(name), read_checkpoint(self.place, name)
         advice = "use the same configuration, another output, or fit.resume=never"

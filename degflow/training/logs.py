@@ -12,12 +12,12 @@ from degflow.storage import Place
 class Logs:
     """The event file of one run or continuation.
 
-    Event files grow by appending, which object stores cannot do: for those the file grows in a temporary local folder,
-    and `flush` puts the whole of it.
+    TensorBoard appends to its file, which object stores cannot do. There the file is kept in a temporary local folder,
+    and `flush` uploads it whole.
 
     Args:
         place: the output.
-        step: finished steps; what an interrupted run logged beyond them is superseded.
+        step: finished steps; TensorBoard discards what an interrupted run logged after them.
     """
 
     def __init__(self, place: Place, step: int):
@@ -44,7 +44,7 @@ class Logs:
             self.writer.add_image(group, picture, step, dataformats="HWC")
 
     def flush(self) -> None:
-        """Bring all that was added to the output."""
+        """Write everything added so far to the output."""
         if self.writer is None:
             return
         self.writer.flush()
@@ -53,7 +53,7 @@ class Logs:
                 self.place.upload(f"{self.folder.name}/{name}", f"logs/{name}")
 
     def close(self) -> None:
-        """Flush, and end."""
+        """Flush and close the file."""
         if self.writer is None:
             return
         self.writer.close()

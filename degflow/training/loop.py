@@ -1,8 +1,8 @@
-"""fit(): one training loop on Accelerate for any objective. It knows nothing of degradation.
+"""fit(): one training loop on Accelerate for any objective.
 
-What a step sees is a function of (seed, step, place in the global batch): sample number `step * batch + place` of an
-endless sequence, whatever the number of processes. The learning rate is a function of the step. A checkpoint is
-therefore weights, optimiser state, EMA and the step, and a resumed training goes on as if it had never stopped.
+The samples of a step follow from seed and step alone: numbers `step * batch` to `step * batch + batch - 1` of an
+endless sequence, however many processes share them. The learning rate follows from the step. So weights, optimiser
+state, EMA and the step are all that a checkpoint needs, and a resumed training continues as if it had never stopped.
 """
 
 import copy
@@ -27,20 +27,20 @@ from degflow.models.files import load_checkpoint
 from degflow.storage import Place, split_uri
 from degflow.training.checkpoints import Checkpoints, read_checkpoint
 from degflow.training.logs import Logs
-from degflow.training.processes import everyones, join, largest, lost
+from degflow.training.processes import gathered, join, largest, lost
 from degflow.training.settings import FitConfig
 from degflow.training.stopping import Notice, Shield, Stopped
 
 
 class Validation(NamedTuple):
-    """What a validation found: scalars by name, and a picture "H W 3" uint8 or None."""
+    """Result of a validation: scalars by name, and a picture "H W 3" uint8 or None."""
 
     scalars: dict[str, float]
     picture: np.ndarray | None = None
 
 
 class Progress(NamedTuple):
-    """Where a training stands: finished steps, and the averaged network."""
+    """State of a training: finished steps, and the averaged network."""
 
     step: int
     network: nn.Module
@@ -58,21 +58,22 @@ def fit(
     """Train `objective.network`.
 
     Args:
-        objective: called with a batch's fields as keywords, returns Losses; its `network` is what is trained and saved.
+        objective: called with a batch's fields as keywords, returns Losses; its `network` is trained and saved.
         samples: an endless map-style dataset of dicts of tensors.
         config: how to train.
         output: folder or URI for config.yaml, checkpoints, previews and TensorBoard logs.
         settings: the job's resolved configuration, saved as config.yaml; a resume with another one is refused.
         validate: called with the averaged network.
-        accept: called with the description of the file that a training starts from; raises ValueError if unsuitable.
+        accept: called with the description of the file fit.start_from; raises ValueError if it is unsuitable.
 
     Returns:
         On the main process the averaged network, in eval mode on the CPU; None on the others.
 
     Raises:
-        Stopped: SIGTERM or SIGUSR1 came; the step was finished and saved. It leaves the process with exit code 75.
-        ConnectionError: another process ended, or gave no answer in time.
-        ValueError, OSError: what else went wrong.
+        Stopped: SIGTERM or SIGUSR1 came; the step was finished and saved. The process ends with exit code 75.
+        ConnectionError: another process ended, or did not answer in time.
+        ValueError: a bad setting, an unsuitable checkpoint, or a loss that is not finite.
+        OSError: the output cannot be read or written.
     """
     accelerator = join(config.precision, config.timeout)
     if config.batch % (accelerator.num_processes * config.accumulate):
@@ -99,7 +100,7 @@ def _train(
     validate: Callable[[nn.Module], Validation] | None,
     notice: Notice,
 ) -> None:
-    """The loop over steps; a terminal gets a progress bar, a log file a line every `log_every` steps."""
+    """The loop over steps, with a progress bar on a terminal, or else a line every `log_every` steps."""
     config, main = run.config, run.accelerator.is_main_process
     terminal = sys.stderr.isatty()
     batches, counted, seconds = run.loader(samples), run.step, 0.0
@@ -124,7 +125,7 @@ def _train(
                 run.save()
             if stop and run.step < config.steps:
                 name = signal.Signals(stop).name
-                run.accelerator.print(f"{name}: stopped and saved after step {run.step}; the same command goes on")
+                run.accelerator.print(f"{name}: stopped and saved after step {run.step}; the same command continues")
                 raise Stopped
 
 
@@ -140,7 +141,7 @@ def learning_rate(step: int, config: FitConfig) -> float:
 
 
 class RankSampler(Sampler[int]):
-    """The sample numbers of one process: its part of every step's global batch, from `step` on."""
+    """The sample numbers of one process: its part of the global batch of every step, from `step` on."""
 
     def __init__(self, config: FitConfig, step: int, rank: int, processes: int):
         super().__init__()
@@ -154,14 +155,14 @@ class RankSampler(Sampler[int]):
 
 
 class _Run:
-    """The state of one training, and the only code that writes it."""
+    """The state of one training; nothing else changes it."""
 
     def __init__(self, accelerator: Accelerator, objective: nn.Module, config: FitConfig, place: Place, settings: Any):
         self.accelerator, self.config, self.place, self.settings = accelerator, config, place, settings
         self.step = 0
         self.network: nn.Module = objective.network  # type: ignore[assignment]
         trainable = [p for p in self.network.parameters() if p.requires_grad]
-        adam = torch.optim.Adam(trainable, lr=config.learning_rate, betas=(config.beta1, config.beta2))
+        adam = torch.optim.Adam(trainable, lr=config.learning_rate, betas=config.betas)
         self.frozen = _digest(objective)
         if config.compile:
             objective.compile()
@@ -172,17 +173,17 @@ class _Run:
         self.shield = Shield()
 
     def open(self, accept: Callable[[dict[str, Any]], None] | None) -> None:
-        """Continue from the newest checkpoint of the same configuration, or begin; write config.yaml.
+        """Resume from the newest checkpoint of the same configuration, or begin; write config.yaml.
 
         Raises:
-            ValueError: the checkpoint is of another configuration or unreadable, or processes see different ones.
+            ValueError: the checkpoint is unreadable or of another configuration, or the processes find different ones.
         """
         found = self.checkpoints.names()
         if found and self.config.resume == "auto":
             self._restore(found[-1])
         elif self.config.start_from:
             self._start_from(self.config.start_from, accept)
-        steps = everyones(self.accelerator, self.step)
+        steps = gathered(self.accelerator, self.step)
         if len(set(steps)) > 1:
             raise ValueError(
                 f"output={self.place.uri}: the processes find checkpoints of different steps {steps}; "
@@ -190,14 +191,14 @@ class _Run:
             )
         if self.accelerator.is_main_process:
             if found and self.config.resume == "never":
-                # A later run with resume=auto must not take a stale checkpoint of a higher step for this run's.
+                # Else a later run with resume=auto could take an old checkpoint of a higher step for one of this run.
                 count = self.checkpoints.clear()
                 print(f"fit.resume=never: removed {count} checkpoint(s) of an earlier run in {self.place.uri}")
             self.place.write("config.yaml", configuration.dump(self.settings).encode())
             self.logs = Logs(self.place, self.step)
 
     def close(self) -> None:
-        """End the logs, and let the loader's workers end."""
+        """Close the logs, and let the loader's workers end."""
         self.shield.end()
         if self.logs:
             self.logs.close()
@@ -218,7 +219,7 @@ class _Run:
         )
 
     def train_step(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, float]:
-        """One optimiser step; returns the losses' parts (means over the global batch) when they are to be logged."""
+        """One optimiser step; returns the parts of the loss, means over the global batch, if this step logs them."""
         self._seed()
         rate = learning_rate(self.step, self.config)
         for group in self.optimizer.param_groups:
@@ -247,18 +248,18 @@ class _Run:
         return parts
 
     def _seed(self) -> None:
-        # What a network draws from the global generator repeats in a resumed step, but depends on the process;
+        # So that what a network draws from the global generator repeats after a resume. It differs between processes;
         # degflow's own networks draw nothing from it.
         sequence = np.random.SeedSequence((self.config.seed, self.step, self.accelerator.process_index))
         torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
     def due(self, every: int) -> bool:
-        """Whether something done every so many steps, and at the end, is due."""
+        """Whether the step is a multiple of `every`, or the last."""
         return self.step % every == 0 or self.step == self.config.steps
 
     @torch.no_grad()
     def _average(self) -> None:
-        # The first steps average over what there is, so that the initial weights are soon forgotten.
+        # A smaller decay in the first steps, so that the average soon forgets the initial weights.
         decay = min(self.config.ema, self.step / (self.step + 10))
         for name, tensor in self.network.state_dict().items():
             if tensor.is_floating_point():
@@ -273,12 +274,12 @@ class _Run:
         return network.eval()
 
     def log(self, scalars: dict[str, float]) -> None:
-        """Scalars to TensorBoard."""
+        """Write scalars to TensorBoard."""
         if self.logs:
             self.logs.add("train", scalars, self.step)
 
     def report(self, validation: Validation) -> None:
-        """A validation to the terminal, TensorBoard and previews/."""
+        """Write a validation to the terminal, TensorBoard and previews/."""
         line = ", ".join(f"{name} {value:.3f}" for name, value in validation.scalars.items())
         tqdm.write(f"step {self.step}: {line}")
         if validation.picture is not None:
@@ -288,10 +289,10 @@ class _Run:
             self.logs.flush()
 
     def save(self) -> None:
-        """Write a checkpoint as one object, then drop the oldest beyond `keep`.
+        """Write a checkpoint, then delete the oldest beyond `keep`.
 
         Raises:
-            ValueError: the weights are not finite; the checkpoints written before stay.
+            ValueError: the weights are not finite; the older checkpoints stay.
             OSError: the checkpoint cannot be written.
         """
         if not all(bool(tensor.isfinite().all()) for tensor in self.network.state_dict().values()):
@@ -300,7 +301,7 @@ class _Run:
             )
         if self.accelerator.is_main_process:
             assert self.logs
-            self.logs.flush()  # a continuation logs nothing up to this step again
+            self.logs.flush()  # a resumed run does not log these steps again
             scaler = self.accelerator.scaler
             state = {
                 "step": self.step,
@@ -341,7 +342,7 @@ class _Run:
 
 
 def _part_for(network: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of this network in a file that may hold several, each under a prefix of its own."""
+    """The tensors of this network in a file that may hold several networks, each under its own prefix."""
     names = network.state_dict().keys()
     prefixes = ["", *sorted({name.partition(".")[0] + "." for name in tensors})]
     best = max(prefixes, key=lambda prefix: sum(prefix + name in tensors for name in names))
@@ -349,7 +350,7 @@ def _part_for(network: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tenso
 
 
 def _digest(objective: nn.Module) -> str:
-    """Fingerprint of the parameters that the objective holds beside its network, e.g. those of a frozen network."""
+    """Fingerprint of the objective's parameters outside its network, e.g. those of a frozen network."""
     digest = hashlib.sha256()
     for name, parameter in objective.named_parameters():
         if not name.startswith("network."):

@@ -1,4 +1,4 @@
-"""The processes of a training: what the launcher says, what they agree on, and what is said when one is lost."""
+"""The processes of a training: their numbers, what they exchange, and the error when one is lost."""
 
 import contextlib
 import os
@@ -23,14 +23,14 @@ def local_share() -> tuple[int, int]:
 
 
 def join(precision: str, timeout: int) -> Accelerator:
-    """Meet the other processes.
+    """Connect to the other processes.
 
     Args:
         precision: no, fp16 or bf16.
         timeout: seconds after which waiting for another process is an error.
 
     Raises:
-        ValueError: a launch that `fit` does not serve.
+        ValueError: a kind of launch that `fit` does not support.
     """
     patience = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))
     with lost(timeout):
@@ -51,17 +51,17 @@ def largest(accelerator: Accelerator, number: int) -> int:
     """The largest of the processes' numbers, the same in all of them."""
     if accelerator.num_processes == 1:
         return number
-    return max(everyones(accelerator, number))
+    return max(gathered(accelerator, number))
 
 
-def everyones(accelerator: Accelerator, number: int) -> list[int]:
-    """Every process's number."""
+def gathered(accelerator: Accelerator, number: int) -> list[int]:
+    """The number that each process has."""
     return cast(Tensor, accelerator.gather(torch.tensor([number], device=accelerator.device))).tolist()
 
 
 @contextlib.contextmanager
 def lost(timeout: int) -> Iterator[None]:
-    """Say what a broken connection means: the exchange with the other processes raises RuntimeErrors of its own."""
+    """Turn the RuntimeError of a broken connection into a ConnectionError that says what it means."""
     try:
         yield
     except RuntimeError as error:

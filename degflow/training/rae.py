@@ -23,7 +23,7 @@ from degflow.training.settings import FitConfig
 class TrainRAEConfig:
     """Keys of train_rae."""
 
-    scenes: SceneConfig = option(SceneConfig(), "")
+    scenes: SceneConfig = option(SceneConfig())
     validation: str = option(
         "", "another split of the tree, for validation; empty: central crops of the training scenes"
     )
@@ -32,9 +32,10 @@ class TrainRAEConfig:
         "hr",
         "the image whose features the decoder gets: hr, as published; optics, HR after the optics, which are fitted on "
         "the scenes and stored with the autoencoder (for train_residual)",
+        common=True,
     )
-    autoencoder: AutoencoderConfig = option(AutoencoderConfig(), "")
-    fit: FitConfig = option(FitConfig(), "")
+    autoencoder: AutoencoderConfig = option(AutoencoderConfig())
+    fit: FitConfig = option(FitConfig())
 
     def __post_init__(self):
         multiple = self.autoencoder.compression

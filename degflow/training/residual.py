@@ -28,15 +28,15 @@ from degflow.trajectory import Timeline
 class TrainResidualConfig:
     """Keys of train_residual."""
 
-    scenes: SceneConfig = option(SceneConfig(reductions=(1.0, 8 / 7, 4 / 3, 1.6)), "")
+    scenes: SceneConfig = option(SceneConfig(reductions=(1.0, 8 / 7, 4 / 3, 1.6)))
     validation: str = option(
         "", "another split of the tree, for validation; empty: central crops of the training scenes"
     )
     rae: str = required("file of stage 1, trained with skips=optics")
     output: str = required("folder or URI for checkpoints, previews and degrader.safetensors")
-    residual: ResidualConfig = option(ResidualConfig(), "")
+    residual: ResidualConfig = option(ResidualConfig())
     half: bool = option(False, "store the degrader in float16 (computed in float32 all the same)")
-    fit: FitConfig = option(FitConfig(steps=100_000, batch=32, learning_rate=2e-4), "")
+    fit: FitConfig = option(FitConfig(steps=100_000, batch=32, learning_rate=2e-4))
 
 
 def train_residual(config: TrainResidualConfig) -> None:

@@ -10,36 +10,36 @@ from degflow.config import option
 class FitConfig:
     """How to train."""
 
-    steps: int = option(200_000, "optimiser steps")
-    batch: int = option(16, "samples per step, over all processes")
+    steps: int = option(200_000, "optimiser steps", common=True)
+    batch: int = option(16, "samples per step, over all processes", common=True)
     accumulate: int = option(1, "micro-batches per step in each process")
-    learning_rate: float = option(1e-4, "at the first step")
+    learning_rate: float = option(1e-4, "learning rate at the first step", common=True)
     schedule: Literal["cosine", "halve"] = option(
-        "cosine", "cosine to final_learning_rate at the last step, or halve at 1/2, 3/4 and 7/8 of the steps"
+        "cosine", "cosine: to final_learning_rate at the last step; halve: at 1/2, 3/4 and 7/8 of the steps"
     )
-    final_learning_rate: float = option(1e-7, "at the last step of the cosine")
+    final_learning_rate: float = option(1e-7, "learning rate at the last step of the cosine")
     warmup: int = option(0, "steps of linear warm-up before the schedule")
-    beta1: float = option(0.9, "Adam's first-moment decay")
-    beta2: float = option(0.999, "Adam's second-moment decay")
-    clip: float = option(1.0, "largest gradient norm; 0 does not clip")
-    ema: float = option(0.999, "decay of the averaged weights, which are the result; 0 does not average")
-    precision: Literal["no", "fp16", "bf16"] = option("no", "mixed precision: no, fp16 or bf16")
+    betas: tuple[float, float] = option((0.9, 0.999), "Adam's decay of the first and of the second moment")
+    clip: float = option(1.0, "largest gradient norm; 0: no clipping")
+    ema: float = option(0.999, "decay of the averaged weights, which are the result; 0: no averaging")
+    precision: Literal["no", "fp16", "bf16"] = option("no", "mixed precision: no, fp16 or bf16", common=True)
     compile: bool = option(False, "torch.compile the objective")
-    workers: int = option(2, "data loader processes per training process")
+    workers: int = option(2, "data loader processes per training process", common=True)
     seed: int = option(0, "decides initial weights, order, crops, flips, levels, times and dropout")
     log_every: int = option(50, "steps between log lines and TensorBoard scalars")
     validate_every: int = option(2000, "steps between validations (scalars and a picture); also at the end")
     save_every: int = option(2000, "steps between checkpoints; also at the end, and on SIGTERM or SIGUSR1")
     keep: int = option(2, "checkpoints to keep")
     resume: Literal["auto", "never"] = option(
-        "auto", "auto: go on from the newest checkpoint in output; never: drop its checkpoints and start over"
+        "auto", "auto: continue from the newest checkpoint in output; never: delete its checkpoints and start again"
     )
     start_from: str = option(
         "",
         "file whose weights replace the initial ones: a degrader or an autoencoder (.safetensors), or a checkpoint "
-        "(checkpoints/step-N.pt, its averaged weights); of the same network. A continued run does not look at it",
+        "(checkpoints/step-N.pt, its averaged weights) of the same network. A resumed run ignores it",
+        common=True,
     )
-    timeout: int = option(600, "seconds that a process waits for the others before it ends with an error")
+    timeout: int = option(600, "seconds after which waiting for another process is an error")
 
     def __post_init__(self):
         for name in ("steps", "batch", "accumulate", "log_every", "validate_every", "save_every", "keep", "timeout"):
@@ -48,9 +48,10 @@ class FitConfig:
         for name in ("learning_rate", "final_learning_rate"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"fit.{name}={getattr(self, name)}: must be above 0")
-        for name in ("ema", "beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"fit.{name}={getattr(self, name)}: must lie in [0, 1)")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"fit.ema={self.ema}: must lie in [0, 1)")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"fit.betas={list(self.betas)}: must lie in [0, 1)")
         for name in ("clip", "warmup", "workers", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"fit.{name}={getattr(self, name)}: must not be negative")

@@ -1,7 +1,7 @@
-"""Being stopped in time: the signals that announce the end of a process, and who must not hear them.
+"""Signals that announce the end of a process: the training process saves and ends, its loader workers ignore them.
 
-Spot instances and Kubernetes announce it with SIGTERM, Slurm with SIGTERM or the signal of `--signal` (SIGUSR1). A
-launcher passes its own on to the processes that it started, and to their loader workers.
+Spot instances and Kubernetes send SIGTERM, Slurm sends SIGTERM or the signal of `--signal` (SIGUSR1). A launcher passes
+its signals on to the processes that it started, and to their loader workers.
 """
 
 import multiprocessing
@@ -12,22 +12,22 @@ from ctypes import c_bool
 from types import TracebackType
 from typing import Any
 
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: saved; the same command goes on
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: saved, the same command continues
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(SystemExit):
-    """A training that was asked to stop, and saved what it had; leaves the process with `EXIT_CODE`."""
+    """The training was asked to stop, and has saved; ends the process with `EXIT_CODE`."""
 
     def __init__(self):
         super().__init__(EXIT_CODE)
 
 
 class Notice:
-    """While this context is open, SIGTERM and SIGUSR1 are noted and nothing else.
+    """A context in which SIGTERM and SIGUSR1 are only noted.
 
-    The end of the launcher counts as SIGTERM: one that is killed, or that does not pass signals on, would leave its
-    processes behind, writing to an output that a restarted job writes to as well.
+    The end of the launcher counts as SIGTERM. Otherwise the processes of a launcher that was killed would go on, and
+    write to the same output as the restarted job.
     """
 
     def __init__(self):
@@ -55,16 +55,16 @@ class Notice:
 
 
 class Shield:
-    """Keeps loader workers alive through signals that reach every process of a group: the training process decides.
+    """Keeps loader workers alive when a signal reaches the whole process group: the training process ends them.
 
-    Call the instance in each worker; call `end` in the training process before the workers are to go.
+    Call the instance in each worker. Call `end` in the training process before the workers are to end.
     """
 
     def __init__(self):
         self.ended = multiprocessing.RawValue(c_bool, False)
 
     def __call__(self, worker: int) -> None:
-        """Ignore Ctrl-C and the signals of `Notice`, but go when `multiprocessing` terminates the worker at exit."""
+        """Ignore Ctrl-C and the signals of `Notice`, but end when `multiprocessing` terminates the worker at exit."""
         for number in (signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0) if self.ended.value else None)

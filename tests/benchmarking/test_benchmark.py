@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from degflow import Degrader, benchmarking, images
+from degflow import Degrader, images
 from degflow.benchmarking.inference import (
     accuracy,
     comparison,
@@ -17,10 +17,13 @@ from degflow.benchmarking.inference import (
     pixel_by_pixel,
     plain_decode,
     released,
+    roofline,
 )
 from degflow.benchmarking.measure import Timing, alternate, flop
+from degflow.benchmarking.optimisations import optimisations
+from degflow.benchmarking.pipeline import codecs
 from degflow.benchmarking.run import BenchmarkConfig
-from degflow.benchmarking.steps import KNOTS, careless_lfm, careless_rae
+from degflow.benchmarking.steps import KNOTS, careless_lfm, careless_rae, training
 from degflow.config import load
 from degflow.models import AutoencoderConfig, FlowMap, ResidualAutoencoder, VelocityConfig, VelocityNetwork
 from degflow.objectives import LFMObjective, RAEObjective
@@ -92,7 +95,7 @@ def test_decibels_is_the_psnr_over_all_channels():
 
 
 def test_more_steps_follow_the_solution_more_closely(degrader, hr):
-    rows = cells(benchmarking.accuracy(degrader, [hr], 2))
+    rows = cells(accuracy(degrader, [hr], 2))
     least = {name: float(row["dense"].split(" / ")[0]) for name, row in rows.items()}
     assert least["euler x 8"] < least["euler x 16"] < least["heun x 6"] < least["rk4 x 4"]
     assert least["rk4 x 1"] < least["rk4 x 4"]
@@ -101,7 +104,7 @@ def test_more_steps_follow_the_solution_more_closely(degrader, hr):
 
 
 def test_the_comparison_has_every_way_and_its_agreement(degrader, hr):
-    table = benchmarking.comparison(degrader, hr, repeats=2, count=3)
+    table = comparison(degrader, hr, repeats=2, count=3)
     rows = cells(table)
     assert list(rows) == ["released, one scale", "released, sweep", "degflow, one scale", "degflow, sweep"]
     assert rows["released, sweep"]["x sweep"] == "1.0"
@@ -146,10 +149,10 @@ def test_a_careless_step_has_the_same_loss_and_gradient(degrader):
 def test_the_other_tables_are_whole(degrader, hr):
     photographs = [images.to_pixels(hr)[0]]
     tables = [
-        benchmarking.roofline(degrader, hr, 1, side=64),
-        benchmarking.training(degrader.autoencoder, degrader.velocity, None, 1, crop=16, batch=2),
-        benchmarking.codecs(photographs, 1),
-        benchmarking.roofline(degrader, hr, 1, side=64, precision="bfloat16"),
+        roofline(degrader, hr, 1, side=64),
+        training(degrader.autoencoder, degrader.velocity, None, 1, crop=16, batch=2),
+        codecs(photographs, 1),
+        roofline(degrader, hr, 1, side=64, precision="bfloat16"),
     ]
     for table in tables:
         assert table.rows
@@ -161,7 +164,7 @@ def test_the_other_tables_are_whole(degrader, hr):
 
 
 def test_what_an_optimisation_should_gain_is_counted(degrader, hr):
-    rows = cells(benchmarking.optimisations(degrader, hr, 1, count=3, compiled=True, side=256))
+    rows = cells(optimisations(degrader, hr, 1, count=3, compiled=True, side=256))
     theirs = released(degrader, hr, [2.5]).evaluations
     assert list(rows) == [
         f"evaluations: 13 in place of RK45's {theirs} at 1e-5",

@@ -47,7 +47,7 @@ def made(photos, model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def twofold(photos, model, tmp_path_factory):
-    """The same photographs once, LR shrunk by 2 or 3."""
+    """The same photographs with one draw each, LR shrunk by 2 or 3."""
     words = ["shard.images=3", "size=scaled", "scale.distribution=list", "scale.values=[2,3]"]
     return finish(photos, tmp_path_factory.mktemp("out") / "set", model, *words)
 
@@ -75,7 +75,7 @@ def hr_of(row, photos):
     return png(row["hr"]["bytes"]) if row["hr"]["bytes"] else images.decode((photos / row["key"]).read_bytes())
 
 
-# The rules of the trainers, written from their sources (BasicSR 2024-05, neosr 2024-09, traiNNer-redux 2026-06).
+# The rules of the trainers, taken from their sources (BasicSR 2024-05, neosr 2024-09, traiNNer-redux 2026-06).
 
 
 def basicsr_pairs(gt, lq, meta_info=None):
@@ -158,7 +158,7 @@ def test_shrunk_pairs_are_a_whole_multiple_below_a_folder_of_their_scale(twofold
             if off:
                 cut[info["key"]] = off
     assert cut
-    said = f"{len(cut)} pairs cut, .* at the far edge they are off by up to {max(cut.values())} HR pixels"
+    said = f"{len(cut)} pairs were cut, .* at the far edge they are misaligned by up to {max(cut.values())} HR pixels"
     assert re.search(said, capsys.readouterr().out)
 
 
@@ -212,7 +212,7 @@ def test_the_scene_reader_takes_the_tree_of_a_grid(photos, model, tmp_path, caps
 
 def test_continuous_scales_go_to_the_nearest_label_and_none_is_lost(photos, model, tmp_path, capsys):
     source = finish(photos, tmp_path / "set", model, "scale.per_image=5")
-    with pytest.raises(ValueError, match=r"labels={}: .*/set has scales uniform in \[1, 4\]; say which label"):
+    with pytest.raises(ValueError, match=r"labels={}: .*/set has scales uniform in \[1, 4\]; give each label"):
         run(source, tmp_path / "none", "layout=realsr")
     labels = "labels={2: 2.0, 4: 3.75}"
     output, rows = run(source, tmp_path / "out", "layout=realsr", labels), rows_of(Path(source))
@@ -413,8 +413,8 @@ def test_an_output_that_holds_something_else_is_left_alone(made, tmp_path):
     ("words", "message"),
     [
         (["layout=lmdb"], "layout=lmdb: must be paired, realsr or webdataset"),
-        (["labels={2: 2.0}"], "labels={'2': 2.0}: has a meaning for layout=realsr only"),
-        (["tolerance=0.1"], "tolerance=0.1: has a meaning for layout=realsr only"),
+        (["labels={2: 2.0}"], "labels={'2': 2.0}: is for layout=realsr only"),
+        (["tolerance=0.1"], "tolerance=0.1: is for layout=realsr only"),
         (["layout=realsr", "tolerance=-1"], "tolerance=-1.0: must not be negative"),
         (["layout=realsr", "labels={../x: 2.0}"], "'../x' must be a number"),
         (["layout=realsr", "labels={1: 1.0}"], "'1' must be a number such as 2 or 1.5, and not 1"),

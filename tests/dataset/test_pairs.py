@@ -41,7 +41,7 @@ def scaled(photos, model, tmp_path_factory):
 
 @pytest.fixture
 def copy(grid, tmp_path):
-    """The same as `grid`, for a test to spoil."""
+    """A copy of `grid` that a test may change."""
     return Path(shutil.copytree(grid, tmp_path / "copy"))
 
 
@@ -86,7 +86,7 @@ def test_batches_collate_to_what_the_degrader_takes(grid):
 
 @pytest.mark.parametrize(("world", "workers"), [(2, 2), (3, 0), (1, 1), (50, 0)])
 def test_ranks_and_workers_share_the_rows_out_evenly(grid, world, workers):
-    """Also with more of them than parts (4 for 3), and than rows (50 for 40)."""
+    """Also if there are more of them than parts (4 and 3), or than rows (50 and 40)."""
     shares = []
     for rank in range(world):
         pairs = SynthesizedPairs(grid, rank=rank, world=world, shuffle=bool(workers))
@@ -168,7 +168,7 @@ def test_repeat_goes_on_with_the_next_epoch(grid):
 
 @pytest.mark.parametrize(("words", "crop"), [({}, 9), ({"flips": True}, 24), ({"flips": True, "rotations": True}, 16)])
 def test_lr_and_hr_are_cut_and_turned_alike(grid, words, crop):
-    """HR pixels are coordinates: LR must be the stored LR image read at them."""
+    """HR pixels are coordinates: the LR crop must be the stored LR image at these coordinates."""
     rows = rows_of(Path(grid))
     corners, turned = set(), set()
     for epoch in range(3):
@@ -350,7 +350,7 @@ def test_a_missing_part_is_named(copy):
 def test_a_part_of_another_size_is_named(copy):
     part = copy / "data/part-000002.parquet"
     part.write_bytes(part.read_bytes()[:-5])
-    with pytest.raises(ValueError, match=r"part-000002\.parquet: \d+ bytes, where the manifest says \d+"):
+    with pytest.raises(ValueError, match=r"part-000002\.parquet: \d+ bytes, but the manifest says \d+"):
         list(SynthesizedPairs(str(copy)))
 
 
@@ -362,7 +362,7 @@ def test_a_damaged_part_is_named(copy, place):
     at = {"footer": len(data) - 100, "page": 6, "pixels": data.index(row["hr"]["bytes"]) + 60}[place]
     data[at : at + 40] = bytes(40)
     part.write_bytes(data)
-    with pytest.raises(ValueError, match=r"part-000000\.parquet: sha256 [0-9a-f]{64}, where the manifest says"):
+    with pytest.raises(ValueError, match=r"part-000000\.parquet: sha256 [0-9a-f]{64}, but the manifest says"):
         list(SynthesizedPairs(str(copy), verify=True))
     message = r"000\.png, draw 0: damaged hr" if place == "pixels" else r"part-000000\.parquet: cannot be read"
     with pytest.raises((ValueError, OSError), match=message):
@@ -439,8 +439,8 @@ def test_one_row_group_is_held_at_a_time(model, tmp_path, monkeypatch):
         ({"crop": 0}, "crop=0: must be None or at least 1"),
         ({"buffer": 0}, "buffer=0: must be None or at least 1"),
         ({"seed": -1}, "seed=-1: must not be negative"),
-        ({"rank": 2, "world": 2}, "rank=2, world=2: must be given together"),
-        ({"rank": 0}, "rank=0, world=None: must be given together"),
+        ({"rank": 2, "world": 2}, "rank=2, world=2: give both"),
+        ({"rank": 0}, "rank=0, world=None: give both"),
     ],
 )
 def test_bad_arguments_are_named(grid, words, message):

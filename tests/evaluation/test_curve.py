@@ -12,12 +12,7 @@ from tests.captures import scenes_of, small_degrader
 LEVELS = {"1": 1.0, "2": 2.0, "3": 3.05, "4": 4.0}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -20,12 +20,7 @@ LEVELS = {"1": 1.0, "2": 2.1, "4": 3.361}  # 3.361 in float32 lies above 3.361
 SIZES = [(15, 15), (16, 40), (33, 47), (64, 64), (101, 75)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +137,6 @@ def test_reconstruct_decodes_the_lr_latent_with_hr_skips_and_crops_back(degrader
     autoencoder = degrader.autoencoder
     result = evaluation.reconstruct(autoencoder, hr, lr)
     assert result.shape == hr.shape
-    assert float(result.abs().max()) <= 1
     high, wide = -(-height // 2) * 2, -(-width // 2) * 2
     padded = [
         torch.from_numpy(np.pad(x.numpy(), ((0, 0), (0, 0), (0, high - height), (0, wide - width)), mode="reflect"))
@@ -389,7 +383,7 @@ def test_the_most_detailed_window_is_where_the_detail_is():
 )
 @pytest.mark.parametrize("together", [2**21, 50 * 50])
 def test_lpips_of_many_images_against_one_is_that_of_each_pair(degrader, scenes, monkeypatch, together):
-    monkeypatch.setattr(fidelity, "TOGETHER", together)
+    monkeypatch.setattr(fidelity, "LPIPS_PIXELS", together)
     perceptual = Perceptual("alex")
     levels = {"1": 1.0, "2": 2.1}
     pixels = [scene[:2] for scene in scenes.pixels]

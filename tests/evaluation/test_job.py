@@ -1,49 +1,32 @@
-import subprocess
-import sys
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
 
-from degflow import config, images
-from degflow.capture.camera import SimulatedCamera
-from degflow.evaluation import run as job
-from tests import ROOT
-from tests.captures import small_degrader
+from degflow import images
+from tests.captures import save_scenes, small_degrader
+from tests.jobs import run_job
 
 LEVELS = "levels={1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0}"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def captured():
-    """Two small simulated scenes: HR and the LR images of x2, x3, x4."""
+def captured(tmp_path_factory):
+    """Two small simulated scenes as a tree of RealSR V2."""
     data = pytest.importorskip("skimage.data")
-    camera = SimulatedCamera.named("canon")
     photos = (data.astronaut()[:96, 100:220], data.coffee()[:96, :120])
-    return {
-        f"Canon_{n:03d}": [camera.capture(photo, scale, seed=n) for scale in (1.0, 2.0, 3.0, 4.0)]
-        for n, photo in enumerate(photos)
-    }
+    return save_scenes(tmp_path_factory.mktemp("captured") / "tree", photos, ("2", "3", "4"), first=0)
 
 
 @pytest.fixture
 def tree(tmp_path, captured):
-    """The scenes as a tree of RealSR V2, to be spoilt."""
-    for name, pixels in captured.items():
-        for n, label in enumerate("234", 1):
-            write(tmp_path / f"tree/{label}/{name}_HR.png", pixels[0])
-            write(tmp_path / f"tree/{label}/{name}_LR{label}.png", pixels[n])
-    return tmp_path / "tree"
+    """A copy of them, to be spoilt."""
+    return shutil.copytree(captured, tmp_path / "tree")
 
 
 @pytest.fixture(scope="module")
@@ -54,49 +37,52 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def evaluate(tree, model):
-    """Run the job in this process with these words, but for those that every run here has."""
+def run(tree, model):
+    """Run the job with these words added to those that every run here has."""
 
     def run(*words):
         given = (f"data={tree}", f"output={tree.parent}/out", f"model={model}", "lpips=none", LEVELS)
-        config.run(job.evaluate, job.EvaluateConfig, "", [*given, *words])
+        return run_job("evaluate", *given, *words)
 
     return run
 
 
 @pytest.fixture
-def refused(evaluate, tree, capsys):
+def evaluate(run):
+    """Run the job, which must succeed; what it printed."""
+
+    def succeed(*words):
+        code, said = run(*words)
+        assert code == 0, said
+        return said
+
+    return succeed
+
+
+@pytest.fixture
+def refused(run, tree):
     """Run the job, which must end with an error and write nothing; its code and last line."""
 
-    def run(*words):
-        with pytest.raises(SystemExit) as stop:
-            evaluate(*words)
+    def fail(*words):
+        code, said = run(*words)
+        assert code != 0
         assert not (tree.parent / "out").exists()
-        return stop.value.code, capsys.readouterr().err.strip().splitlines()[-1]
+        return code, said.splitlines()[-1]
 
-    return run
-
-
-def write(file, pixels):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(images.encode_png(pixels))
+    return fail
 
 
 def shrink(file, scale=2):
     pixels = images.decode(file.read_bytes())
-    write(file, images.resize(pixels, *images.shrunk_size(*pixels.shape[:2], scale)))
+    file.write_bytes(images.encode_png(images.resize(pixels, *images.shrunk_size(*pixels.shape[:2], scale))))
 
 
 def rows_of(file):
     return pq.read_table(file).to_pylist()
 
 
-def test_the_script_writes_tables_rows_and_a_figure(tree, model):
-    out = tree.parent / "out"
-    words = [f"data={tree}", f"output={out}", f"model={model}", LEVELS, "crop=64", "lpips=none", "sweep=7"]
-    command = [sys.executable, "jobs/evaluate.py", *words, "optical={2: 2.1, 4: 3.75}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_the_job_writes_tables_rows_and_a_figure(evaluate, tree):
+    out, said = tree.parent / "out", evaluate("crop=64", "sweep=7", "optical={2: 2.1, 4: 3.75}")
     files = ["best_times", "measurements", "sweep"]
     assert sorted(file.name for file in out.iterdir()) == sorted(
         ["config.yaml", "figure.png", "table.md", *(f"{name}.parquet" for name in files)]
@@ -126,14 +112,14 @@ def test_the_script_writes_tables_rows_and_a_figure(tree, model):
     assert "an advantage" in text
     assert "| x2 | 0.333 | 0.367 |" in text
     assert "| x3 | 0.667 | — |" in text
-    assert text.strip() in done.stdout
-    assert "measuring: 100%" in done.stderr
+    assert text.strip() in said
+    assert "measuring: 100%" in said
     with Image.open(out / "figure.png") as figure:
         assert figure.size == (5 * (48 * 4 + 4) + 4, 2 * (16 + 2 * (48 * 4 + 4) + 4))
 
 
-def test_parts_can_be_left_out(evaluate, tree, capsys):
-    evaluate("levels={1: 1.0, 2: 2.0, 3: 3.0}", "baselines=[linear]", "sweep=0", "figure=0")
+def test_parts_can_be_left_out(evaluate, tree):
+    said = evaluate("levels={1: 1.0, 2: 2.0, 3: 3.0}", "baselines=[linear]", "sweep=0", "figure=0")
     out = tree.parent / "out"
     assert sorted(file.name for file in out.iterdir()) == ["config.yaml", "measurements.parquet", "table.md"]
     text = (out / "table.md").read_text()
@@ -142,14 +128,13 @@ def test_parts_can_be_left_out(evaluate, tree, capsys):
         "## Baselines",
         "## Realism",
     ]
-    assert "Latent interpolation is left out: it needs captured level 4 too." in capsys.readouterr().out
+    assert "Latent interpolation is left out: it needs captured level 4 too." in said
 
 
 def test_the_blurs_are_fitted_on_other_scenes_when_asked(evaluate, tree, captured):
-    for name, pixels in captured.items():
-        for label in "234":  # LR images that are hardly blurred
-            write(tree.parent / f"other/{label}/{name}_HR.png", pixels[0])
-            write(tree.parent / f"other/{label}/{name}_LR{label}.png", pixels[0])
+    shutil.copytree(captured, tree.parent / "other")
+    for file in (tree.parent / "other").rglob("*_HR.png"):  # LR images that are not blurred
+        shutil.copy(file, file.with_name(file.name.replace("_HR", f"_LR{file.parent.name}")))
     words = ("baselines=[gaussian]", "sweep=0", "figure=0")
     psnr = []
     for other in ((), (f"fit_data={tree.parent}/other",)):
@@ -206,10 +191,10 @@ def test_files_of_other_names_are_named(refused, tree):
     assert "; 2/Canon_000_x2.png is not named so" in error
 
 
-def test_a_scene_that_lacks_a_level_is_left_out_and_named(evaluate, tree, capsys):
+def test_a_scene_that_lacks_a_level_is_left_out_and_named(evaluate, tree):
     (tree / "4/Canon_001_LR4.png").unlink()
-    evaluate("sweep=0", "figure=0", "baselines=[]")
-    assert "1 scenes at levels 1, 2, 3, 4 (120 x 96); 1 without level 4: Canon_001" in capsys.readouterr().out
+    said = evaluate("sweep=0", "figure=0", "baselines=[]")
+    assert "1 scenes at levels 1, 2, 3, 4 (120 x 96); 1 without level 4: Canon_001" in said
     assert {row["scene"] for row in rows_of(tree.parent / "out/measurements.parquet")} == {"Canon_000"}
 
 

@@ -19,15 +19,15 @@ from degflow.capture.simulate import SimulateConfig
 from degflow.evaluation import Measurement, parquet
 from degflow.evaluation.run import EvaluateConfig
 from degflow.protocol import Cell, ProtocolConfig, cells
-from degflow.protocol.run import run_protocol
 from degflow.protocol.tables import PUBLISHED
-from degflow.restoration.training import TrainSRConfig
+from degflow.restoration.settings import TrainSRConfig
 from degflow.storage import Place
 from degflow.synthesis.settings import SynthesizeConfig
 from degflow.training.lfm import TrainLFMConfig
 from degflow.training.rae import TrainRAEConfig
 from degflow.training.stopping import Stopped
 from tests import ROOT
+from tests.jobs import run_job
 from tests.sources import save_model
 
 SCHEMAS = {
@@ -38,11 +38,6 @@ SCHEMAS = {
     "synthesize": SynthesizeConfig,
     "train_sr": TrainSRConfig,
 }
-
-
-def experiment(settings):
-    """The job of jobs/protocol.py."""
-    run_protocol(settings, ROOT / "jobs")
 
 
 def loaded(*words):
@@ -254,7 +249,7 @@ def photographs(tmp_path_factory):
     return folder
 
 
-def test_a_tiny_experiment_ends_in_a_table_and_runs_once(photographs, tmp_path, monkeypatch, capsys):
+def test_a_tiny_experiment_ends_in_a_table_and_runs_once(photographs, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     rcan = ["network.name=rcan", "network.rcan.width=8", "network.rcan.groups=1", "network.rcan.blocks=1"]
@@ -270,9 +265,8 @@ def test_a_tiny_experiment_ends_in_a_table_and_runs_once(photographs, tmp_path, 
         "networks": json.dumps({"rcan": rcan}),
         "sr": json.dumps(tiny),
     }
-    words = [f"{key}={value}" for key, value in keys.items()]
-    config.run(experiment, ProtocolConfig, "", words)
-    said = capsys.readouterr().out
+    code, said = run_job("protocol", **keys)
+    assert code == 0, said
     assert re.findall(r"^\d of \d: (.*): \d+ s$", said, re.M) == [
         "scenes",
         *(f"fidelity/DegFlow/{camera}" for camera in ("Canon", "Nikon")),
@@ -293,9 +287,10 @@ def test_a_tiny_experiment_ends_in_a_table_and_runs_once(photographs, tmp_path, 
         for file in (tmp_path / "out").rglob("*")
         if file.suffix in (".log", ".safetensors")
     }
-    config.run(experiment, ProtocolConfig, "", words)
-    assert not re.search(r"^\d of \d", capsys.readouterr().out, re.M)
+    code, said = run_job("protocol", **keys)
+    assert code == 0
+    assert not re.search(r"^\d of \d", said, re.M)
     assert before == {file: file.stat().st_mtime_ns for file in before}
-    with pytest.raises(SystemExit):
-        config.run(experiment, ProtocolConfig, "", [*words, f"sr={json.dumps([*tiny, 'fit.seed=9'])}"])
-    assert "real-x3/0.json: finished with another fit.seed=9" in capsys.readouterr().err
+    code, said = run_job("protocol", **keys | {"sr": json.dumps([*tiny, "fit.seed=9"])})
+    assert code == 1
+    assert "real-x3/0.json: finished with another fit.seed=9" in said

@@ -78,7 +78,7 @@ def test_a_cache_holds_the_same_pixels_in_files(dataset, tmp_path):
 
 
 def test_what_does_not_suit_is_named(tree, dataset, tmp_path):
-    with pytest.raises(ValueError, match=r"memory=1e-05: .*out has more GB of decoded images than that"):
+    with pytest.raises(ValueError, match=r"memory=1e-05: the decoded images of .*out need more GB"):
         find_pairs(dataset, LEVELS, 16, quiet=True, memory=1e-5)
     with pytest.raises(ValueError, match=r"out: 000.png, draw 0: 32 x 24 pixels, smaller than crop=32"):
         find_pairs(dataset, LEVELS, 32, quiet=True)
@@ -86,7 +86,9 @@ def test_what_does_not_suit_is_named(tree, dataset, tmp_path):
         find_pairs(str(tree), LEVELS, 64, quiet=True)
     with pytest.raises(ValueError, match=r"no scene has every level of \['1', '2', '3'\].*expected 2/ID_HR.png"):
         find_pairs(str(tree), {"2": 2.0, "3": 3.0}, 32, quiet=True)
-    with pytest.raises(ValueError, match=r"levels=.*: must name at least one level of LR images, and not HR's 1"):
+    with pytest.raises(
+        ValueError, match=r"levels=.*: must name at least one level of LR images, and not 1, which is HR"
+    ):
         find_pairs(str(tree), {"1": 1.0, "2": 2.0}, 32, quiet=True)
     photos, model = save_coordinates(tmp_path / "photos", 1), save_model(tmp_path / "m")
     scaled = finish(photos, tmp_path / "scaled", model, "size=scaled", "scale.low=2", "scale.high=2")

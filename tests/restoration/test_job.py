@@ -1,4 +1,4 @@
-"""jobs/train_sr.py as a user runs it, on a small tree and a small dataset."""
+"""jobs/train_sr.py on a small tree and a small dataset."""
 
 import csv
 import re
@@ -7,17 +7,18 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from degflow import config, evaluation, images, restoration
-from degflow.capture.camera import SimulatedCamera
 from degflow.restoration import NetworkConfig
-from degflow.restoration.training import TrainSRConfig, train_sr
+from degflow.restoration.settings import TrainSRConfig
 from tests import ROOT
+from tests.captures import save_scenes
 from tests.finished import finish
+from tests.jobs import run_job
 from tests.sources import save_model
-from tests.training.test_jobs import run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 KEYS = {
     "network.name": "rcan",
@@ -39,15 +40,10 @@ KEYS = {
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """Three photographs captured at x2, x3 and x4; 66 x 70 pixels, so that sides are no multiples of 4."""
+    """Two photographs captured at x2, x3 and x4; 66 x 70 pixels, so that sides are no multiples of 4."""
     data = pytest.importorskip("skimage.data")
-    folder, camera = tmp_path_factory.mktemp("scenes") / "Canon/Train", SimulatedCamera.named("canon")
-    for n, photo in enumerate((data.astronaut()[20:86, 180:250], data.coffee()[100:166, 200:270]), 1):
-        for label in ("2", "3", "4"):
-            (folder / label).mkdir(parents=True, exist_ok=True)
-            for name, at in (("HR", 1.0), (f"LR{label}", float(label))):
-                Image.fromarray(camera.capture(photo, at, seed=n)).save(folder / f"{label}/Canon_{n:03d}_{name}.png")
-    return folder
+    photos = data.astronaut()[20:86, 180:250], data.coffee()[100:166, 200:270]
+    return save_scenes(tmp_path_factory.mktemp("scenes") / "Canon/Train", photos, ("2", "3", "4"))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +55,7 @@ def dataset(tree, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(tree, dataset, tmp_path_factory):
-    """An uninterrupted training on both sources, by a process of its own."""
+    """An uninterrupted training on both sources."""
     output = tmp_path_factory.mktemp("sr")
     keys = KEYS | {
         "train": f"{{real: '{tree}', generated: '{dataset}'}}",
@@ -67,19 +63,9 @@ def trained(tree, dataset, tmp_path_factory):
         "test": f"{{a: '{tree}', b: '{tree}'}}",
         "output": output,
     }
-    code, out, err = run("train_sr", **keys)
-    assert code == 0, err
-    return output, out, keys
-
-
-def again(**keys):
-    """The job in this process, for most of a short process's time is imports; on one thread, as the process had."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        config.run(train_sr, TrainSRConfig, "", [f"{key}={value}" for key, value in keys.items()])
-    finally:
-        torch.set_num_threads(threads)
+    code, said = run_job("train_sr", **keys)
+    assert code == 0, said
+    return output, said, keys
 
 
 def test_it_trains_on_all_sources_and_tests_under_the_protocol(trained, tree):
@@ -108,13 +94,14 @@ def test_it_trains_on_all_sources_and_tests_under_the_protocol(trained, tree):
         assert np.ptp(images.decode((output / name).read_bytes())) == 255
 
 
-def test_a_training_that_was_stopped_ends_in_the_same_weights_and_scores(trained, tmp_path, capsys):
+def test_a_training_that_was_stopped_ends_in_the_same_weights_and_scores(trained, tmp_path):
     output, _, keys = trained
     shutil.copytree(output, tmp_path / "run")
     for gone in ("checkpoints/step-00000006.pt", "network.safetensors", "measurements.csv"):
         (tmp_path / "run" / gone).unlink()
-    again(**keys | {"output": tmp_path / "run", "test_crop": 0, "memory": 5})  # these may change
-    assert "resuming after step 3" in capsys.readouterr().out
+    code, said = run_job("train_sr", **keys | {"output": tmp_path / "run", "test_crop": 0, "memory": 5})  # may change
+    assert code == 0, said
+    assert "resuming after step 3" in said
     before, after = (load_file(folder / "network.safetensors") for folder in (output, tmp_path / "run"))
     assert all(torch.equal(before[name], after[name]) for name in before | after)
     assert (tmp_path / "run/measurements.csv").read_bytes() == (output / "measurements.csv").read_bytes()
@@ -123,39 +110,39 @@ def test_a_training_that_was_stopped_ends_in_the_same_weights_and_scores(trained
 def test_liif_trains_and_is_told_the_test_scale(tree, dataset, tmp_path):
     liif = {"network.liif.width": 8, "network.liif.blocks": 1, "network.liif.hidden": "[16]"}
     keys = KEYS | liif | {"network.name": "liif", "network.liif.queries": 64, "output": tmp_path}
-    again(**keys, train=f"{{g: '{dataset}'}}", test=f"{{a: '{tree}'}}", test_scale=2.9, test_crop=40)
+    assert run_job("train_sr", **keys, train=f"{{g: '{dataset}'}}", test=f"{{a: '{tree}'}}", test_crop=40)[0] == 0
     row = next(csv.DictReader((tmp_path / "measurements.csv").open()))
     hr, lr = (
         images.to_tensor(images.decode((tree / f"3/Canon_001_{kind}.png").read_bytes())[None, 13:53, 15:55])
         for kind in ("HR", "LR3")
     )
     network = restoration.load(str(tmp_path / "network.safetensors"))
-    assert float(row["psnr"]) == pytest.approx(float(evaluation.psnr(network.restore(lr, 2.9), hr)), abs=1e-9)
+    assert float(row["psnr"]) == pytest.approx(float(evaluation.psnr(network.restore(lr, 3.0), hr)), abs=1e-9)
 
 
 @pytest.mark.parametrize(
     ("changes", "code", "said"),
     [
         ({"output": ""}, 2, "output: must be given"),
-        ({"train": "{}"}, 1, "train: must be given"),
+        ({"train": "{}"}, 2, "train: must be given"),
         ({"weights": "{other: 1}"}, 2, r"weights=.*: must give each of train=\['real'\] a share above 0"),
-        ({"noise": "{other: 1}"}, 2, r"noise=.*: names of train=\['real'\], none below 0"),
-        ({"noise": "{real: -1}"}, 2, r"noise=.*: names of train=\['real'\], none below 0"),
+        ({"noise": "{other: 1}"}, 2, r"noise=.*: names must be of train=\['real'\], values not below 0"),
+        ({"noise": "{real: -1}"}, 2, r"noise=.*: names must be of train=\['real'\], values not below 0"),
         ({"crop": 30}, 2, "crop=30: must be a multiple of 4"),
-        ({"levels": "{1: 1.0, 2: 2.0}"}, 2, "levels=.*: LR levels alone"),
-        ({"test_level": "tele"}, 2, "test_level=tele: no number, so test_scale must be given"),
+        ({"levels": "{1: 1.0, 2: 2.0}"}, 2, "levels=.*: must be LR levels only"),
+        ({"test_level": "tele"}, 2, "test_level=tele: must be a number"),
         ({"network.name": "edsr"}, 2, "network.name: .*edsr"),
         ({"levels": "{2: 2.0, 5: 5.0}"}, 1, r"no scene has every level of \['1', '2', '5'\]"),
         ({"crop": 68}, 1, r"2/Canon_001_HR.png: 70 x 66 pixels, smaller than crop=68"),
         ({"test": "{a: TMP/none}"}, 1, "data=.*none: no scene has every level"),
     ],
 )
-def test_what_does_not_fit_is_named_before_it_starts(changes, code, said, tree, tmp_path, capsys):
+def test_what_does_not_fit_is_named_before_it_starts(changes, code, said, tree, tmp_path):
     keys = KEYS | {"train": f"{{real: '{tree}'}}", "test": f"{{a: '{tree}'}}", "output": tmp_path / "none"} | changes
-    with pytest.raises(SystemExit) as end:
-        again(**{name: str(value).replace("TMP", str(tmp_path)) for name, value in keys.items()})
-    assert re.search(said, capsys.readouterr().err.splitlines()[-1])
-    assert end.value.code == code
+    keys = {name: str(value).replace("TMP", str(tmp_path)) for name, value in keys.items()}
+    returned, words = run_job("train_sr", **keys)
+    assert re.search(said, words.splitlines()[-1])
+    assert returned == code
     assert not (tmp_path / "none").exists()
 
 

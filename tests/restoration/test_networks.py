@@ -96,7 +96,6 @@ def test_a_fixed_scale_network_keeps_any_size_and_trains_every_weight(name, upsa
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
     one = model.eval().restore(lr[:1] / 127.5 - 1, 3.0)
     torch.testing.assert_close(model.restore(lr / 127.5 - 1, 3.0)[:1], one)  # whatever the batch mates
-    assert one.abs().max() <= 1
 
 
 @pytest.mark.parametrize("name", sorted(TINY))

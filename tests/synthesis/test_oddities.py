@@ -1,4 +1,4 @@
-"""Files that are bad or odd: each one used or refused as written, mutations of them, and all of them through Ray."""
+"""Bad and odd files: each is used or refused as the rule says; mutations of them; and all of them through Ray."""
 
 import json
 import os
@@ -39,7 +39,7 @@ MOST = 1 << 20  # pixels, while fuzzing
 
 
 def outcome(oddity, pixels):
-    """What is wrong with the pixels of a file that is to be used, in words."""
+    """What is wrong with the decoded pixels, in words; empty if they are right."""
     expected = oddity.expected
     if pixels.dtype != np.uint8 or pixels.shape != expected.shape:
         return f"{oddity.name!r}: {pixels.dtype} {pixels.shape}, not {expected.shape}"
@@ -58,7 +58,7 @@ def test_the_corpus_is_as_large_and_varied_as_it_should_be():
     assert len(refused) >= 60
     assert len(ODDITIES) - len(refused) >= 60
     assert len({oddity.name for oddity in ODDITIES}) == len(ODDITIES)
-    assert len({oddity.data for oddity in ODDITIES}) > len(ODDITIES) - 12  # photographs under odd names differ too
+    assert len({oddity.data for oddity in ODDITIES}) > len(ODDITIES) - 12  # good images under odd names differ too
 
 
 @pytest.mark.parametrize("oddity", ODDITIES, ids=lambda oddity: ascii(oddity.name)[1:40])
@@ -135,7 +135,7 @@ def test_none_of_them_costs_much_or_writes_to_stderr():
 
 @LINUX
 def test_memory_is_bounded_by_the_pixels_of_the_header():
-    """The dearest kinds, 6 megapixels each: 20 bytes per pixel, as the rule says, and less than 40 MB besides."""
+    """The most expensive kinds, 6 megapixels each: 20 bytes per pixel, as the rule says, plus less than 40 MB."""
     peaks = in_a_fresh_process(
         "large = Image.fromarray(smooth(2000, 3000))\n"
         "frames = file(Image.fromarray(noise()), 'WEBP', save_all=True, append_images=[Image.new('RGB', (32, 24))])\n"
@@ -191,7 +191,7 @@ NUMBERS = (
 
 
 def with_right_checksums(data):
-    """A damaged PNG, its chunks' checksums made right, so that the damage gets further."""
+    """A damaged PNG with right checksums of its chunks, so that the damage reaches the decoder."""
     out, at = data[:8], 8
     while at + 8 <= len(data):
         end = at + 8 + int.from_bytes(data[at : at + 4], "big")
@@ -268,7 +268,7 @@ def folder(tmp_path_factory):
 
 
 def save_what_is_no_file(folder):
-    """What a file system has besides files; the reasons of those that have an image's name."""
+    """Make folders, pipes, links, ...; returns the expected reasons of those with an image's name."""
     (folder / "folder.png").mkdir()
     (folder / "folder.png" / "inside.png").write_bytes(file(noise(9, 9)))
     os.mkfifo(folder / "pipe.png")

@@ -1,4 +1,4 @@
-"""jobs/train_rae.py and jobs/train_lfm.py as a user runs them: real processes on a small simulated tree."""
+"""jobs/train_rae.py and jobs/train_lfm.py on a small simulated tree; real processes where they are stopped."""
 
 import hashlib
 import importlib.util
@@ -16,14 +16,16 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from degflow import Degrader, config, images
-from degflow.capture.camera import SimulatedCamera
 from degflow.models import AutoencoderConfig, FlowMap, VelocityConfig
 from degflow.models.files import load_checkpoint, save_checkpoint
-from degflow.training.lfm import TrainLFMConfig, train_lfm
-from degflow.training.rae import TrainRAEConfig, train_rae
+from degflow.training.lfm import TrainLFMConfig
+from degflow.training.rae import TrainRAEConfig
 from degflow.trajectory import Timeline
 from tests import ROOT
+from tests.captures import save_scenes
+from tests.jobs import run_job
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 RAE = {
     "scenes.crop": 16,
     "autoencoder.base_width": 4,
@@ -68,29 +70,25 @@ def start(job, **keys):
     )
 
 
-def run(job, **keys):
-    process = start(job, **keys)
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
-
-
 def succeed(job, **keys):
-    code, out, err = run(job, **keys)
-    assert code == 0, err
-    return out
+    code, said = run_job(job, **keys)
+    assert code == 0, said
+    return said
+
+
+def fails(job, **keys):
+    """The exit code and the last line."""
+    code, said = run_job(job, **keys)
+    assert code != 0, said
+    return code, said.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """Two photographs, small, captured at two scales into a RealSR-like tree."""
+    """Two small photographs captured at two scales into a RealSR-like tree."""
     data = pytest.importorskip("skimage.data")
-    folder, camera = tmp_path_factory.mktemp("scenes") / "Canon/Train", SimulatedCamera.named("canon")
-    for n, photo in enumerate((data.astronaut()[20:84, 180:268], data.coffee()[100:172, 200:264]), 1):
-        for label, scale in (("2", 2.0), ("4", 4.0)):
-            (folder / label).mkdir(parents=True, exist_ok=True)
-            for name, at in (("HR", 1.0), (f"LR{label}", scale)):
-                Image.fromarray(camera.capture(photo, at, seed=n)).save(folder / f"{label}/Canon_{n:03d}_{name}.png")
-    return folder
+    photos = data.astronaut()[20:84, 180:268], data.coffee()[100:172, 200:264]
+    return save_scenes(tmp_path_factory.mktemp("scenes") / "Canon/Train", photos, ("2", "4"))
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +126,7 @@ def test_stage_1_leaves_an_autoencoder_and_the_account_of_its_making(tree, rae):
     written = assert_is_a_run(output, said, ["step-00000012.png", "step-00000024.png"], 24)
     assert written["scenes"]["data"] == str(tree)
     assert written["autoencoder"]["base_width"] == 4
-    assert written["fit"]["beta2"] == 0.999
+    assert written["fit"]["betas"] == [0.9, 0.999]
     assert written["scenes"]["levels"] == {"1": 1.0, "2": 2.0, "4": 4.0}
     assert f"autoencoder: {output}/rae.safetensors" in said
     tensors = load_file(output / "rae.safetensors")
@@ -282,17 +280,6 @@ def test_a_finished_training_needs_the_file_that_it_started_from_no_more(tree, r
     assert "resuming after step 1" in succeed("train_lfm", **keys)
 
 
-JOBS = {"train_rae": (train_rae, TrainRAEConfig, ""), "train_lfm": (train_lfm, TrainLFMConfig, "")}
-RAE_KEY = {"train_rae": [], "train_lfm": ["rae=z"]}
-
-
-def fails(name, capsys, **keys):
-    """The job's exit code and last words, in this process: most of a short process's time is imports."""
-    with pytest.raises(SystemExit) as end:
-        config.run(*JOBS[name], [f"{key}={value}" for key, value in keys.items()])
-    return end.value.code, capsys.readouterr().err.splitlines()[-1]
-
-
 KINDS = ("_rae", "_decoder", "_flow", "_lfm")
 STAGES = [path.name for path in (ROOT / "configs").iterdir() if path.stem.endswith(KINDS)]
 
@@ -300,8 +287,9 @@ STAGES = [path.name for path in (ROOT / "configs").iterdir() if path.stem.endswi
 @pytest.mark.parametrize("file", sorted(STAGES))
 def test_every_configuration_that_ships_is_one_of_its_job(file):
     name = "train_rae" if file.endswith(("_rae.yaml", "_decoder.yaml")) else "train_lfm"
-    keys = [*RAE_KEY[name], *(["fit.start_from=z"] if file.endswith("_decoder.yaml") else [])]
-    loaded = config.load(JOBS[name][1], [f"config={ROOT}/configs/{file}", "scenes.data=x", "output=y", *keys])
+    schema, keys = (TrainRAEConfig, []) if name == "train_rae" else (TrainLFMConfig, ["rae=z"])
+    keys += ["fit.start_from=z"] if file.endswith("_decoder.yaml") else []
+    loaded = config.load(schema, [f"config={ROOT}/configs/{file}", "scenes.data=x", "output=y", *keys])
     assert loaded.scenes.levels == {"1": 1.0, "2": 2.0, "4": 4.0}
     if file.startswith(("paper", "released")):  # the released networks' sizes
         sizes = loaded.autoencoder if name == "train_rae" else loaded.velocity
@@ -337,37 +325,37 @@ def test_every_configuration_that_ships_is_one_of_its_job(file):
         ({"fit.batch": 4, "fit.accumulate": 3}, 2, "fit.batch=4: must be a multiple of fit.accumulate=3"),
     ],
 )
-def test_what_does_not_fit_stage_2_is_named_before_it_starts(changes, code, said, tree, rae, lfm, tmp_path, capsys):
+def test_what_does_not_fit_stage_2_is_named_before_it_starts(changes, code, said, tree, rae, lfm, tmp_path):
     keys = {**LFM, "scenes.data": tree, "output": tmp_path / "none", "rae": rae[0] / "rae.safetensors", **changes}
     keys = {name: str(value).replace("TMP", str(tmp_path)).replace("LFM", str(lfm[0])) for name, value in keys.items()}
-    returned, words = fails("train_lfm", capsys, **keys)
+    returned, words = fails("train_lfm", **keys)
     assert re.search(said, words)
     assert returned == code
     assert not (tmp_path / "none").exists()
 
 
-def test_what_does_not_fit_stage_1_is_named(tree, rae, tmp_path, capsys):
+def test_what_does_not_fit_stage_1_is_named(tree, rae, tmp_path):
     keys = {**RAE, "scenes.data": tree, "output": tmp_path / "none"}
-    code, words = fails("train_rae", capsys, **{**keys, "scenes.crop": 17})
+    code, words = fails("train_rae", **{**keys, "scenes.crop": 17})
     assert (code, words) == (2, "error: scenes.crop=17: must be a multiple of the autoencoder's r = 2")
-    code, words = fails("train_rae", capsys, **{**keys, "blurred": 1})
+    code, words = fails("train_rae", **{**keys, "blurred": 1})
     assert (code, words) == (2, "error: blurred=1.0: must lie in [0, 1)")
-    code, words = fails("train_rae", capsys, **{**keys, "freeze_encoder": "true"})
+    code, words = fails("train_rae", **{**keys, "freeze_encoder": "true"})
     assert code == 2
     assert words == "error: freeze_encoder=True: needs fit.start_from, the autoencoder whose encoder is kept"
-    code, words = fails("train_rae", capsys, **{**keys, "output": rae[0], "fit.learning_rate": 1e-3})
+    code, words = fails("train_rae", **{**keys, "output": rae[0], "fit.learning_rate": 1e-3})
     assert re.search(r"step-00000024.pt: was made with another fit.learning_rate \(0.003 then, 0.001 now\)", words)
     assert code == 1
     assert not (tmp_path / "none").exists()
 
 
-def test_another_autoencoder_under_the_same_name_is_refused(tree, rae, tmp_path, capsys):
+def test_another_autoencoder_under_the_same_name_is_refused(tree, rae, tmp_path):
     tensors, description, _ = load_checkpoint(str(rae[0] / "rae.safetensors"), "autoencoder")
     file = str(tmp_path / "rae.safetensors")
     save_checkpoint(file, tensors, description)
     keys = {**LFM, "scenes.data": tree, "rae": file, "output": tmp_path / "lfm", "fit.steps": 1, "fit.workers": 0}
-    config.run(*JOBS["train_lfm"], [f"{key}={value}" for key, value in keys.items()])
+    succeed("train_lfm", **keys)
     save_checkpoint(file, {name: tensor * 1.01 for name, tensor in tensors.items()}, description)
-    code, words = fails("train_lfm", capsys, **keys)
+    code, words = fails("train_lfm", **keys)
     assert re.search(r"step-00000001.pt: was made with other frozen weights under the same file names", words)
     assert code == 1

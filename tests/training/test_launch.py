@@ -31,7 +31,7 @@ sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 print("foreign:", sorted({"ray", "s3fs", "aiobotocore", "boto3"} & sys.modules.keys()))
 """
-STEPS = 40
+STEPS = 56
 LEVELS = {"1": 1.0, "2": 2.0, "4": 4.0}
 KEYS = {
     "scenes.crop": 16,
@@ -179,9 +179,17 @@ def test_one_process_writes_and_speaks(straight):
     assert list(curve(output)) == list(range(2, STEPS + 1, 2))
 
 
-def test_a_dead_rank_a_warning_and_a_dead_launcher_change_no_bit(inputs, straight, tmp_path):
-    process = start(tmp_path, inputs)
-    wait_for(tmp_path, 4, process)
+def test_no_kind_of_end_changes_a_bit_on_s3(s3, straight, tmp_path):
+    uri = s3.uri("training")
+    inputs, output = put_inputs(uri), f"{uri}/output"
+
+    process = start(output, inputs)  # everything is killed at once
+    wait_for(output, 4, process)
+    kill(process)
+    process.communicate()
+
+    process = start(output, inputs)  # a rank dies
+    wait_for(output, kept(output)[-1] + 1, process)
     everything = psutil.Process(process.pid).children(recursive=True)
     assert len(everything) >= 4  # two ranks and their loader workers
     ranks(process)[1].kill()
@@ -190,51 +198,34 @@ def test_a_dead_rank_a_warning_and_a_dead_launcher_change_no_bit(inputs, straigh
     assert re.search(r"exitcode\s*: -9 \(pid: \d+\)", said), said
     assert not psutil.wait_procs(everything, timeout=20)[1]
 
-    process = start(tmp_path, inputs)
-    wait_for(tmp_path, kept(tmp_path)[-1] + 4, process)
+    process = start(output, inputs)  # a rank is warned
+    wait_for(output, kept(output)[-1] + 1, process)
     ranks(process)[1].send_signal(signal.SIGUSR1)
     said = end(process)
     assert process.returncode != 0
-    assert said.count(f"SIGUSR1: stopped and saved after step {kept(tmp_path)[-1]}; the same command goes on") == 1
+    assert said.count(f"SIGUSR1: stopped and saved after step {kept(output)[-1]}; the same command continues") == 1
     assert re.search(r"exitcode\s*: 75 ", said), said
 
-    process = start(tmp_path, inputs)
-    wait_for(tmp_path, kept(tmp_path)[-1] + 1, process)
+    process = start(output, inputs)  # the launcher dies
+    wait_for(output, kept(output)[-1] + 1, process)
     everything = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     said = end(process)
     assert not psutil.wait_procs(everything, timeout=20)[1]
-    assert f"SIGTERM: stopped and saved after step {kept(tmp_path)[-1]}; " in said
+    assert f"SIGTERM: stopped and saved after step {kept(output)[-1]}; " in said
 
-    process = start(tmp_path, inputs)
+    step, process = kept(output)[-1], start(output, inputs)
     said = end(process)
     assert process.returncode == 0, said
-    assert f"resuming after step {kept(tmp_path)[-1]} " not in said
-    assert re.search(r"resuming after step \d+ ", said)
-    assert_same_training(tmp_path, straight[0])
-    assert curve(tmp_path) == curve(straight[0])
-
-
-def test_killed_and_resumed_on_s3_ends_in_the_same_bits(s3, straight, tmp_path):
-    uri = s3.uri("training")
-    inputs, output = put_inputs(uri), f"{uri}/output"
-    process = start(output, inputs)
-    step = wait_for(output, 7, process)
-    kill(process)
-    process.communicate()
-    process = start(output, inputs)
-    said = end(process)
-    assert process.returncode == 0, said
-    assert int(re.search(rf"resuming after step (\d+) \({output}/checkpoints", said)[1]) >= step
+    assert f"resuming after step {step} ({output}/checkpoints" in said
     assert_same_training(output, straight[0])
     assert curve(output, tmp_path) == curve(straight[0])
     names = {source.key for source in storage.Place(output).files()}
     assert {name for name in names if not name.startswith("logs/")} == {
         "config.yaml",
         "degrader.safetensors",
-        "previews/step-00000032.png",
-        "previews/step-00000040.png",
-        *(f"checkpoints/step-{step:08d}.pt" for step in (32, 36, 40)),
+        *(f"previews/step-{step:08d}.png" for step in (32, STEPS)),
+        *(f"checkpoints/step-{step:08d}.pt" for step in (STEPS - 8, STEPS - 4, STEPS)),
     }
 
 
@@ -245,7 +236,7 @@ def test_one_process_gives_the_curve_of_two_and_imports_neither_ray_nor_s3fs(inp
     assert said.splitlines()[-1] == "foreign: []"
     one, two = (np.array(list(curve(output).values())) for output in (tmp_path, straight[0]))
     np.testing.assert_allclose(one[:6], two[:6], rtol=1e-4)
-    np.testing.assert_allclose(one, two, rtol=2e-2)
+    np.testing.assert_allclose(one[:20], two[:20], rtol=2e-2)
 
 
 def machines(output, inputs, **changes):
@@ -296,10 +287,8 @@ def test_a_full_disk_is_named_and_spares_the_checkpoints(inputs, straight, tmp_p
     process = start(tmp_path, inputs, limit=100_000)
     said = end(process)
     assert process.returncode != 0
-    lines = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert any(
-        re.search(r"step-00000036.pt: cannot be written \(\d\.\d MiB\): .*File too large", line) for line in lines
-    )
+    full = rf"^error: .*step-{STEPS - 4:08d}.pt: cannot be written \(\d\.\d MiB\): .*File too large"
+    assert re.search(full, said, re.M), said
     assert [path for path in sorted(tmp_path.rglob("*")) if path.parent.name != "logs"] == [
         path for path in before if path.parent.name != "logs"
     ]

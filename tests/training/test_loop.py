@@ -97,12 +97,7 @@ def rae_objective():
 PROBLEMS = {"toy": (lambda: ToyObjective(dropout=0.3), ToySamples), "rae": (rae_objective, Crops)}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def train(folder, config=BASE, objective=None, samples=None, validate=None, **extra):
@@ -187,7 +182,9 @@ def test_a_warned_and_killed_training_goes_on_bit_for_bit(tmp_path):
         os.killpg(process.pid, number)  # to the loader's workers too
         rest, _ = process.communicate(timeout=60)
         step = steps_kept(tmp_path / "killed")[-1]
-        assert rest.splitlines()[-1] == f"{number.name}: stopped and saved after step {step}; the same command goes on"
+        assert (
+            rest.splitlines()[-1] == f"{number.name}: stopped and saved after step {step}; the same command continues"
+        )
         assert process.returncode == EXIT_CODE == 75
         assert before + 3 <= step < before + 20
 
@@ -405,7 +402,7 @@ def test_learning_rate_warms_up_and_falls_by_a_cosine_to_its_final_value(tmp_pat
 
 
 def test_the_first_step_is_adam_of_the_clipped_gradient(tmp_path):
-    config = replace(BASE, steps=1, clip=1e-3, beta2=0.9)
+    config = replace(BASE, steps=1, clip=1e-3, betas=(0.9, 0.9))
     objective = ToyObjective()
     before = {name: parameter.clone() for name, parameter in objective.network.named_parameters()}
     samples = [ToySamples()[n] for n in range(8)]
@@ -547,7 +544,7 @@ def test_a_wrong_start_is_named(tmp_path):
         ({"keep": 0}, "fit.keep=0: must be at least 1"),
         ({"learning_rate": 0.0}, "fit.learning_rate=0.0: must be above 0"),
         ({"ema": 1.0}, r"fit.ema=1.0: must lie in \[0, 1\)"),
-        ({"beta2": 1.0}, r"fit.beta2=1.0: must lie in \[0, 1\)"),
+        ({"betas": (0.9, 1.0)}, r"fit.betas=\[0.9, 1.0\]: must lie in \[0, 1\)"),
         ({"seed": -1}, "fit.seed=-1: must not be negative"),
         ({"clip": -1.0}, "fit.clip=-1.0: must not be negative"),
         ({"batch": 9, "accumulate": 2}, "fit.batch=9: must be a multiple of fit.accumulate=2"),
