@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from degflow.models import ResidualAutoencoder, ResidualFlow, Spread
 from degflow.models.counter import gaussian, sample_keys
-from degflow.models.residual import Guide, lost_detail
+from degflow.models.residual import Guide, correlated, lost_detail
 from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear, next_knot, taylor_step
 
 
@@ -150,8 +150,7 @@ class ResidualObjective(_Stage2):
         guide, captured = residuals(self.autoencoder, self.spread, hr, skeleton, lr, time.float())
         factor, _ = self.spread.at(guide.time)
         tau = tau.float()
-        noise = gaussian(sample_keys(self.seed, number), *captured.shape[1:]).to(captured)
-        begin = torch.einsum("bij,bjhw->bihw", factor, noise)
+        begin = correlated(factor, gaussian(sample_keys(self.seed, number), *captured.shape[1:]))
         place = torch.lerp(begin, captured, tau[:, None, None, None])
         velocity = self.network(place, tau, guide).float()
         flow = F.mse_loss(velocity, captured - begin)

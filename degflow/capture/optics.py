@@ -5,8 +5,12 @@
 2. `Optics.fit` finds H_k of each captured level k in closed form: H_k(f) = Re sum(L_k conj I) / sum |I|^2, with L_k and
    I the spectra of lin(LR_k) and lin(HR) over windows of the training scenes (Hann, means removed). This is the
    linear filter of least squared error.
-3. Between levels log H is linear in s^2, as for a lens of constant f-number; that is exact for a Gaussian.
-4. HR that is itself reduced by r was blurred less on its own grid: log H is measured from 1 / r^2 instead of from 1.
+3. From HR to the first LR level log H is linear in s^2, as for a lens of constant f-number. Between two LR levels lens
+   and sensor do the same at every s, in units of the sensor's pixel: there log H is mixed at equal s f, linearly in
+   1 / s^2. Both are exact for a Gaussian. (On the simulated canon the second gains 0.2 dB at x3 over s^2, and below the
+   first LR level it would lose 0.4: HR is not brought back from a coarser grid, LR is.)
+4. Reducing a scene by r stretches its frequencies: LR and HR are then related by H_{s r}(f / r), s being counted on the
+   reduced grid. (For a Gaussian s^2 - 1 / r^2 takes the place of s^2 - 1.)
 
 Windows are registered first: LR's sub-pixel shift is estimated and its linear phase removed, and windows that do not
 show the same picture are left out. Exposure is not optics: each scene's H is divided by its limit at f = 0, so that
@@ -53,7 +57,7 @@ class Optics(nn.Module):
     """
 
     log_transfer: Tensor
-    squares: Tensor
+    levels: Tensor
     working_channels = 7.0  # float planes of an image's size that `forward` needs beside images in and out
 
     def __init__(self, scales: Sequence[float], rings: int = 64):
@@ -65,8 +69,7 @@ class Optics(nn.Module):
             raise ValueError(f"rings={rings}: must be at least 2")
         self.rings = rings
         self.register_buffer("log_transfer", torch.zeros(len(self.scales), 3, rings))
-        squares = torch.tensor(self.scales, dtype=torch.float64) ** 2
-        self.register_buffer("squares", squares, persistent=False)
+        self.register_buffer("levels", torch.tensor(self.scales, dtype=torch.float64), persistent=False)
 
     @classmethod
     def fit(cls, scenes: SceneImages, rings: int = 64) -> "Optics":
@@ -107,7 +110,7 @@ class Optics(nn.Module):
             "B 3 ..." of `frequency`'s type.
         """
         curves = self._curves(scale, reduction).to(frequency)
-        return torch.exp(_look_up(curves, frequency.square()))
+        return torch.exp(_look_up(curves, frequency.square().flatten())).unflatten(-1, frequency.shape)
 
     def describe(self) -> dict[str, object]:
         """The arguments that make this module again; its tables are in `state_dict`."""
@@ -123,9 +126,11 @@ class Optics(nn.Module):
 
         Args:
             hr: "B 3 H W" in [-1, 1], float32 or float64 (narrower types are computed in float32); H and W at least 8.
-            scale: "B", between HR's scale / reduction, where nothing happens, and the last level's. Checked where it
-                lies on the CPU; on an accelerator, where looking would wait for the device, it is taken as it is.
-            reduction: r, by which HR was reduced after its capture, at least 1: a number, or "B".
+            scale: "B", from the first level's / reduction, where nothing happens, to the last level's / reduction.
+                Checked where it lies on the CPU; on an accelerator, where looking would wait for the device, it is
+                taken as it is.
+            reduction: r, by which HR was reduced after its capture, at least 1: a number, or "B". A captured level
+                of scale s is at s / r there.
 
         Returns:
             "B 3 H W" in [-1, 1], on HR's device and of its type.
@@ -145,17 +150,24 @@ class Optics(nn.Module):
         return lr
 
     def _curves(self, scale: Tensor, reduction: float | Tensor) -> Tensor:
-        """Log H on the rings, "B 3 R", of the tables' type."""
-        scale = scale.to(self.squares)
-        reduced = torch.as_tensor(reduction, dtype=torch.float64).to(self.squares).expand_as(scale)
-        return self._from_first(scale**2) - self._from_first(self.squares[0] / reduced**2)
-
-    def _from_first(self, square: Tensor) -> Tensor:
-        """Log H from the first level to s^2 = `square` "B", linear in it; beyond the levels the lines go on."""
-        upper = torch.bucketize(square, self.squares).clamp(1, len(self.scales) - 1)
-        low, high = self.squares[upper - 1], self.squares[upper]
-        share = ((square - low) / (high - low)).to(self.log_transfer)[:, None, None]
-        return (1 - share) * self.log_transfer[upper - 1] + share * self.log_transfer[upper]
+        """Log H at the rings' frequencies, "B 3 R", of the tables' type."""
+        levels, rings = self.levels, torch.arange(self.rings).to(self.levels)
+        reduced = torch.as_tensor(reduction, dtype=torch.float64).to(levels).expand(len(scale))
+        at = scale.to(levels) * reduced  # on the grid that HR was captured on
+        upper = torch.bucketize(at, levels).clamp(1, len(levels) - 1)
+        low, high = levels[upper - 1], levels[upper]
+        from_hr = upper == 1
+        share = torch.where(from_hr, (at**2 - low**2) / (high**2 - low**2), (low**-2 - at**-2) / (low**-2 - high**-2))
+        squares = (rings * CORNER / (self.rings - 1)) ** 2
+        of_low, of_high = (
+            _look_up(
+                self.log_transfer.index_select(0, index),
+                ((torch.where(from_hr, 1, at / level) / reduced)[:, None, None] ** 2 * squares).to(self.log_transfer),
+            )
+            for index, level in ((upper - 1, low), (upper, high))
+        )
+        share = share.to(self.log_transfer)[:, None, None]
+        return (1 - share) * of_low + share * of_high
 
     def _check_range(self, scale: Tensor, reduction: float | Tensor) -> None:
         reductions = torch.as_tensor(reduction, dtype=torch.float64)
@@ -163,12 +175,12 @@ class Optics(nn.Module):
             raise ValueError(f"reduction={reductions.tolist()}: must be finite and at least 1")
         if scale.device.type != "cpu" or reductions.device.type != "cpu":
             return
+        low, high = self.scales[0] / reductions.expand_as(scale), self.scales[-1] / reductions.expand_as(scale)
         rounding = 1e-6  # of float32 scales
-        low = self.scales[0] / reductions.expand_as(scale)
-        wrong = ~((scale.double() >= low - rounding) & (scale.double() <= self.scales[-1] + rounding))
+        wrong = ~((scale.double() >= low - rounding) & (scale.double() <= high + rounding))
         if wrong.any():
-            first = int(wrong.nonzero()[0])
-            raise ValueError(f"scale={float(scale[first]):g}: must lie in [{float(low[first]):g}, {self.scales[-1]:g}]")
+            n = int(wrong.nonzero()[0])
+            raise ValueError(f"scale={float(scale[n]):g}: must lie in [{float(low[n]):g}, {float(high[n]):g}]")
 
 
 def to_linear(value: Tensor) -> Tensor:
@@ -204,7 +216,7 @@ def _filter(light: Tensor, curve: Tensor) -> Tensor:
     columns = torch.fft.rfftfreq(light.shape[1], dtype=light.dtype, device=light.device).square()
     band = max(1, _BAND // len(columns))
     for part, squares in zip(spectrum.split(band), rows.split(band), strict=True):
-        part *= torch.exp(_look_up(curve, squares[:, None] + columns))
+        part *= torch.exp(_look_up(curve, (squares[:, None] + columns).flatten())).view(len(squares), len(columns))
     filtered = torch.fft.irfft2(spectrum, s=light.shape)
     return filtered[MARGIN : MARGIN + height, MARGIN : MARGIN + width]
 
@@ -223,16 +235,13 @@ def _fast_length(least: int) -> int:
 
 
 def _look_up(curves: Tensor, square: Tensor) -> Tensor:
-    """Curves "... R" at squared frequencies "F", linear in the square between rings; "... F"."""
+    """Curves "... R" at squared frequencies "... F", linear in the square between rings; "... F"."""
     rings = curves.shape[-1]
     square = (square / (CORNER / (rings - 1)) ** 2).clamp(max=(rings - 1) ** 2)  # in rings
     ring = square.sqrt().floor().clamp(max=rings - 2)
     share = (square - ring.square()) / (2 * ring + 1)
-    low = ring.int().flatten()
-    at_low, at_high = (
-        curves.index_select(-1, index).reshape(*curves.shape[:-1], *square.shape) for index in (low, low + 1)
-    )
-    return torch.lerp(at_low, at_high, share)
+    low = ring.long().expand(*curves.shape[:-1], -1)
+    return torch.lerp(torch.gather(curves, -1, low), torch.gather(curves, -1, low + 1), share)
 
 
 def _ring_sums(pixels: np.ndarray, most: int, rings: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -247,11 +256,6 @@ def _ring_sums(pixels: np.ndarray, most: int, rings: int) -> tuple[Tensor, Tenso
     count, phase = _register(cross, spectra, rows, columns)
     cross = torch.einsum("nk,nkchw->kchw", count, (cross * phase[:, :, None]).real.double())
     energy = torch.einsum("nk,nchw->kchw", count, hr[:, 0].abs().square().double())
-    once = torch.full_like(columns, 2.0).double()  # a real image's spectrum has each inner column twice
-    once[0, 0] = 1
-    if width % 2 == 0:
-        once[0, -1] = 1
-    cross, energy = cross * once, energy * once
     cross /= _gain(cross, energy, square, max(LOW_BAND, 3 / min(height, width)))[..., None, None]
     ring = (square.sqrt() / (CORNER / (rings - 1))).round().long().flatten()
     return tuple(  # type: ignore[return-value]

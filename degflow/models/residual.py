@@ -94,7 +94,7 @@ class Spread(nn.Module):
 
     def __init__(self, channels: int, times: tuple[float, ...]):
         super().__init__()
-        if len(times) < 2 or times[0] != 0 or any(a >= b for a, b in pairwise(times)):
+        if len(times) < 2 or times[0] != 0 or not all(a < b for a, b in pairwise(times)):
             raise ValueError(f"times={list(times)}: at least two, the first 0, increasing")
         self.register_buffer("times", torch.tensor(times, dtype=torch.float32))
         self.register_buffer("factors", torch.zeros(len(times), channels, channels))  # A_t, A_t A_t^T the covariance
@@ -116,6 +116,14 @@ class Spread(nn.Module):
         factor = torch.lerp(self.factors[after - 1], self.factors[after], weight)
         deviation = factor.square().sum(2).sqrt().clamp(min=1e-12)
         return factor / deviation[:, :, None], deviation[:, :, None, None]
+
+
+def correlated(factor: Tensor, noise: Tensor) -> Tensor:
+    """Independent normal numbers "B C h w" -> the same with the covariance F F^T, for F = `factor` "B C C".
+
+    Without a matrix product, which autocast would round to half precision.
+    """
+    return (factor[..., None, None] * noise[:, None].to(factor)).sum(2)
 
 
 class _Block(nn.Module):
@@ -229,7 +237,7 @@ class ResidualFlow(nn.Module):
         if self.has_solver and spread < 1:
             y = velocity(y, guide.time.new_zeros(len(y)))
         if spread > 0:
-            drawn = torch.einsum("bij,bjhw->bihw", factor, gaussian(seed, *y.shape[1:]).to(y))
+            drawn = correlated(factor, gaussian(seed, *y.shape[1:]))
             if self.has_solver:
                 drawn = integrate(velocity, drawn, guide.time.new_ones(len(y)), steps=steps, solver=solver)
             y = torch.lerp(y, drawn, spread)
