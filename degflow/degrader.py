@@ -48,7 +48,7 @@ class Degrader(nn.Module):
         super().__init__()
         if autoencoder.config.latent_channels != flow.latent_channels:
             raise ValueError(
-                f"latent_channels={flow.latent_channels}: must be the autoencoder's, {autoencoder.config.latent_channels}"
+                f"latent_channels={flow.latent_channels}: must be {autoencoder.config.latent_channels}, the autoencoder's"
             )
         self.autoencoder = autoencoder
         self.flow = flow

@@ -1,8 +1,8 @@
 """The training objectives: a batch of samples -> losses.
 
 `RAEObjective` is stage 1 (DegFlow, section 2.1), `LFMObjective` the published stage 2 (section 2.2), and
-`ResidualObjective` stage 2 for flows that draw (`models.residual`). Whatever is random in a sample (its level, its times, its noise) was
-drawn with the sample, so every tensor here has a fixed shape, and nothing waits for a device.
+`ResidualObjective` stage 2 for flows that draw (`models.residual`). Whatever is random in a sample (its level, its
+times, its noise) was drawn with the sample. So every tensor here has a fixed shape, and nothing waits for a device.
 """
 
 from typing import NamedTuple

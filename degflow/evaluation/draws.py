@@ -37,7 +37,7 @@ class Noise(NamedTuple):
 
 
 def flat_noise(image: Tensor, hr: Tensor) -> dict[str, Noise]:
-    """Noise by brightness, "1 3 H W" in [-1, 1], in the flattest twentieth of HR's blocks of each; NaN where none is."""
+    """Noise of "1 3 H W" in [-1, 1] by brightness, in the flattest 5% of HR's blocks of each; NaN without a block."""
     found = {}
     for name, (low, high) in BRIGHTNESS.items():
         blocks = flat_blocks(hr, low, high)
