@@ -14,7 +14,7 @@ from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfi
 
 @dataclass
 class Scenes:
-    """As SceneImages, of pixels "K H W 3" that are at hand."""
+    """Like SceneImages, with pixels "K H W 3" already in memory."""
 
     scenes: list[Scene]
     pixels: list[np.ndarray]
@@ -24,12 +24,12 @@ class Scenes:
 
 
 def scenes_of(**pixels):
-    """Id -> pixels."""
+    """Scenes from their ids and pixels "K H W 3"."""
     return Scenes([Scene(name, ()) for name in pixels], list(pixels.values()))
 
 
 def small_degrader(levels, time="linear"):
-    """Random, and moving enough that neighbouring scales look different."""
+    """Random weights, large enough that images at neighbouring scales differ."""
     torch.manual_seed(0)
     autoencoder = ResidualAutoencoder(AutoencoderConfig(base_width=4, multipliers=(1, 1), blocks=1, gate_init=0.5))
     velocity = VelocityNetwork(VelocityConfig(width=8, blocks=1, multipliers=(1, 1)))

@@ -60,7 +60,7 @@ class Slurm:
     def __init__(self, folder: Path):
         self.folder = folder
         self.daemons: list[subprocess.Popen[bytes]] = []
-        self.controller: list[str] = []  # words that run a command where slurmctld runs
+        self.controller: list[str] = []  # prefix that runs a command where slurmctld runs
         self.hosts: dict[str, list[str]] = {name: [] for name in NODES}
         self.namespaces = _namespaces_work()
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
@@ -77,8 +77,8 @@ class Slurm:
         return self
 
     def __exit__(self, *_):
-        # With namespaces, the end of the first daemon is the end of all processes in its process namespace. Without,
-        # what slurmd started is known by our slurm.conf in its environment.
+        # With namespaces, killing the first daemon kills every process in its process namespace. Without them, the
+        # processes that slurmd started are found by our slurm.conf in their environment.
         for daemon in reversed(self.daemons):
             daemon.kill()
             daemon.wait()
@@ -121,7 +121,7 @@ class Slurm:
         )
 
     def until(self, condition, what, seconds=900):
-        """Poll until the condition gives something; what it gave."""
+        """Poll until the condition returns something true; returns that."""
         deadline = time.monotonic() + seconds
         while not (found := condition()):
             if time.monotonic() > deadline:
@@ -171,7 +171,7 @@ class Slurm:
     def _daemon(self, *words):
         with (self.folder / "daemons.log").open("ab") as log:
             daemon = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", "--", *words],  # or a killed pytest would leave them
+                ["setpriv", "--pdeathsig", "KILL", "--", *words],  # they end with pytest, even if it is killed
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -182,7 +182,7 @@ class Slurm:
         return daemon
 
     def _make_network(self):
-        """A network of our own, apart from this machine's: controller and two nodes on one bridge."""
+        """A network separate from this machine's: controller and two nodes on one bridge."""
         kinds = ("--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
         reaper = "while :; do sleep 3600 & wait $!; done"  # the first process of a namespace inherits orphans
         outer = self._daemon("unshare", *kinds, "bash", "-c", reaper).pid
@@ -230,7 +230,7 @@ def _free_ports(count):
 
 
 def _processes_of(folder):
-    """Processes whose environment names our slurm.conf: steps, and what they started."""
+    """Processes whose environment names our slurm.conf: job steps and their children."""
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
             if f"SLURM_CONF={folder}/slurm.conf".encode() in path.read_bytes() and int(path.parts[2]) != os.getpid():

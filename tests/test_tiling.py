@@ -1,4 +1,4 @@
-"""Large images in bounded memory: what the tiles are, and that nobody can tell."""
+"""Large images in bounded memory: the tiles, and that a tiled result equals an untiled one."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ from tests import ROOT
         (64, 2, 1),
     ],
 )
-def test_inner_parts_cover_a_side_once_and_are_a_halo_away_from_every_cut(size, count, halo):
+def test_inner_parts_cover_a_side_once_and_keep_a_halo_from_every_cut(size, count, halo):
     found = spans(size, count, halo)
     assert [place for span in found for place in range(span.first, span.last)] == list(range(size))
     assert len({span.stop - span.start for span in found}) == 1
@@ -40,7 +40,7 @@ def test_inner_parts_cover_a_side_once_and_are_a_halo_away_from_every_cut(size, 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 40), (376, 500), (30, 900), (65, 33)])
 @pytest.mark.parametrize("room", [900, 1300, 5000, 36000, 1e9])
-def test_the_cheapest_grid_keeps_to_its_room(height, width, room):
+def test_the_cheapest_grid_fits_its_window(height, width, room):
     grid = cheapest(height, width, 10, room)
     if grid is None:
         assert finest(height, width, 10).window > room
@@ -103,7 +103,7 @@ def image(count, height, width):
 
 
 def budgets(degrader, height, width):
-    """The largest memory for each way of tiling that this size can have: skips kept, and encoded again."""
+    """Skips kept or not -> the largest memory in GB at which this size is tiled that way."""
     found = {}
     for step in range(450, 149, -1):
         try:
@@ -144,7 +144,7 @@ def test_a_scale_for_each_image_is_tiled_too():
     torch.testing.assert_close(degrader(hr, scale, memory=memory), whole, rtol=0, atol=1e-4)
 
 
-def test_a_batch_that_does_not_fit_is_done_in_parts():
+def test_a_batch_that_does_not_fit_is_split():
     degrader, hr, scale = make(), image(3, 128, 192), torch.tensor([1.5, 3.0, 4.0])
     memory = next(m / 1000 for m in range(161, 300) if degrader.fit(128, 192, m / 1000)[0] == 2)
     torch.testing.assert_close(degrader(hr, scale, memory=memory), degrader(hr, scale), rtol=0, atol=1e-5)
@@ -157,7 +157,7 @@ def test_tiles_do_not_depend_on_how_many_scales_are_asked_for():
     assert torch.equal(many[:, 1:2], degrader(hr, torch.tensor([[3.0]]), memory=memory))
 
 
-def test_too_little_memory_says_how_much_is_needed():
+def test_with_too_little_memory_the_error_says_how_much_is_needed():
     degrader = make()
     with pytest.raises(ValueError, match=r"memory=0.1: 4000 x 3000 pixels need at least (0\.\d+) GB") as caught:
         degrader.fit(3000, 4000, 0.1)
@@ -190,4 +190,4 @@ def test_the_memory_asked_for_is_not_exceeded():
     done = subprocess.run([sys.executable, "-c", PEAK], cwd=ROOT, capture_output=True, text=True, check=True)
     tiled, whole = map(float, done.stdout.split())
     assert 0.1 < tiled < 0.35
-    assert 0.4 < whole < 0.7  # the measurement sees what tiling saves
+    assert 0.4 < whole < 0.7  # without tiles the same image needs more

@@ -1,5 +1,5 @@
-"""cluster/kubernetes as `kubectl kustomize` renders it: every field is one that KubeRay or Kubernetes knows, and the
-numbers that stand in several places agree."""
+"""cluster/kubernetes as `kubectl kustomize` renders it: KubeRay or Kubernetes knows every field, and numbers that are
+written in several places agree."""
 
 import copy
 import importlib.util
@@ -38,7 +38,7 @@ def rendered(overlay):
 
 @cache
 def rayjob_validator():
-    """KubeRay's schema, and no field beside those that it knows."""
+    """KubeRay's schema, with unknown fields forbidden."""
     schema = json.loads((ROOT / "tests/cluster/kuberay/rayjob_v1.schema.json").read_text())
     schema["properties"]["metadata"] |= {
         "properties": {name: {} for name in ("name", "namespace", "labels", "annotations")}
@@ -77,7 +77,7 @@ def one(overlay, kind, job):
 
 
 def fields(value, path=()):
-    """Paths of all fields, but for those of free maps."""
+    """Paths of all fields, except those inside FREE maps."""
     if isinstance(value, list):
         for number, item in enumerate(value):
             yield from fields(item, (*path, number))
@@ -89,7 +89,7 @@ def fields(value, path=()):
 
 
 def pods_of(document):
-    """Every pod template in it, by the name of its group."""
+    """Group name -> pod template, for every pod of a document."""
     spec = document["spec"]
     if document["kind"] == "Job":
         return {"train": spec["template"]}
@@ -107,7 +107,7 @@ def all_pods():
 
 
 def settings(overlay, job):
-    """The ConfigMap's file of a job."""
+    """Name and text of the file in a job's ConfigMap."""
     data = one(overlay, "ConfigMap", job)["data"]
     assert list(data) == [job.replace("-", "_") + ".yaml"]
     return next(iter(data.items()))

@@ -1,4 +1,4 @@
-"""cluster/ray: the submission line of cluster/README.md against a real Ray with its dashboard; the launcher's file."""
+"""cluster/ray: cluster/README.md's submission command on a real Ray with its dashboard, and the launcher's YAML."""
 
 import contextlib
 import copy
@@ -32,7 +32,7 @@ RAY = str(Path(sys.executable).parent / "ray")
 
 
 class Cluster:
-    """`ray start --head` with ports and a folder of its own, and the CLI that talks to its dashboard."""
+    """`ray start --head` with its own ports and folder, and the CLI that talks to its dashboard."""
 
     def __init__(self, folder):
         names = (
@@ -45,7 +45,7 @@ class Cluster:
         ports = free_ports(len(names))
         self.port = ports[-1]
         options = [f"--{name}={port}" for name, port in zip(names, ports, strict=True)]
-        # Another Ray of this machine may have switched tokens on (RAY_AUTH_MODE), and must not be found here.
+        # Another Ray on this machine must not be found, nor its setting of tokens (RAY_AUTH_MODE) be used.
         hidden = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "PYTHONPATH")
         self.environment = {name: value for name, value in os.environ.items() if name not in hidden}
         self.environment |= {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
@@ -67,7 +67,7 @@ class Cluster:
         )
 
     def started(self, seconds=300):
-        """Whether Ray came up; on a busy machine it may miss the 30 s that it gives itself, and ends."""
+        """Whether Ray started; on a busy machine it may exceed its own limit of 30 s and exit."""
         deadline = time.monotonic() + seconds
         while self.head.poll() is None and time.monotonic() < deadline:
             if "Ray runtime started" in Path(self.log.name).read_text():
@@ -105,7 +105,7 @@ class Cluster:
             return json.load(answer)
 
     def stop_job(self, name):
-        """What `ray job stop` sends; the CLI's own start would take longer than what is left to do."""
+        """Send what `ray job stop` sends; starting the CLI would take longer than the rest of the job."""
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}/api/jobs/{name}/stop", method="POST")
         with urllib.request.urlopen(request) as answer:
             assert json.load(answer)["stopped"] is True
@@ -151,7 +151,7 @@ def words(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(cluster, words, tmp_path_factory):
-    """An uninterrupted run: its output, the CLI's exit status and what it said."""
+    """Output, CLI exit status and CLI text of an uninterrupted run."""
     output = tmp_path_factory.mktemp("finished") / "set"
     return output, *cluster.submit("finished", *words, f"output={output}")
 
@@ -213,8 +213,8 @@ def test_a_stopped_job_is_completed_by_a_second_submission(cluster, words, finis
     assert len(rows_of(output)) == SHARDS * 4
 
 
-def test_no_more_than_sources_are_sent(cluster, finished):
-    """What the runtime environment's excludes leave out is not in the folder that the job ran in."""
+def test_only_sources_are_sent(cluster, finished):
+    """The folder that the job ran in has no file that the runtime environment excludes."""
     assert finished[1] == 0
     folders = [Path(path).parent for path in Path(cluster.log.name).parent.glob("**/working_dir_files/*/jobs")]
     assert folders

@@ -1,6 +1,6 @@
-"""cluster/slurm/*.sbatch under a real Slurm: two nodes, jobs that are requeued in mid-run, none of it repeated or lost.
+"""cluster/slurm/*.sbatch on a real Slurm of two nodes: jobs requeued in mid-run repeat nothing and lose nothing.
 
-`bash .ci/run` runs this as root (it installs Debian's Slurm); the README's test command leaves it out.
+They need root and Debian's Slurm: `bash .ci/run` runs them, `bash tests/run.sh` does not.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ def slurm(tmp_path_factory):
         patch.setenv("OMP_NUM_THREADS", "1")
         with Slurm(tmp_path_factory.mktemp("slurm")) as slurm:
             if not slurm.namespaces:
-                # One host's two nodes share its ports and its address: Ray then runs over one of them.
+                # Both nodes share this host's ports and address, so Ray can run on one of them only.
                 print("namespaces are refused here: synthesize.sbatch is tested on one node, train.sbatch on two")
                 slurm.environment["HEAD_ADDRESS"] = "127.0.0.1"
             yield slurm
@@ -74,7 +74,7 @@ def test_a_dataset_over_the_allocation_requeued_before_its_time_limit(slurm, pho
     words = words_of(KEYS, input=photos, output=output, model=model)
     job = submit(slurm, "synthesize.sbatch", log, *words, nodes=nodes, options=["--cpus-per-task=2"])
     slurm.until(lambda: len(list(output.glob("data/part-*"))) >= 3, "three shards")
-    slurm.run("scancel", "--batch", "--signal=USR1", job)  # as --signal=B:USR1@120 does before the limit
+    slurm.run("scancel", "--batch", "--signal=USR1", job)  # as --signal=B:USR1@120 does before the time limit
     slurm.until(lambda: slurm.show(job)["Restarts"] == "1", "the requeue", 60)
     done = content(output)
     assert 3 <= len([name for name in done if name.startswith("part-")]) < SHARDS
@@ -107,7 +107,7 @@ def test_a_failing_dataset_job_fails_in_slurm_and_ends_its_ray(slurm, photos, mo
 
 
 def stage(slurm, tmp_path, name, job, keys, **more):
-    """Submit a training; its number, log and output."""
+    """Submit a training; returns its number, log and output."""
     output, log = tmp_path / name, tmp_path / f"{name}.log"
     words = words_of(keys, STAGE, output=output, **more)
     return submit(slurm, "train.sbatch", log, f"jobs/train_{job}.py", *words), log, output

@@ -33,7 +33,7 @@ def relative_error(actual, expected):
 
 
 def released_names(autoencoder, velocity):
-    """The inverse of the importer: state dicts of ours under the released names."""
+    """Our state dicts under the released names: the inverse of the importer."""
     names = {}
     for kind, letter in (("encoder", "E"), ("decoder", "D")):
         part = getattr(autoencoder, kind)
