@@ -47,9 +47,8 @@ class Degrader(nn.Module):
     def __init__(self, autoencoder: ResidualAutoencoder, flow: PathFlow | ResidualFlow, levels: Mapping[str, float]):
         super().__init__()
         if autoencoder.config.latent_channels != flow.latent_channels:
-            raise ValueError(
-                f"latent_channels={flow.latent_channels}: must be {autoencoder.config.latent_channels}, the autoencoder's"
-            )
+            own = autoencoder.config.latent_channels
+            raise ValueError(f"latent_channels={flow.latent_channels}: must be the autoencoder's, {own}")
         self.autoencoder = autoencoder
         self.flow = flow
         self.eval()
