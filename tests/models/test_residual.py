@@ -103,7 +103,9 @@ def test_a_fit_recovers_the_covariance_at_every_time_but_the_first():
     root = deviation[..., 0] * factor
     torch.testing.assert_close((root @ root.mT)[1:].double(), covariances(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(factor[1:].square().sum(2), torch.ones(2, 4))  # unit variance
-    torch.testing.assert_close(deviation[1:, :, 0, 0].double(), covariances().diagonal(dim1=1, dim2=2).sqrt(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        deviation[1:, :, 0, 0].double(), covariances().diagonal(dim1=1, dim2=2).sqrt(), rtol=1e-4, atol=0
+    )
     assert float(root[0].abs().max()) == 0
     assert float(deviation[0].max()) < 1e-9
 
@@ -156,7 +158,11 @@ def test_a_flow_between_variances_stretches_each_draw_by_the_ratio_of_deviations
     spread = Spread(2, (0.0, 1.0))
     spread.fit(torch.eye(2, dtype=torch.float64)[None])
     guide = random_guide(time=(1.0, 1.0), channels=2)
-    begin, mean, captured = torch.eye(2).double(), torch.tensor([1.0, -2.0]).double(), torch.tensor([[4.0, 0], [0, 0.25]])
+    begin, mean, captured = (
+        torch.eye(2).double(),
+        torch.tensor([1.0, -2.0]).double(),
+        torch.tensor([[4.0, 0], [0, 0.25]]),
+    )
     network = Asked(gaussian_field(begin, mean, captured.double()), channels=2)
     z = flow_of(network, spread).latent(guide, SEEDS, 1.0, steps=40, solver="rk5")
     y = (z - guide.optics) / (guide.gain * spread.at(guide.time)[1])
@@ -254,7 +260,10 @@ def test_everything_that_is_known_is_seen():
     velocity = network(y, tau, guide)
     assert velocity.shape == y.shape
     changed = [guide._replace(**{name: 0.9 * value}) for name, value in guide._asdict().items()]
-    others = [network(y, tau, other) for other in changed] + [network(0.9 * y, tau, guide), network(y, 0.9 * tau, guide)]
+    others = [network(y, tau, other) for other in changed] + [
+        network(0.9 * y, tau, guide),
+        network(y, 0.9 * tau, guide),
+    ]
     assert all(float((other - velocity).abs().max()) > 1e-3 for other in others)
 
 
