@@ -105,7 +105,8 @@ class LFMObjective(_Stage2):
         """
         image, time = to_float(images), time.float()
         values, skips = self._encode(image)
-        point = self.path.at(values, time)
+        with torch.autocast(image.device.type, enabled=False):  # it would round the path to half precision
+            point = self.path.at(values, time)
         velocity = self.network(point.position, time, sample_keys(self.seed, number)).float()
         flow = F.mse_loss(velocity, point.velocity)
         if self.perceptual is None:
@@ -122,8 +123,7 @@ class LFMObjective(_Stage2):
         """Latents of all levels "B K C_z h w" and the HR image's skips."""
         latent, skips = self.autoencoder.encode(image[:, 0])
         lower = self.autoencoder.encode(image[:, 1:].flatten(0, 1))[0].unflatten(0, (len(image), -1))
-        with torch.autocast(image.device.type, enabled=False):  # it would round the path to half precision
-            return torch.cat((latent[:, None], lower), 1).float(), skips
+        return torch.cat((latent[:, None], lower), 1).float(), skips
 
 
 class ResidualObjective(_Stage2):
