@@ -39,7 +39,7 @@ LOW_BAND = 0.02  # cycles per pixel, where H's limit at 0 is read
 SHIFT_BAND = 0.15  # cycles per pixel, where the phase of a shift is read; up to 3 pixels it does not wrap there
 LARGEST_SHIFT = 2.0  # pixels
 LEAST_COHERENCE = 0.5  # of LR and HR in that band, for a window to count
-_BAND = 1 << 20  # frequencies that are filtered at a time
+_TOGETHER = 1 << 18  # pixels of an image up to which its channels are filtered at once, to start fewer kernels
 
 
 class Optics(nn.Module):
@@ -58,7 +58,7 @@ class Optics(nn.Module):
 
     log_transfer: Tensor
     levels: Tensor
-    working_channels = 7.0  # float planes of an image's size that `forward` needs beside images in and out
+    working_channels = 10.0  # float planes of an image's size that `forward` needs beside images in and out
 
     def __init__(self, scales: Sequence[float], rings: int = 64):
         super().__init__()
@@ -110,7 +110,8 @@ class Optics(nn.Module):
             "B 3 ..." of `frequency`'s type.
         """
         curves = self._curves(scale, reduction).to(frequency)
-        return torch.exp(_look_up(curves, frequency.square().flatten())).unflatten(-1, frequency.shape)
+        place = _place(frequency.square().flatten(), self.rings)
+        return _look_up(curves, *place).exp_().unflatten(-1, frequency.shape)
 
     def describe(self) -> dict[str, object]:
         """The arguments that make this module again; its tables are in `state_dict`."""
@@ -121,8 +122,8 @@ class Optics(nn.Module):
         """HR seen through the lens at each image's scale: sharp detail goes, no noise comes.
 
         Images are done one after the other, so an image's result does not depend on its batch. Light below 0 or
-        above 1 is clipped. Beside images in and out this takes about 6 float planes of the size of one image with its
-        margins (4000 x 3000 pixels: 0.3 GB in float32).
+        above 1 is clipped. Beside images in and out this takes 7 to 10 float planes of the size of one image
+        (4000 x 3000 pixels: 0.4 GB in float32).
 
         Args:
             hr: "B 3 H W" in [-1, 1], float32 or float64 (narrower types are computed in float32); H and W at least 8.
@@ -142,29 +143,34 @@ class Optics(nn.Module):
         self._check_range(scale, reduction)
         precise = torch.promote_types(hr.dtype, torch.float32)
         curves = self._curves(scale, reduction).to(hr.device, precise)
-        lr = torch.empty_like(hr)
+        lr, (height, width) = torch.empty_like(hr), hr.shape[-2:]
+        lengths = _fast_length(height + 2 * MARGIN), _fast_length(width + 2 * MARGIN)
+        place = _place(_squares(*lengths, curves).flatten(), self.rings)
+        channels = 3 if height * width <= _TOGETHER else 1
         for n in range(len(hr)):
-            for channel in range(3):
-                light = to_linear((hr[n, channel].to(precise) + 1) / 2)
-                lr[n, channel] = to_srgb(_filter(light, curves[n, channel])) * 2 - 1
+            for part, curve, out in zip(*(x.split(channels) for x in (hr[n], curves[n], lr[n])), strict=True):
+                transfer = _look_up(curve, *place).exp_()
+                light = _filter(to_linear(part.to(precise) / 2 + 0.5), transfer, *lengths)
+                out.copy_(to_srgb(light).mul_(2).sub_(1))
         return lr
 
     def _curves(self, scale: Tensor, reduction: float | Tensor) -> Tensor:
         """Log H at the rings' frequencies, "B 3 R", of the tables' type."""
-        levels, rings = self.levels, torch.arange(self.rings).to(self.levels)
-        reduced = torch.as_tensor(reduction, dtype=torch.float64).to(levels).expand(len(scale))
+        levels, rings = self.levels, torch.arange(self.rings, device=self.levels.device)
+        reduced = reduction.to(levels) if isinstance(reduction, Tensor) else reduction
         at = scale.to(levels) * reduced  # on the grid that HR was captured on
         upper = torch.bucketize(at, levels).clamp(1, len(levels) - 1)
         low, high = levels[upper - 1], levels[upper]
         from_hr = upper == 1
         share = torch.where(from_hr, (at**2 - low**2) / (high**2 - low**2), (low**-2 - at**-2) / (low**-2 - high**-2))
-        squares = (rings * CORNER / (self.rings - 1)) ** 2
+        squares = (rings.to(levels) * CORNER / (self.rings - 1)) ** 2
+        at_low, at_high = (torch.where(from_hr, 1, at / level) / reduced for level in (low, high))
         of_low, of_high = (
             _look_up(
                 self.log_transfer.index_select(0, index),
-                ((torch.where(from_hr, 1, at / level) / reduced)[:, None, None] ** 2 * squares).to(self.log_transfer),
+                *_place((stretch[:, None, None] ** 2 * squares).to(self.log_transfer), self.rings),
             )
-            for index, level in ((upper - 1, low), (upper, high))
+            for index, stretch in ((upper - 1, at_low), (upper, at_high))
         )
         share = share.to(self.log_transfer)[:, None, None]
         return (1 - share) * of_low + share * of_high
@@ -186,13 +192,15 @@ class Optics(nn.Module):
 def to_linear(value: Tensor) -> Tensor:
     """SRGB value -> linear light (IEC 61966-2-1), both in [0, 1]; clipped."""
     value = value.clamp(0, 1)
-    return torch.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+    power = value.add(0.055).log_().mul_(2.4).exp_().mul_(1.055**-2.4)  # ((value + 0.055) / 1.055)^2.4, faster
+    return torch.where(value <= 0.04045, value / 12.92, power)
 
 
 def to_srgb(light: Tensor) -> Tensor:
     """Linear light -> sRGB value (IEC 61966-2-1), both in [0, 1]; clipped."""
     light = light.clamp(0, 1)
-    return torch.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)
+    power = light.log().mul_(1 / 2.4).exp_().mul_(1.055).sub_(0.055)  # 1.055 light^(1 / 2.4) - 0.055
+    return torch.where(light <= 0.0031308, light * 12.92, power)
 
 
 def _check_images(hr: Tensor, scale: Tensor, reduction: float | Tensor) -> None:
@@ -205,20 +213,40 @@ def _check_images(hr: Tensor, scale: Tensor, reduction: float | Tensor) -> None:
         raise ValueError(f"reduction: shape {tuple(reduction.shape)}: must be one number or ({len(hr)},)")
 
 
-def _filter(light: Tensor, curve: Tensor) -> Tensor:
-    """Filter a plane "H W", mirrored beyond its borders, by exp(`curve`) "R"."""
-    height, width = light.shape
-    for axis, side in enumerate((height, width)):
-        at = torch.arange(-MARGIN, _fast_length(side + 2 * MARGIN) - MARGIN, device=light.device) % (2 * side)
-        light = light.index_select(axis, torch.minimum(at, 2 * side - 1 - at))
-    spectrum = torch.fft.rfft2(light)
-    rows = torch.fft.fftfreq(light.shape[0], dtype=light.dtype, device=light.device).square()
-    columns = torch.fft.rfftfreq(light.shape[1], dtype=light.dtype, device=light.device).square()
-    band = max(1, _BAND // len(columns))
-    for part, squares in zip(spectrum.split(band), rows.split(band), strict=True):
-        part *= torch.exp(_look_up(curve, (squares[:, None] + columns).flatten())).view(len(squares), len(columns))
-    filtered = torch.fft.irfft2(spectrum, s=light.shape)
-    return filtered[MARGIN : MARGIN + height, MARGIN : MARGIN + width]
+def _filter(light: Tensor, transfer: Tensor, rows: int, columns: int) -> Tensor:
+    """Filter "C H W", mirrored beyond its borders.
+
+    Args:
+        light: "C H W".
+        transfer: H at `_squares`, "C F".
+        rows, columns: lengths of the transforms, even.
+    """
+    (height, width), half = light.shape[-2:], rows // 2
+    spectrum = torch.fft.rfft(_mirrored(light, columns, -1))
+    spectrum = torch.fft.fft(_mirrored(spectrum, rows, -2), dim=-2)
+    transfer = transfer.unflatten(-1, (half + 1, -1))
+    spectrum[..., : half + 1, :] *= transfer
+    spectrum[..., half + 1 :, :] *= transfer[..., 1:half, :].flip(-2)  # rows of negative frequencies
+    spectrum = torch.fft.ifft(spectrum, dim=-2)[..., MARGIN : MARGIN + height, :]
+    return torch.fft.irfft(spectrum, columns)[..., MARGIN : MARGIN + width]
+
+
+def _mirrored(x: Tensor, length: int, axis: int) -> Tensor:
+    """Continue an axis by mirroring: MARGIN places before its start, `length` in all."""
+    side, stop, pieces = x.shape[axis], length - MARGIN, []
+    for n in range(-MARGIN // side, -(-stop // side)):
+        first, last = max(0, -MARGIN - n * side), min(side, stop - n * side)
+        piece = x.narrow(axis, first if n % 2 == 0 else side - last, last - first)
+        pieces.append(piece if n % 2 == 0 else piece.flip(axis))
+    return torch.cat(pieces, axis)
+
+
+def _squares(rows: int, columns: int, like: Tensor) -> Tensor:
+    """Squared frequencies of a transform of these even lengths, none of them negative: "rows/2+1 columns/2+1"."""
+    down, right = (
+        torch.arange(length // 2 + 1, dtype=like.dtype, device=like.device) / length for length in (rows, columns)
+    )
+    return down.square()[:, None] + right.square()
 
 
 def _fast_length(least: int) -> int:
@@ -234,14 +262,17 @@ def _fast_length(least: int) -> int:
         length += 2
 
 
-def _look_up(curves: Tensor, square: Tensor) -> Tensor:
-    """Curves "... R" at squared frequencies "... F", linear in the square between rings; "... F"."""
-    rings = curves.shape[-1]
+def _place(square: Tensor, rings: int) -> tuple[Tensor, Tensor]:
+    """Of squared frequencies "... F": the ring below each, and the square's share of the way to the next ring."""
     square = (square / (CORNER / (rings - 1)) ** 2).clamp(max=(rings - 1) ** 2)  # in rings
-    ring = square.sqrt().floor().clamp(max=rings - 2)
-    share = (square - ring.square()) / (2 * ring + 1)
-    low = ring.long().expand(*curves.shape[:-1], -1)
-    return torch.lerp(torch.gather(curves, -1, low), torch.gather(curves, -1, low + 1), share)
+    ring = square.sqrt().floor_().clamp_(max=rings - 2)
+    return ring.long(), (square - ring.square()) / (2 * ring + 1)
+
+
+def _look_up(curves: Tensor, ring: Tensor, share: Tensor) -> Tensor:
+    """Curves "... R" at places "... F" of `_place`, linear in the squared frequency between rings; "... F"."""
+    ring = ring.expand(*curves.shape[:-1], -1)
+    return torch.lerp(torch.gather(curves, -1, ring), torch.gather(curves, -1, ring + 1), share)
 
 
 def _ring_sums(pixels: np.ndarray, most: int, rings: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -236,6 +236,14 @@ def test_an_image_does_not_depend_on_its_batch():
         assert torch.equal(together[n : n + 1], optics(hr[n : n + 1], scales[n : n + 1], float(reductions[n])))
 
 
+def test_large_images_whose_channels_are_done_in_turn_come_out_the_same(monkeypatch):
+    hr = torch.rand(1, 3, 40, 50, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    optics = gaussian_optics(variance=torch.tensor([[0.2], [0.4], [0.6]])).float()
+    together = optics(hr, torch.tensor([3.0]))
+    monkeypatch.setattr("degflow.capture.optics._TOGETHER", 0)
+    assert (optics(hr, torch.tensor([3.0])) - together).abs().max() < 1e-5
+
+
 def test_half_precision_is_computed_in_single():
     hr = (torch.rand(1, 3, 40, 40, generator=torch.Generator().manual_seed(0)) * 2 - 1).half()
     optics = gaussian_optics()
