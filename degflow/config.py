@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import os
 import sys
+import textwrap
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
@@ -136,7 +137,7 @@ def usage(schema: type, about: str, arguments: Sequence[str] = (), *, everything
     for key in shown:
         value = "(required)" if key.required and not key.value else _short(key.value)
         lines = groups.setdefault("Required" if key.required else key.group, [])
-        lines += [f"  {key.name}={value}", f"      {key.meaning}"]
+        lines += [f"  {key.name}={value}", textwrap.indent(textwrap.fill(key.meaning, 110), " " * 6)]
     parts = [about.strip(), "Keys are given as key=value; config=FILE reads a YAML file first, which they override."]
     parts += ["\n".join([f"{group}:", *lines]) for group, lines in groups.items()]
     if len(shown) < len(keys):

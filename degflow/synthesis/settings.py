@@ -28,8 +28,8 @@ class ActorsConfig:
     """How many actors make the images, and what each one gets."""
 
     min: int = option(1, "smallest number of actors")
-    max: int = option(0, "largest number of actors; 0: as many as the cluster has room for")
-    gpus: str = option("auto", "GPUs per actor: 0, 1, or auto (1 if the running cluster has any, else 0)")
+    max: int = option(0, "largest number of actors; 0: as many as the cluster has room for", common=True)
+    gpus: str = option("auto", "GPUs per actor: 0, 1, or auto (1 if the running cluster has any, else 0)", common=True)
     threads: int = option(0, "threads per actor; 0: up to 4, limited by the smallest node's CPUs (per GPU)")
     compile: bool = option(False, "torch.compile the networks; takes minutes, so it pays off in long runs only")
 
@@ -66,11 +66,15 @@ class SynthesizeConfig:
     )
     root: str = option("", "folder or prefix of an inventory's keys; empty: the folder of the inventory")
     output: str = required("folder or URI of the dataset; an unfinished dataset is continued")
-    model: str = option("", "degrader file; empty: the degrader that ships with degflow")
-    scale: ScaleConfig = option(ScaleConfig(), "")
-    seed: int = option(0, "decides every scale, together with the key and the number of the draw")
-    spread: float = option(1.0, "1: LR images are drawn from what the camera does; 0: their mean; between: less noise")
-    solver: SolverConfig = option(SolverConfig(), "")
+    model: str = option("", "degrader file; empty: the degrader that ships with degflow", common=True)
+    scale: ScaleConfig = option(ScaleConfig(), common=True)
+    seed: int = option(
+        0, "decides every scale and noise, together with the key and the number of the draw", common=True
+    )
+    spread: float = option(
+        1.0, "1: LR images are drawn from what the camera does; 0: their mean; between: less noise", common=True
+    )
+    solver: SolverConfig = option(SolverConfig())
     size: str = option("same", "LR images have HR's size (same), or are shrunk by their scale (scaled)")
     hr: str = option(
         "auto", "rows hold HR as PNG (embed) or as the source's URI (reference); auto: embed if scale.per_image=1"
@@ -79,13 +83,13 @@ class SynthesizeConfig:
     memory: float = option(4.0, "GB for one forward pass, besides weights and images; larger images are cut into tiles")
     precision: str = option("float32", f"of the networks: {', '.join(PRECISIONS)}; float16 is for GPUs")
     batch: int = option(4, "images in each stage at a time; those of equal size share a forward pass")
-    actors: ActorsConfig = option(ActorsConfig(), "")
-    shard: ShardConfig = option(ShardConfig(), "")
+    actors: ActorsConfig = option(ActorsConfig())
+    shard: ShardConfig = option(ShardConfig())
     max_reject_rate: float = option(0.05, "the job fails if a larger share of the files is rejected")
-    limit: int = option(0, "use the first N images only; 0: all")
-    dry_run: bool = option(False, "print what the job would do, and stop")
+    limit: int = option(0, "use the first N images only; 0: all", common=True)
+    dry_run: bool = option(False, "print what the job would do, and stop", common=True)
     overwrite: bool = option(False, "first delete the dataset in output (no other file)")
-    extend: bool = option(False, "add the files that are new in the input, as new shards")
+    extend: bool = option(False, "add the files that are new in the input, as new shards", common=True)
     retry_rejects: bool = option(False, "try the rejected files again, as new shards")
     model_sha256: str = option("", "refuse a model file with another sha256; a dataset's config.yaml has this key")
 

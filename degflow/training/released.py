@@ -40,7 +40,7 @@ class ImportConfig:
 
 
 def import_released(config: ImportConfig) -> None:
-    """Read both files, fit them onto our networks, and write the degrader."""
+    """Read both files, load them into our networks, and write the degrader."""
     files = {"autoencoder": config.autoencoder, "flow": config.flow}
     data = {key: read(uri, key) for key, uri in files.items()}
     states = {key: tensors(data[key], key, files[key]) for key in files}
@@ -60,7 +60,7 @@ def import_released(config: ImportConfig) -> None:
 
 
 def read(uri: str, key: str) -> bytes:
-    """All bytes of an input file."""
+    """The bytes of an input file."""
     place, name = split_uri(uri)
     try:
         return place.read(name)
@@ -69,7 +69,7 @@ def read(uri: str, key: str) -> bytes:
 
 
 def tensors(data: bytes, key: str, uri: str) -> dict[str, Tensor]:
-    """Released state dict of a file: flat names, as the published code has them, without anything else."""
+    """The tensors of a released file, with the flat names of the published code."""
     try:
         if data[8:9] == b"{":  # after the eight bytes of its header's length
             content: Any = safetensors.torch.load(data)
@@ -96,7 +96,7 @@ def tensors(data: bytes, key: str, uri: str) -> dict[str, Tensor]:
 
 
 def named(state: Any) -> dict[str, Tensor]:
-    """The tensors of a mapping, as float32 where they are floating-point, without wrappers' prefixes."""
+    """The tensors of a mapping, floating-point ones as float32, names without the prefixes of wrappers."""
     if not isinstance(state, Mapping):
         return {}
     found = {name: tensor for name, tensor in state.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
@@ -105,7 +105,7 @@ def named(state: Any) -> dict[str, Tensor]:
 
 
 def build(key: str, states: dict[str, dict[str, Tensor]], files: dict[str, str], measure: Any, network: Any) -> Any:
-    """A network of ours in the size of a released state dict."""
+    """Our network at the size of a released state dict."""
     try:
         return network(measure(states[key])).eval()
     except (KeyError, StopIteration, IndexError, ValueError) as error:
@@ -116,7 +116,7 @@ def build(key: str, states: dict[str, dict[str, Tensor]], files: dict[str, str],
 
 
 def fill(network: nn.Module, fit: released.Fit, key: str, files: dict[str, str]) -> list[str]:
-    """Load the renamed tensors, all or none; returns the names that were dropped."""
+    """Load the renamed tensors, all or none; returns the dropped names."""
     if fit.problems:
         lines = "\n  ".join(fit.problems)
         raise ValueError(
@@ -127,5 +127,5 @@ def fill(network: nn.Module, fit: released.Fit, key: str, files: dict[str, str])
 
 
 def digest(data: bytes) -> str:
-    """Its sha256, in hex."""
+    """The sha256 in hex."""
     return hashlib.sha256(data).hexdigest()
