@@ -22,7 +22,7 @@ def correlation(a, b):
 @pytest.mark.parametrize("channel", [slice(None), 0, 1, 3], ids=["all", "cosine", "sine", "second pair"])
 def test_moments_are_those_of_a_standard_normal_distribution(channel):
     x = noise()[:, channel].flatten()
-    # Variances of the mean of n normal numbers, of their squares, cubes and fourth powers: 1 / n, 2 / n, 15 / n, 96 / n.
+    # The means of n normal numbers to the powers 1 to 4 have the variances 1 / n, 2 / n, 15 / n and 96 / n.
     for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
         assert abs(float((x**power).mean()) - moment) < 4 * (variance / len(x)) ** 0.5, power
 
