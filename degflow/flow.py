@@ -144,6 +144,10 @@ class Flow(Protocol):
     images: int  # images and latents that are held at once, for each HR image
     optics_channels: float  # numbers per image pixel at the peak of the optics, which see the whole image
 
+    def guide(self, hr: Tensor, scale: Tensor) -> Tensor:
+        """The image whose skips the decoder gets, "B 3 H W", for the scales "B"."""
+        ...
+
     def carry(self, see: See, hr: Tensor, draw: Draw) -> Iterator[tuple[Tensor, Seen]]:
         """The N latents "B C_z h w" in turn, each with the encoded image whose skips its decoder gets.
 
@@ -172,6 +176,10 @@ class PathFlow(nn.Module):
         self.working_channels: float = config.working_channels
         self.multiple: int = config.multiple
         self.solver, self.images, self.optics_channels = (SOLVER, STEPS), 1, 0.0
+
+    def guide(self, hr: Tensor, scale: Tensor) -> Tensor:
+        """HR itself."""
+        return hr
 
     def carry(self, see: See, hr: Tensor, draw: Draw) -> Iterator[tuple[Tensor, Seen]]:
         """See `Flow`; one integration gives all N times."""

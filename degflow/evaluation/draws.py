@@ -13,20 +13,100 @@ they should be. All on Y in 16..235 with 4 pixels shaved, unless said otherwise.
   are calibrated; captures beyond all draws betray draws that vary too little.
 """
 
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from degflow import images
 from degflow.capture.filters import blur
-from degflow.evaluation.metrics import shaved_luma
+from degflow.capture.scenes import HR_LABEL, SceneImages
+from degflow.degrader import Degrader
+from degflow.evaluation.crops import central
+from degflow.evaluation.metrics import psnr, shaved_luma
 from degflow.evaluation.realism import flat_blocks, noise
 
 BRIGHTNESS = {"dark": (0.05, 0.35), "middle": (0.35, 0.65), "bright": (0.65, 0.95)}  # of Y, black 0 to white 1
 PATCH = 8  # pixels along the side of the energy score's patches
 BANDS = (0.7, 1.4, 2.8)  # sigmas in pixels that part the bands of frequency, fine to coarse
 GRAY = 4 / 127.5  # most difference of R, G and B of a gray HR pixel, in [-1, 1]
+
+
+class DrawScore(NamedTuple):
+    """The measures of one captured LR image and a degrader's draws of it; of the captured image and of the draws."""
+
+    scene: str
+    label: str
+    psnr: float
+    mean_psnr: float
+    optics_psnr: float
+    dark: float
+    dark_drawn: float
+    middle: float
+    middle_drawn: float
+    bright: float
+    bright_drawn: float
+    correlation: float
+    correlation_drawn: float
+    comb8: float
+    comb8_drawn: float
+    comb4: float
+    comb4_drawn: float
+    chroma: float
+    chroma_drawn: float
+    energy: float
+    energy_of_mean: float
+    fine_rank_error: float
+    rank_error: float
+
+
+def distribution(
+    degrader: Degrader, scenes: SceneImages, levels: Mapping[str, float], count: int, crop: int = 0
+) -> Iterator[DrawScore]:
+    """Compare `count` draws of each LR image with the captured one, at every level but HR's.
+
+    Args:
+        degrader: one that draws.
+        scenes: captured scenes with the levels' images.
+        levels: label -> scale, in the scenes' order, HR first.
+        count: draws, at least 2.
+        crop: side of the central crop; 0 takes whole images.
+    """
+    device = next(degrader.parameters()).device
+    for scene, pixels in zip(scenes.scenes, scenes.pixels, strict=True):
+        real = images.to_tensor(central(pixels, crop), device)
+        for n, (label, scale) in enumerate(levels.items()):
+            if label != HR_LABEL:
+                yield DrawScore(scene.name, label, *_scores(degrader, real[:1], real[n : n + 1], scale, count))
+
+
+def _scores(degrader: Degrader, hr: Tensor, lr: Tensor, scale: float, count: int) -> tuple[float, ...]:
+    scales = torch.full((1, count), scale, dtype=torch.float64)
+    made = _rounded(degrader(hr, scales)[0])
+    mean = _rounded(degrader(hr, scales[:, :1], spread=0.0)[0])
+    optics = _rounded(degrader.flow.guide(hr, scales[0, :1]))
+    noises = [(flat_noise(image, hr)[name] for image in (lr, made[:1])) for name in BRIGHTNESS]
+    captured, drawn = zip(*noises, strict=True)
+    together = ranks(made, lr)
+    return (
+        float(psnr(made, lr.expand_as(made)).mean()),
+        float(psnr(mean, lr)),
+        float(psnr(optics, lr)),
+        *(part.level for pair in zip(captured, drawn, strict=True) for part in pair),
+        *(float(np.nanmean([part.correlation for part in parts])) for parts in (captured, drawn)),
+        *(float(comb(image, period)[0]) for period in (8, 4) for image in (lr, made[:1])),
+        *(gray_chroma(image, hr)[0] for image in (lr, made[:1])),
+        energy_score(made, lr),
+        energy_score(mean.expand(2, -1, -1, -1), lr),
+        rank_error(together[0]),
+        float(np.mean([rank_error(shares) for shares in together])),
+    )
+
+
+def _rounded(image: Tensor) -> Tensor:
+    return images.to_tensor(images.to_pixels(image), image.device)
 
 
 class Noise(NamedTuple):
@@ -109,18 +189,3 @@ def ranks(draws: Tensor, captured: Tensor) -> list[Tensor]:
 def rank_error(shares: Tensor) -> float:
     """How far a rank histogram is from flat: half the sum of absolute differences, 0 to 1."""
     return float((shares - 1 / len(shares)).abs().sum() / 2)
-
-
-def frechet(first: Tensor, second: Tensor) -> float:
-    """Frechet distance of the Gaussians of two sets of features, "N F" and "M F" (Heusel et al., 2017)."""
-    means = first.mean(0) - second.mean(0)
-    one, two = (torch.cov(features.double().T) for features in (first, second))
-    values, vectors = torch.linalg.eigh(one)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ two @ root).clamp(min=0).sqrt().sum()
-    return float(means.double().square().sum() + one.trace() + two.trace() - 2 * cross)
-
-
-def pooled(features: Tensor, size: int) -> Tensor:
-    """Mean features of patches, "B F H W" -> "N F"."""
-    return F.avg_pool2d(features, size).movedim(1, -1).flatten(0, 2)

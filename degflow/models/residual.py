@@ -211,6 +211,10 @@ class ResidualFlow(nn.Module):
         self.latent_channels, self.working_channels = network.config.latent_channels, network.config.working_channels
         self.optics_channels: float = cast(Any, optics).working_channels
 
+    def guide(self, hr: Tensor, scale: Tensor) -> Tensor:
+        """HR after the optics."""
+        return self.optics(hr, scale)
+
     def carry(self, see: See, hr: Tensor, draw: Draw) -> Iterator[tuple[Tensor, Seen]]:
         """See `Flow`; each scale has an image after the optics, and an integration, of its own."""
         source = see(hr, False)

@@ -68,9 +68,7 @@ class SynthesizeConfig:
     output: str = required("folder or URI of the dataset; an unfinished dataset is continued")
     model: str = option("", "degrader file; empty: the degrader that ships with degflow", common=True)
     scale: ScaleConfig = option(ScaleConfig(), common=True)
-    seed: int = option(
-        0, "decides every scale and noise, with the key and the number of the draw", common=True
-    )
+    seed: int = option(0, "decides every scale and noise, with the key and the number of the draw", common=True)
     spread: float = option(
         1.0, "1: LR images are drawn from what the camera does; 0: their mean; between: less noise", common=True
     )
