@@ -9,6 +9,7 @@
 """
 
 import hashlib
+import math
 import os
 import re
 import uuid
@@ -54,8 +55,10 @@ class SceneConfig:
         check_levels(self.levels)
         if self.crop < 8:
             raise ValueError(f"scenes.crop={self.crop}: must be at least 8")
-        if not self.reductions or min(self.reductions) < 1:
-            raise ValueError(f"scenes.reductions={list(self.reductions)}: at least one factor, each at least 1")
+        if not self.reductions or not all(1 <= factor < math.inf for factor in self.reductions):
+            raise ValueError(
+                f"scenes.reductions={list(self.reductions)}: at least one factor, each at least 1 and finite"
+            )
 
 
 class Scene(NamedTuple):
