@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy.interpolate import CubicSpline
 
-from degflow.benchmarking.inference import plain_decode
+from degflow.benchmarking.plain import plain_decode
 from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork, velocity_network
 
 
