@@ -123,7 +123,7 @@ class Degrader(nn.Module):
         time = self.timeline.time(scales).clamp(0, 1).float()
         shape, columns = scale.shape, (len(hr), -1)
         default_solver, default_steps = self.flow.solver
-        how = (spread, steps or default_steps, solver or default_solver)
+        how = (scale.ndim > 1, spread, steps or default_steps, solver or default_solver)
         asked = [x.reshape(columns) for x in (scales, time, seeds)]
         lr = hr.new_empty((*asked[0].shape, *hr.shape[1:]))
         plan = self.plan(hr.shape[-2], hr.shape[-1], memory)
@@ -235,7 +235,7 @@ class Degrader(nn.Module):
         Args:
             uri: where.
             provenance: anything JSON can hold: data, seeds, metrics.
-            half: store float16 (computed in float32 after loading).
+            half: store the networks in float16 (computed in float32 after loading).
         """
         description = {
             "kind": "degrader",
@@ -249,7 +249,8 @@ class Degrader(nn.Module):
             description["residual"] = plain(self.flow.network.config)
             description["optics"] = cast(Optics, self.flow.optics).describe()
             description["times"] = self.flow.spread.times.tolist()
-        state = {name: tensor.half() if half else tensor for name, tensor in self.state_dict().items()}
+        weights = {name for name, _ in self.named_parameters() if half}  # optics and spread are small, and stay exact
+        state = {name: tensor.half() if name in weights else tensor for name, tensor in self.state_dict().items()}
         save_checkpoint(uri, state, description)
 
     @classmethod
@@ -266,7 +267,7 @@ class Degrader(nn.Module):
             degrader.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
             degrader.provenance = description["provenance"]
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            reason = (str(error).splitlines() or [""])[0]
+            reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
             raise ValueError(f"{uri or SHIPPED}: a damaged degrader ({type(error).__name__}: {reason})") from None
         degrader.sha256 = digest
         return degrader.to(device).eval()
@@ -287,8 +288,10 @@ def _seeds(seed: int | Tensor, scale: Tensor) -> Tensor:
         if not 0 <= seed < 2**63 - scale.numel():
             raise ValueError(f"seed={seed}: must lie in [0, 2^63)")
         return torch.arange(seed, seed + scale.numel()).view(scale.shape)
-    if seed.dtype != torch.int64 or seed.shape != scale.shape or bool((seed < 0).any()):
-        raise ValueError(f"seed: {seed.dtype} {list(seed.shape)}: must be int64 {list(scale.shape)}, not negative")
+    if seed.dtype != torch.int64 or seed.shape != scale.shape:
+        raise ValueError(f"seed: {seed.dtype} {list(seed.shape)}: must be int64 {list(scale.shape)}, as scale is")
+    if int(seed.min()) < 0:
+        raise ValueError(f"seed={int(seed.min())}: must lie in [0, 2^63)")
     return seed
 
 

@@ -127,6 +127,7 @@ class Draw(NamedTuple):
     scale: Tensor  # "B N"
     time: Tensor  # "B N", of the scales, in [0, 1]
     seed: Tensor  # int64 "B N", decides what is drawn
+    many: bool  # whether N scales of each image were asked for, be N 1, or a scale for each image
     spread: float  # 1: draws; 0: their mean
     steps: int
     solver: str
@@ -182,13 +183,13 @@ class PathFlow(nn.Module):
         return hr
 
     def carry(self, see: See, hr: Tensor, draw: Draw) -> Iterator[tuple[Tensor, Seen]]:
-        """See `Flow`; one integration gives all N times."""
+        """See `Flow`; one integration gives all N times, and does not depend on N."""
         seen = see(hr, True)
-        time = draw.time[:, 0] if draw.time.shape[1] == 1 else draw.time
+        time = draw.time if draw.many else draw.time[:, 0]
 
         def velocity(z: Tensor, t: Tensor) -> Tensor:
             return self.network(z, t).to(z.dtype)
 
         latents = integrate(velocity, seen.latent, time, steps=draw.steps, solver=draw.solver)
-        for latent in latents[:, None].unbind(1) if time.ndim == 1 else latents.unbind(1):
-            yield latent, seen
+        for latent in latents.unbind(1) if draw.many else (latents,):
+            yield latent.contiguous(), seen

@@ -51,15 +51,15 @@ def gaussian_optics(scales, sigma=0.4):
     return optics
 
 
-def path_flow(**sizes):
-    """Random, and moving enough that neighbouring scales look different."""
+def path_flow(speed=10.0, **sizes):
+    """Random weights, large enough that images at neighbouring scales differ."""
     velocity = VelocityNetwork(VelocityConfig(**{"width": 8, "blocks": 1, "multipliers": (1, 1), **sizes}))
-    velocity.head.weight.data *= 10
+    velocity.head.weight.data *= speed
     return PathFlow(velocity)
 
 
 def residual_flow(levels, compression, **sizes):
-    """Random, and drawing what can be seen in 8 bits."""
+    """Random weights, large enough that draws differ in 8 bits."""
     network = ResidualNetwork(ResidualConfig(**{"width": 8, "blocks": 1, **sizes}))
     torch.nn.init.normal_(network.head.weight, std=0.05)
     channels, times = network.config.latent_channels, Timeline(tuple(levels.values())).knots

@@ -26,7 +26,7 @@ def degrader_of(kind):
     torch.manual_seed(0)
     autoencoder = ResidualAutoencoder(AutoencoderConfig(base_width=8, gate_init=0.5))
     if kind == "path":
-        return Degrader(autoencoder, path_flow(width=16, multipliers=(1, 2)), LEVELS)
+        return Degrader(autoencoder, path_flow(1.0, width=16, multipliers=(1, 2)), LEVELS)
     return Degrader(autoencoder, residual_flow(LEVELS, 8), LEVELS)
 
 
@@ -279,29 +279,32 @@ def test_the_file_describes_itself(kind, tmp_path):
         assert description.keys() == {"kind", "autoencoder", "levels", "provenance", "residual", "optics", "times"}
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
+DAMAGES = {
+    "path": [
         {"levels": {}},
         {"levels": {"1": 2.0, "2": 1.0}},
         {"autoencoder": {"base_width": 0}},
         {"velocity": {"widht": 8}},
         {"velocity": {"source": True}},
+        {"provenance": None},
+    ],
+    "residual": [
+        {"levels": {}},
         {"residual": {"width": 7}},
+        {"residual": None},
         {"optics": {"scales": [1.0]}},
         {"optics": {}},
         {"times": [0.0, 0.4]},
         {"times": "none"},
-        {"provenance": None},
     ],
-    ids=str,
-)
-def test_a_damaged_degrader_file_is_named(degrader, tmp_path, change):
+}
+
+
+@pytest.mark.parametrize(("kind", "change"), [(kind, change) for kind in DAMAGES for change in DAMAGES[kind]], ids=str)
+def test_a_damaged_degrader_file_is_named(kind, change, tmp_path):
     uri = str(tmp_path / "d.safetensors")
-    degrader.save(uri, {})
+    degrader_of(kind).save(uri, {})
     tensors, description, _ = load_checkpoint(uri)
-    if not change.keys() <= description.keys():
-        pytest.skip("a key of the other kind")
     changed = {key: value for key, value in {**description, **change}.items() if value is not None}
     save_checkpoint(uri, tensors, changed)
     with pytest.raises(ValueError, match=r"d\.safetensors: a damaged degrader \(\w+: ."):
@@ -388,7 +391,8 @@ def test_compiled_for_all_sizes_new_sizes_compile_nothing_anew(degrader):
     torch._dynamo.utils.counters.clear()
     compiled, graphs = copy.deepcopy(degrader), []
     compiled.compile(dynamic=True, backend="eager", fullgraph=True)
-    for height, width in ((64, 48), (48, 64), (96, 96), (60, 81)):  # whole, and to be padded
+    # The first is no channel count at any level: torch takes equal numbers for one. The last is to be padded.
+    for height, width in ((176, 208), (208, 176), (240, 240), (150, 203)):
         compiled(pictures(1, height, width), torch.tensor([[2.0]]))
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs == graphs[:1] * 4

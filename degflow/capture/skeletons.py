@@ -7,6 +7,7 @@ account for it (`Optics`, `reduction`).
 """
 
 import hashlib
+import json
 import os
 import uuid
 from collections.abc import Sequence
@@ -39,22 +40,21 @@ def reduced(pixels: np.ndarray, factor: float) -> np.ndarray:
 
 
 def stacks_of(scenes: SceneImages, optics: Optics, factors: Sequence[float], quiet: bool = False) -> list[Stack]:
-    """Every scene at every reduction at which it is no smaller than the crop, and every level above scale 1.
+    """Every scene at every reduction at which it is no smaller than the crop.
 
-    Levels whose scale falls to 1 or below are left out with their reduction. With a cache (`scenes.config.cache`) the
-    arrays are memory-mapped files that all processes of a machine share.
+    With a cache (`scenes.config.cache`) the arrays are memory-mapped files that all processes of a machine share.
 
     Raises:
-        ValueError: a factor that leaves no scene.
+        ValueError: a factor that leaves no scene, or that brings a level to HR's scale or below.
     """
     levels = list(scenes.config.levels.values())
     stacks = []
     for factor in factors:
         usable = [n for n, pixels in enumerate(scenes.pixels) if min(pixels.shape[1:3]) / factor >= scenes.config.crop]
-        if not usable or levels[1] / factor <= 1:
+        if not usable or levels[1] / factor <= levels[0]:
             raise ValueError(
                 f"scenes.reductions={list(factors)}: reduced by {factor}, no scene is left that is at least "
-                f"scenes.crop={scenes.config.crop} pixels and has all levels above scale 1"
+                f"scenes.crop={scenes.config.crop} pixels and has all levels above scale {levels[0]:g}"
             )
         for n in tqdm(usable, f"optics of scenes reduced by {factor:.3g}", disable=quiet):
             scales = tuple(scale / factor for scale in levels[1:])
@@ -66,6 +66,7 @@ def _stack(scenes: SceneImages, n: int, optics: Optics, factor: float, scales: t
     if not scenes.config.cache:
         return _made(scenes.pixels[n], optics, factor, scales)
     digest = hashlib.sha256(np.ascontiguousarray(scenes.pixels[n]).data)
+    digest.update(json.dumps(optics.describe()).encode())  # scales too: a reduced scene's optics depend on them
     for name, tensor in optics.state_dict().items():
         digest.update(name.encode() + tensor.numpy().tobytes())
     path = Path(scenes.config.cache) / f"{digest.hexdigest()[:24]}-{factor:.6f}.npy"
