@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from degflow.benchmarking.measure import Table, alternate, flop
+from degflow.benchmarking.measure import Table, Timing, alternate, flop
 from degflow.benchmarking.plain import exact, released
 from degflow.degrader import PRECISIONS, Degrader
+from degflow.flow import PathFlow
 from degflow.models.autoencoder import Decoder
 
 ONE, SWEEP = ", one scale", ", sweep"  # the names of the timed ways end in these
@@ -97,7 +98,7 @@ def comparison(
     precision: str = "float32",
     name: str = "",
 ) -> Table:
-    """One scale, and a sweep: the released procedure beside ours.
+    """One scale, and on the published path a sweep, which shares one integration: the released procedure beside ours.
 
     Args:
         degrader: the model, on the device that is measured.
@@ -108,8 +109,9 @@ def comparison(
         precision: of degflow, see `Degrader`.
         name: of the model, for the title.
     """
-    sweep = torch.linspace(degrader.low, degrader.high, count, dtype=torch.float64).tolist()
-    scales = {ONE: [(degrader.low + degrader.high) / 2], SWEEP: sweep}
+    scales = {ONE: [(degrader.low + degrader.high) / 2]}
+    if isinstance(degrader.flow, PathFlow):
+        scales[SWEEP] = torch.linspace(degrader.low, degrader.high, count, dtype=torch.float64).tolist()
     models, compiling = {"degflow": degrader}, 0.0
     if compiled:
         begun = time.perf_counter()
@@ -126,25 +128,31 @@ def comparison(
             ways[f"{way}{kind}"] = lambda n, model=model, asked=asked: ours(model, hr, asked, precision=precision)
             ways[f"{way}{kind}"](0)
     timings, rows = alternate(ways, repeats, hr.device.type), []
-    height, width = hr.shape[-2:]
     for way in (f"{way}{kind}" for way in ("released", *models) for kind in scales):
         timing, kind = timings[way], SWEEP if way.endswith(SWEEP) else ONE
-        rate = len(scales[kind]) / timing.median
-        rates = f"{timing.median:.2f}", f"{rate:.2f}", f"{rate * height * width / 1e6:.3f}", f"{timing.peak / 1e9:.2f}"
+        rates = _rates(timing, hr, len(scales[kind]))
         factors = [
             f"{timing.faster_than(timings[f'released{other}']):.1f}" if way.endswith((ONE, other)) else ""
             for other in scales
         ]
         agreement = min(decibels(timing.result, references[kind]))
         rows.append((way, str(calls[way]), *rates, *factors, f"{agreement:.1f}"))
+    (height, width), sweep = hr.shape[-2:], f"; a sweep is {count} scales" * (SWEEP in scales)
     about = (
         f"{width} x {height} pixels, one image at a time, ours in {precision}, medians of {repeats} alternating "
-        f"repeats; the scale is {scales[ONE][0]:g}, a sweep is {count} scales. Factors: how many times faster than the "
-        "released procedure for that scale, and for its sweep. Agreement: smallest PSNR against RK45 at 1e-7 in "
-        "float64." + (f" Compiling took {compiling:.0f} s." if compiled else "")
+        f"repeats, to scale {scales[ONE][0]:g}{sweep}. Factors: how many times faster than the released procedure. "
+        "Agreement: smallest PSNR against RK45 at 1e-7 in float64."
+        + (f" Compiling took {compiling:.0f} s." if compiled else "")
     )
-    header = ("", "evaluations", "s", "LR images/s", "LR MP/s", "peak GB", "x one scale", "x sweep", "agreement dB")
+    factors = [f"x released{kind}" for kind in scales]
+    header = ("", "evaluations", "s", "LR images/s", "LR MP/s", "peak GB", *factors, "agreement dB")
     return Table(f"Against the released procedure, {width} x {height}{name}", about, header, rows)
+
+
+def _rates(timing: Timing, hr: Tensor, images: int) -> tuple[str, ...]:
+    rate = images / timing.median
+    megapixels = rate * hr[0, 0].numel() / 1e6
+    return f"{timing.median:.2f}", f"{rate:.2f}", f"{megapixels:.3f}", f"{timing.peak / 1e9:.2f}"
 
 
 def compiled_copy(degrader: Degrader, hr: Tensor, precision: str = "float32") -> Degrader:
