@@ -64,8 +64,7 @@ def test_reduced_hr_is_sharper_and_loses_more_to_the_same_scale():
     hr = images.to_tensor(smaller.pixels[:1])
     as_captured = images.to_pixels(optics(hr, torch.tensor([1.6], dtype=torch.float64)))[0]
     losses = [
-        float(np.square(after.astype(float) - smaller.pixels[0]).mean())
-        for after in (smaller.pixels[3], as_captured)
+        float(np.square(after.astype(float) - smaller.pixels[0]).mean()) for after in (smaller.pixels[3], as_captured)
     ]
     assert losses[0] > 1.05 * losses[1]
 
