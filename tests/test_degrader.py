@@ -206,6 +206,11 @@ def test_a_picture_is_drawn_by_its_seed_and_spread(drawing):
     assert len({draw.tobytes() for draw in draws.values()}) == 3
 
 
+def test_without_a_network_there_is_no_solver_to_choose(degrader):
+    assert degrader.has_solver
+    assert not Degrader(degrader.autoencoder, residual_flow(LEVELS, 8, blocks=0), LEVELS).has_solver
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
