@@ -16,7 +16,6 @@ from torch import Tensor
 from degflow.benchmarking.measure import Table, alternate, flop
 from degflow.benchmarking.plain import exact, released
 from degflow.degrader import PRECISIONS, Degrader
-from degflow.flow import PathFlow
 from degflow.models.autoencoder import Decoder
 
 ONE, SWEEP = ", one scale", ", sweep"  # the names of the timed ways end in these
@@ -62,7 +61,7 @@ def decibels(image: Tensor, reference: Tensor) -> list[float]:
 
 
 def accuracy(degrader: Degrader, crops: Sequence[Tensor], count: int = 9, name: str = "") -> Table:
-    """PSNR of each solver against `exact`, at `count` scales; on the published path also read from one integration.
+    """PSNR of each solver against `exact`, at `count` scales of each image, asked for as the dataset job does.
 
     Args:
         degrader: the model.
@@ -73,32 +72,20 @@ def accuracy(degrader: Degrader, crops: Sequence[Tensor], count: int = 9, name: 
     scales = torch.linspace(degrader.low, degrader.high, count + 1, dtype=torch.float64)[1:].tolist()
     references = [exact(degrader, hr, scales) for hr in crops]
     exactly = statistics.median(reference.evaluations for reference in references)
-    header, groups = ["solver", "evaluations", "one scale"], [[[scale] for scale in scales]]
-    path = isinstance(degrader.flow, PathFlow)
-    if path:
-        header, groups = [*header, "sweep"], [*groups, [scales]]
-    rows = []
     halves = [(*degrader.flow.solver, precision) for precision in PRECISIONS if precision != "float32"]
+    rows = []
     for solver, steps, precision in (*((*candidate, "float32") for candidate in CANDIDATES), *halves):
         options, found = {"solver": solver, "steps": steps}, []
-        for group in groups:
-            found.append([])
-            for hr, reference in zip(crops, references, strict=True):
-                made = [ours(degrader, hr, asked, precision=precision, **options) for asked in group]
-                found[-1] += decibels(torch.cat(made), reference.images)
+        for hr, reference in zip(crops, references, strict=True):
+            found += decibels(ours(degrader, hr, scales, precision=precision, **options), reference.images)
         title = f"{solver} x {steps}" + f", {precision}".replace(", float32", "")
-        rows.append((title, str(evaluations(degrader, scales[:1], **options)), *map(_spread, found)))
+        calls = evaluations(degrader, scales[-1:], **options)
+        rows.append((title, str(calls), f"{min(found):.1f}", f"{statistics.median(found):.1f}"))
     about = (
         f"PSNR in dB of the LR image against SciPy's RK45 at 1e-7 in float64 ({exactly:.0f} evaluations for all "
-        f"scales), {len(crops)} photographs x {count} scales: smallest / median."
-        + " Sweep: all scales are read from one integration."
-        * path
+        f"scales of an image), {len(crops)} photographs x {count} scales. Evaluations: for the largest scale."
     )
-    return Table(f"Accuracy of the solvers{name}", about, tuple(header), rows)
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{min(values):.1f} / {statistics.median(values):.1f}"
+    return Table(f"Accuracy of the solvers{name}", about, ("solver", "evaluations", "smallest", "median"), rows)
 
 
 def comparison(

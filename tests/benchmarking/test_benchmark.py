@@ -66,10 +66,6 @@ def cells(table):
     return {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows}
 
 
-def least(row, column="one scale"):
-    return float(row[column].split(" / ")[0])
-
-
 def test_the_released_procedure_agrees_with_a_fine_integration(degrader, hr):
     scales = [1.0, 1.7, 4.0]
     reference = exact(degrader, hr, scales)
@@ -105,14 +101,13 @@ def test_decibels_is_the_psnr_over_all_channels():
 
 def test_more_steps_follow_the_solution_more_closely(degrader, hr):
     rows = cells(accuracy(degrader, [hr], 2))
-    assert least(rows["heun x 1"]) < least(rows["heun x 4"]) < least(rows["heun x 16"])
-    assert least(rows["rk4 x 1"]) < least(rows["rk4 x 8"])
-    assert rows["heun x 4"]["evaluations"] == "8"
-    assert rows["heun x 32"]["evaluations"] == "64"
-    solver, steps = degrader.flow.solver
-    own, half, bfloat = (rows[f"{solver} x {steps}{kind}"] for kind in ("", ", float16", ", bfloat16"))
-    assert least(own) > least(half) > least(bfloat) > 30
-    assert ("sweep" in own) == isinstance(degrader.flow, PathFlow)
+    least = {name: float(row["smallest"]) for name, row in rows.items()}
+    assert least["heun x 1"] < least["heun x 4"] < least["heun x 16"]
+    assert least["rk4 x 1"] < least["rk4 x 8"]
+    shared = isinstance(degrader.flow, PathFlow)  # one integration for all scales, which needs the velocity at its end
+    assert rows["heun x 32"]["evaluations"] == ("65" if shared else "64")
+    own = "{} x {}".format(*degrader.flow.solver)
+    assert least[own] > least[f"{own}, float16"] > least[f"{own}, bfloat16"] > 30
 
 
 def test_the_comparison_has_every_way_and_its_agreement(degrader, hr):
@@ -152,14 +147,15 @@ def test_the_other_tables_are_whole(degrader, hr):
 def test_what_an_optimisation_should_gain_is_counted(degrader, hr, tmp_path):
     degrader.save(str(tmp_path / "tiny.safetensors"), {})
     model = str(tmp_path / "tiny.safetensors")
-    rows = cells(optimisations(degrader, hr, 1, count=3, compiled=True, model=model, side=256))
+    compiled = isinstance(degrader.flow, ResidualFlow)  # compiling the other takes minutes
+    rows = cells(optimisations(degrader, hr, 1, count=3, compiled=compiled, model=model, side=256))
     few, theirs = evaluations(degrader, [2.5]), released(degrader, hr, [2.5]).evaluations
     assert list(rows) == [
         f"evaluations: {few} in place of RK45's {theirs} at 1e-5",
         "one call for 3 scales",
         "decoder's 1x1 convolutions multiplied out",
         "decoder's last convolution for 4 pixels at once",
-        "torch.compile",
+        *["torch.compile"] * compiled,
         "pages of 2 MiB for large tensors (256 x 256, one thread)",
     ]
     *counts, pages = rows.values()
