@@ -42,6 +42,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook of this name
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give each test its group, and put the long groups first (`--dist loadgroup --no-loadscope-reorder`)."""
     names = {file: name for name, files in GROUPS.items() for file in files}

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -265,6 +266,11 @@ def test_every_test_file_that_starts_ray_is_in_its_group():
     starting = {file for file, text in files.items() if "ray" in {name.partition(".")[0] for name in imports_of(text)}}
     assert len(starting) > 2
     assert starting <= set(GROUPS["ray"])
+
+
+def test_pytest_xdist_knows_the_groups(request):
+    """It appends a test's group to the test's id."""
+    assert "PYTEST_XDIST_WORKER" not in os.environ or request.node.nodeid.endswith("@tests/test_architecture.py")
 
 
 def test_a_wheel_holds_every_room():
