@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-import os
 import re
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from graphlib import CycleError, TopologicalSorter
 import pytest
 
 from tests import ROOT
-from tests.conftest import GROUPS
+from tests.conftest import GROUPS, group_of
 
 FLOORS = (  # from the top down; a room may import the rooms on lower floors only
     {"jobs"},
@@ -268,9 +267,9 @@ def test_every_test_file_that_starts_ray_is_in_its_group():
     assert starting <= set(GROUPS["ray"])
 
 
-def test_pytest_xdist_knows_the_groups(request):
-    """It appends a test's group to the test's id."""
-    assert "PYTEST_XDIST_WORKER" not in os.environ or request.node.nodeid.endswith("@tests/test_architecture.py")
+def test_a_file_is_a_group_unless_groups_has_it():
+    files = ("tests/cluster/test_ray.py", "tests/synthesis/test_pool.py", "tests/test_flow.py", "tests/test_config.py")
+    assert [group_of(f"{file}::test[a::b@c]") for file in files] == ["ray", "ray", *files[2:]]
 
 
 def test_a_wheel_holds_every_room():
