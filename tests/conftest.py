@@ -23,6 +23,11 @@ GROUPS = {
         "tests/training/test_jobs.py",
         "tests/training/test_loop.py",
     ),
+    "networks": (  # compilations and large images
+        "tests/test_degrader.py",
+        "tests/test_shipped.py",
+        "tests/test_tiling.py",
+    ),
 }
 ORDER = {file: (group, place) for group, files in enumerate(GROUPS.values()) for place, file in enumerate(files)}
 
