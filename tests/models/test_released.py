@@ -12,6 +12,7 @@ from degflow import Degrader
 from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork, released
 from tests import ROOT
 from tests.jobs import run_job
+from tests.traps import Trap
 
 REFERENCE = ROOT / "tests/models/released"
 SKIPS = ("skip0", "skip1", "skip2")
@@ -167,19 +168,9 @@ def test_every_key_that_does_not_fit_is_listed_in_one_error(tmp_path, small):
     assert not (tmp_path / "out.safetensors").exists()
 
 
-class Runs:
-    """Unpickling it would make a folder."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.folder),)
-
-
 def test_a_pickle_that_would_run_code_is_refused_and_nothing_runs(tmp_path, small):
     _, flow = released_names(*small)
-    torch.save({"encoder": {}, "decoder": {}, "more": Runs(tmp_path / "ran")}, tmp_path / "AE.pth")
+    torch.save({"encoder": {}, "decoder": {}, "more": Trap(os.mkdir, str(tmp_path / "ran"))}, tmp_path / "AE.pth")
     torch.save({"model": flow}, tmp_path / "FLOW.pth")
     code, said = import_released(tmp_path / "AE.pth", tmp_path / "FLOW.pth", tmp_path / "out.safetensors")
     assert code == 1
