@@ -103,7 +103,7 @@ def test_as_many_images_as_fit_are_worked_on_at_once():
     for batch in (1, 2, 5):
         assert Plan.fit(60, 80, 10, COSTS, memory_for(together * (batch + 0.1), 4800)) == (batch, Grid(60, 80), True)
     heavy = COSTS._replace(whole=9000.0)
-    assert Plan.fit(60, 80, 10, heavy, memory_for(11_200, 4800)).batch == 1
+    assert Plan.fit(60, 80, 10, heavy, memory_for(20_500, 4800)).batch == 1  # each 11_100
     assert Plan.fit(60, 80, 10, COSTS, float("inf")).batch == 2**31
 
 
