@@ -1,7 +1,8 @@
+from typing import Any
+
 import pytest
 import torch
 
-from tests import ROOT
 from tests import s3 as server
 
 # Tests of one group run one after another in one process of pytest-xdist. The groups below come first, for they take
@@ -21,6 +22,11 @@ GROUPS = {
         "tests/training/test_launch.py",
         "tests/training/test_jobs.py",
         "tests/training/test_loop.py",
+    ),
+    "networks": (  # compilations and large images
+        "tests/test_degrader.py",
+        "tests/test_shipped.py",
+        "tests/test_tiling.py",
     ),
 }
 ORDER = {file: (group, place) for group, files in enumerate(GROUPS.values()) for place, file in enumerate(files)}
@@ -42,13 +48,27 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+def group_of(nodeid: str) -> str:
+    """The group of a test: one of GROUPS, or its file."""
+    file = nodeid.partition("::")[0]
+    return next((group for group, files in GROUPS.items() if file in files), file)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each test its group, and put the long groups first (`--dist loadgroup --no-loadscope-reorder`)."""
-    names = {file: name for name, files in GROUPS.items() for file in files}
+    """Put the long groups first, so that no process is left with one of them at the end."""
+    items.sort(key=lambda item: ORDER.get(item.nodeid.partition("::")[0], (len(GROUPS), 0)))
 
-    def file_of(item: pytest.Item) -> str:
-        return item.path.relative_to(ROOT).as_posix()
 
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(names.get(file_of(item), file_of(item))))
-    items.sort(key=lambda item: ORDER.get(file_of(item), (len(GROUPS), 0)))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each process a whole group at a time.
+
+    `--dist loadgroup` would do this too, but drops the groups silently with pytest 9.2 and pytest-xdist 3.8.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class GroupScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return GroupScheduling(config, log)

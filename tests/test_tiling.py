@@ -103,11 +103,11 @@ def test_as_many_images_as_fit_are_worked_on_at_once():
     for batch in (1, 2, 5):
         assert Plan.fit(60, 80, 10, COSTS, memory_for(together * (batch + 0.1), 4800)) == (batch, Grid(60, 80), True)
     heavy = COSTS._replace(whole=9000.0)
-    assert Plan.fit(60, 80, 10, heavy, memory_for(11_200, 4800)).batch == 1
+    assert Plan.fit(60, 80, 10, heavy, memory_for(20_500, 4800)).batch == 1  # each 11_100
     assert Plan.fit(60, 80, 10, COSTS, float("inf")).batch == 2**31
 
 
-@pytest.mark.parametrize("share", [0.5, 0.7, 0.95])
+@pytest.mark.parametrize("share", [0.55, 0.7, 0.95])
 def test_a_plan_in_tiles_stays_within_its_memory(share):
     height, width = 300, 400
     memory = memory_for(10_100 * share, height * width)
@@ -193,7 +193,7 @@ def test_a_scale_for_each_image_is_tiled_too(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_that_does_not_fit_is_split(kind):
     degrader, hr, scale = make(kind), image(3, 128, 192), torch.tensor([1.5, 3.0, 4.0])
-    memory = next(m / 1000 for m in range(155, 300) if degrader.plan(128, 192, m / 1000).batch == 2)
+    memory = next(m / 1000 for m in range(165, 300) if degrader.plan(128, 192, m / 1000).batch == 2)
     torch.testing.assert_close(degrader(hr, scale, memory=memory), degrader(hr, scale), rtol=0, atol=1e-5)
 
 
@@ -241,13 +241,13 @@ def test_the_memory_asked_for_is_not_exceeded(kind, tmp_path):
     degrader.save(str(tmp_path / "model"), {})
     budget = [memory / 100 for memory in range(16, 99)]
     whole = next(memory for memory in budget if fits(degrader, memory) and fits(degrader, memory).grid.whole)
-    tiled = next(memory for memory in budget if fits(degrader, memory)) + 0.01
+    tiled = whole - 0.13
     command = [sys.executable, "-c", PEAK, str(tmp_path / "model"), str(tiled), str(whole)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     in_tiles, at_once = map(float, done.stdout.split())
-    assert 0.3 * tiled < in_tiles < tiled
-    assert 0.5 * whole < at_once < whole
-    assert at_once > tiled  # without tiles the same image needs more
+    assert in_tiles < tiled
+    assert 0.4 * whole < at_once < whole  # a budget holds 0.15 GB that a running process has taken before
+    assert at_once > 1.3 * in_tiles  # without tiles the same image needs more
 
 
 def fits(degrader, memory):

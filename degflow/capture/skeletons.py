@@ -7,7 +7,6 @@ account for it (`Optics`, `reduction`).
 """
 
 import hashlib
-import json
 import os
 import uuid
 from collections.abc import Sequence
@@ -66,7 +65,6 @@ def _stack(scenes: SceneImages, n: int, optics: Optics, factor: float, scales: t
     if not scenes.config.cache:
         return _made(scenes.pixels[n], optics, factor, scales)
     digest = hashlib.sha256(np.ascontiguousarray(scenes.pixels[n]).data)
-    digest.update(json.dumps(optics.describe()).encode())  # scales too: a reduced scene's optics depend on them
     for name, tensor in optics.state_dict().items():
         digest.update(name.encode() + tensor.numpy().tobytes())
     path = Path(scenes.config.cache) / f"{digest.hexdigest()[:24]}-{factor:.6f}.npy"

@@ -12,6 +12,7 @@ from degflow import Degrader
 from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork, released
 from tests import ROOT
 from tests.jobs import run_job
+from tests.traps import Trap
 
 REFERENCE = ROOT / "tests/models/released"
 SKIPS = ("skip0", "skip1", "skip2")
@@ -112,7 +113,7 @@ def test_the_reference_files_reproduce_every_reference_tensor(reference, case):
     with torch.no_grad():
         latent, skips = reference.autoencoder.encode(io["image"])
         decoded = reference.autoencoder.decode(io["moved_latent"], skips)
-        velocity = reference.velocity(io["latent"], io["t"])
+        velocity = reference.flow.network(io["latent"], io["t"])
     found = {"latent": latent, "velocity": velocity}
     large = {**dict(zip(SKIPS, skips, strict=True)), "decoded": decoded}
     found |= {name: tensor.flatten()[::7] for name, tensor in large.items()}  # what the file keeps of them
@@ -130,8 +131,8 @@ def test_another_width_and_depth_round_trips_through_the_released_naming(tmp_pat
     torch.save({"model": {prefix + name: tensor for name, tensor in flow.items()}}, tmp_path / "FLOW.pth")
     degrader = imported(tmp_path / "AE.pth", tmp_path / "FLOW.pth", tmp_path / "degrader.safetensors")
     assert degrader.autoencoder.config.base_width == 16
-    assert degrader.velocity.config.multipliers == (1, 2, 3)
-    for network, original in zip((degrader.autoencoder, degrader.velocity), small, strict=True):
+    assert degrader.flow.network.config.multipliers == (1, 2, 3)
+    for network, original in zip((degrader.autoencoder, degrader.flow.network), small, strict=True):
         for name, tensor in original.state_dict().items():
             assert torch.equal(network.state_dict()[name], tensor), name
 
@@ -167,19 +168,9 @@ def test_every_key_that_does_not_fit_is_listed_in_one_error(tmp_path, small):
     assert not (tmp_path / "out.safetensors").exists()
 
 
-class Runs:
-    """Unpickling it would make a folder."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.folder),)
-
-
 def test_a_pickle_that_would_run_code_is_refused_and_nothing_runs(tmp_path, small):
     _, flow = released_names(*small)
-    torch.save({"encoder": {}, "decoder": {}, "more": Runs(tmp_path / "ran")}, tmp_path / "AE.pth")
+    torch.save({"encoder": {}, "decoder": {}, "more": Trap(os.mkdir, str(tmp_path / "ran"))}, tmp_path / "AE.pth")
     torch.save({"model": flow}, tmp_path / "FLOW.pth")
     code, said = import_released(tmp_path / "AE.pth", tmp_path / "FLOW.pth", tmp_path / "out.safetensors")
     assert code == 1

@@ -26,6 +26,7 @@ from degflow.training.loop import RankSampler, Validation, fit, learning_rate
 from degflow.training.settings import FitConfig
 from degflow.training.stopping import EXIT_CODE
 from tests import ROOT
+from tests.traps import Trap
 
 BASE = FitConfig(steps=12, batch=8, learning_rate=3e-3, workers=0, log_every=1, save_every=4, ema=0.9)
 
@@ -302,19 +303,11 @@ def test_the_newest_checkpoints_are_kept(tmp_path, keep):
 # Checkpoint files
 
 
-class Trap:
-    def __init__(self, witness):
-        self.witness = witness
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.witness}",)
-
-
 @pytest.mark.parametrize("legacy", [False, True])
 def test_a_checkpoint_that_would_run_code_is_refused_and_nothing_runs(tmp_path, legacy):
     file = tmp_path / "run/checkpoints/step-00000099.pt"
     file.parent.mkdir(parents=True)
-    torch.save({"step": Trap(tmp_path / "ran")}, file, _use_new_zipfile_serialization=not legacy)
+    torch.save({"step": Trap(os.system, f"touch {tmp_path}/ran")}, file, _use_new_zipfile_serialization=not legacy)
     with pytest.raises(ValueError, match=r"step-00000099.pt: not a readable training checkpoint"):
         train(tmp_path / "run")
     with pytest.raises(ValueError, match=r"step-00000099.pt: not a readable training checkpoint"):
