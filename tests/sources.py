@@ -40,12 +40,12 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def save_model(path, seed=0, draws=False, **autoencoder):
-    """A degrader's file: of the published kind, or of the kind that draws."""
+def save_model(path, seed=0, draws=False, blocks=1, **autoencoder):
+    """A degrader's file: of the published kind, or of the kind that draws, with a residual network of `blocks`."""
     torch.manual_seed(seed)
     network = ResidualAutoencoder(AutoencoderConfig(base_width=8, gate_init=0.5, **autoencoder))
     if draws:
-        flow = residual_flow(LEVELS, network.config.compression)
+        flow = residual_flow(LEVELS, network.config.compression, blocks=blocks)
     else:
         flow = PathFlow(VelocityNetwork(VelocityConfig(width=16, blocks=1, multipliers=(1, 2))))
     Degrader(network, flow, LEVELS).save(str(path), provenance={})

@@ -120,8 +120,9 @@ def resolve(config: SynthesizeConfig, degrader: Degrader) -> SynthesizeConfig:
     if config.model_sha256 and config.model_sha256 != degrader.sha256:
         raise ValueError(f"model_sha256={config.model_sha256}: {model} has {degrader.sha256}")
     solver = config.solver
-    if solver != SolverConfig() and not degrader.has_solver:
-        raise ValueError(f"solver={plain(solver)}: {model} has no solver; leave solver.* out")
+    for name, value in plain(solver).items():
+        if value and not degrader.has_solver:
+            raise ValueError(f"solver.{name}={value}: {model} has no solver; leave it out")
     own_solver, own_steps = degrader.flow.solver
     solver = SolverConfig(solver.solver or own_solver, solver.steps or own_steps)
     scale = config.scale
