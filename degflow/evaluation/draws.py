@@ -129,9 +129,12 @@ def flat_noise(image: Tensor, hr: Tensor) -> dict[str, Noise]:
 def comb(image: Tensor, period: int) -> Tensor:
     """Power of the lines at multiples of 1/period over that of the lines beside them, "B 3 H W" -> "B" in dB.
 
-    Of the 1-D spectra along rows and along columns, the mean of both; 0 for an image without a weave.
+    Of the 1-D spectra along rows and along columns, the mean of both; 0 for an image without a weave. NaN for an image
+    of less than 66 pixels.
     """
     y = shaved_luma(image, 1)
+    if min(y.shape[1:]) < 64:
+        return torch.full((len(image),), torch.nan, dtype=y.dtype)
     ratios = []
     for plane in (y, y.transpose(1, 2)):
         length = plane.shape[2] // 64 * 64

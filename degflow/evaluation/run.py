@@ -14,7 +14,7 @@ from degflow.evaluation.baselines import BASELINES, Baselines, fit_sigmas
 from degflow.evaluation.curve import BestTime, SweepPoint, best_times, mean_curve, sweep
 from degflow.evaluation.draws import distribution
 from degflow.evaluation.fidelity import Measurement, count, measure
-from degflow.evaluation.pictures import continuum
+from degflow.evaluation.pictures import closeups, continuum
 from degflow.evaluation.realism import SMALLEST
 from degflow.flow import PathFlow
 from degflow.images import encode_png
@@ -61,7 +61,7 @@ class EvaluateConfig:
     )
     fit_data: str = option("", "split that the Gaussian blurs are fitted on; empty: data itself, to their advantage")
     sweep: int = option(31, "scales of the curve over s and of the search for best-matching t; 0 leaves both out")
-    figure: int = option(3, "scenes in figure.png; 0 leaves it out")
+    figure: int = option(3, "scenes in figure.png, and in closeups.png where the model draws; 0 leaves both out")
     draws: int = option(8, "LR images of each photograph and level for the measures of their distribution; 0: none")
     steps: int = option(0, "solver steps; 0: the model's own number")
     solver: str = option("", "solver; empty: the model's own")
@@ -112,6 +112,10 @@ def evaluate(config: EvaluateConfig) -> None:
     if config.figure:
         shown = continuum(degrader, scenes, config.levels, config.crop, count=config.figure, **solver)
         place.write("figure.png", encode_png(shown))
+        if not isinstance(degrader.flow, PathFlow):
+            label = min(config.levels, key=lambda name: abs(config.levels[name] - 3))
+            shown = closeups(degrader, scenes, config.levels, label, config.crop, count=config.figure)
+            place.write("closeups.png", encode_png(shown))
     place.write("table.md", ("\n\n".join(texts) + "\n").encode())
     print("\n" + "\n\n".join(texts) + f"\n\ntables: {config.output}")
 

@@ -11,7 +11,7 @@ from PIL import Image
 from degflow import evaluation, images
 from degflow.capture.filters import blur
 from degflow.evaluation import BASELINES, METHODS, Baselines, BestTime, Measurement, fidelity
-from degflow.evaluation.crops import central, most_detailed
+from degflow.evaluation.crops import central, flattest, most_detailed
 from degflow.perceptual import Perceptual
 from degflow.trajectory import Timeline
 from tests.captures import scenes_of, small_degrader
@@ -367,6 +367,32 @@ def test_the_continuum_shows_captured_levels_above_even_steps_of_t(degrader, sce
                 assert np.abs(shown[::2, ::2].astype(int) - patch).max() <= 1
                 np.testing.assert_array_equal(shown[::2, ::2], shown[1::2, 1::2])
     assert (picture[20:half, 3 * 36 + 4 :] == 255).all()  # three levels, four steps of t
+
+
+def test_closeups_show_hr_captured_drawn_and_mean_at_one_place(scenes):
+    drawing = small_degrader({"1": 1.0, "2": 2.0, "4": 4.0}, draws=True)
+    picture = evaluation.closeups(drawing, scenes, LEVELS, "2", 48, count=2, side=16, zoom=2)
+    assert picture.shape == (16 + 6 * 36 + 4, 4 * 36 + 4, 3)
+    level, scale = list(LEVELS).index("2"), torch.tensor([LEVELS["2"]], dtype=torch.float64)
+    for scene, pixels in enumerate(scenes.pixels):
+        real = images.to_tensor(central(pixels, 48))
+        shown = (real[0], real[level], drawing(real[:1], scale)[0], drawing(real[:1], scale, spread=0.0)[0])
+        places = (most_detailed(real[:1], 16), flattest(real[:1], 16, 0, 0.4), flattest(real[:1], 16, 0.6, 1))
+        for row, (top, left) in enumerate(places, 3 * scene):
+            for column, image in enumerate(shown):
+                found = picture[20 + row * 36 :, 4 + column * 36 :][:32, :32]
+                patch = images.to_pixels(image[None])[0][top : top + 16, left : left + 16]
+                assert np.abs(found[::2, ::2].astype(int) - patch).max() <= 1
+
+
+def test_the_flattest_window_is_the_one_of_the_brightness_asked_for():
+    noise = torch.rand(1, 3, 40, 60, generator=torch.Generator().manual_seed(0)) - 0.5
+    noise[..., 5:20, 5:20] = -0.9
+    noise[..., 20:36, 40:56] = 0.9
+    assert flattest(noise, 15, 0, 0.3) == (5, 5)
+    top, left = flattest(noise, 15, 0.7, 1)
+    assert (top, left) in {(t, x) for t in (20, 21) for x in (40, 41)}
+    assert flattest(noise[..., 5:20, 5:20], 15, 0.9, 1) == (0, 0)  # none is so bright
 
 
 def test_the_most_detailed_window_is_where_the_detail_is():
