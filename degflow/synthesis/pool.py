@@ -1,8 +1,8 @@
 """Ray: join or start a cluster, and make the planned shards on a pool of actors.
 
 Ray Data maps the actors over the shards: it places and adds actors, hands out shards, restarts an actor whose process
-or node is gone, and gives its shard to another. What exactly-once and long runs need beyond that is ours: a shard is put
-once (`dataset.writer`), an exception costs one attempt of one shard, and what fails three times is set aside.
+or node is gone, and gives its shard to another. What exactly-once and long runs need beyond that is ours: a shard is
+put once (`dataset.writer`), an exception costs one attempt of one shard, and what fails three times is set aside.
 """
 
 import contextlib

@@ -237,7 +237,7 @@ def test_a_shard_that_always_fails_is_set_aside_and_tried_by_the_same_command(
 
 def test_a_run_in_which_every_shard_fails_ends_early(shared_ray, photos, model, tmp_path, monkeypatch):
     monkeypatch.setattr(pool, "_ShardActor", MakesNothing)
-    with pytest.raises(ValueError, match="^10 shards failed and none was made") as failed:
+    with pytest.raises(ValueError, match=r"^10 shards failed and none was made") as failed:
         run(photos, tmp_path / "out", model, "shard.images=1")
     assert "an illegal access" in str(failed.value)
     assert not (tmp_path / "out/data").exists()
