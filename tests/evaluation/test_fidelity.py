@@ -241,11 +241,14 @@ def test_the_table_holds_the_means_of_its_rows():
 def test_the_table_of_baselines_names_the_sigmas_and_leaves_out_what_was_not_measured():
     table = evaluation.baselines_table(planted(), {"2": 0.833, "3.361": 2})
     assert table.splitlines() == [
-        "| scale | generated | Gaussian blur | random pipeline | latent spline | latent line |",
-        "|---|---|---|---|---|---|",
-        "| x2 | 30.50 / 0.9000 / 0.1050 | 34.50 / 0.9400 / 0.5050 (sigma 0.83) | 35.50 / 0.9500 / 0.6050 | — | — |",
-        "| x3.361 | 30.50 / 0.9000 / 0.1050 | 34.50 / 0.9400 / 0.5050 (sigma 2.00) | 35.50 / 0.9500 / 0.6050 "
-        "| 36.50 / 0.9600 / 0.7050 | 37.50 / 0.9700 / 0.8050 |",
+        "| scale | generated | optics alone | mean (spread 0) | Gaussian blur | random pipeline | latent spline "
+        "| latent line |",
+        "|---|---|---|---|---|---|---|---|",
+        "| x2 | 30.50 / 0.9000 / 0.1050 | 34.50 / 0.9400 / 0.5050 | 35.50 / 0.9500 / 0.6050 "
+        "| 36.50 / 0.9600 / 0.7050 (sigma 0.83) | 37.50 / 0.9700 / 0.8050 | — | — |",
+        "| x3.361 | 30.50 / 0.9000 / 0.1050 | 34.50 / 0.9400 / 0.5050 | 35.50 / 0.9500 / 0.6050 "
+        "| 36.50 / 0.9600 / 0.7050 (sigma 2.00) | 37.50 / 0.9700 / 0.8050 | 38.50 / 0.9800 / 0.9050 "
+        "| 39.50 / 0.9900 / 1.0050 |",
     ]
     only = [row for row in planted() if row.method in METHODS]
     assert evaluation.baselines_table(only, {}).splitlines()[0] == "| scale | generated |"
@@ -253,13 +256,13 @@ def test_the_table_of_baselines_names_the_sigmas_and_leaves_out_what_was_not_mea
 
 def test_the_table_of_realism_holds_means_and_the_medians_of_the_noise_that_there_is():
     lines = evaluation.realism_table(planted()).splitlines()
-    assert len(lines) == 2 + 1 + 6 + 1 + 8
+    assert len(lines) == 2 + 1 + 8 + 1 + 10
     assert lines[2:5] == [
         "| x2 | captured LR | 0 | 0.50 | 0.30 | 0 |",
         "| x2 | generated | 1.00 | 1.50 | 0.15 | 0.125 |",
         "| x2 | HR unchanged | 2.00 | 2.50 | 0.15 | 0.375 |",
     ]
-    assert lines[-1] == "| x3.361 | latent line | 8.00 | 8.50 | 0.15 | 1.875 |"
+    assert lines[-1] == "| x3.361 | latent line | 10.00 | 10.50 | 0.15 | 2.375 |"
     assert evaluation.realism_table(planted((1.0, math.nan))).splitlines()[3] == (
         "| x2 | generated | 1.00 | 1.00 | 0.10 | 0.125 |"
     )
@@ -325,7 +328,7 @@ def test_the_contact_sheet_puts_every_image_in_its_place():
 
 def test_reconstruction_scores_and_shows_every_level(degrader, scenes):
     crops = evaluation.validation_crops(scenes, side=32)
-    scalars, picture = evaluation.reconstruction(degrader.autoencoder, crops, list(LEVELS))
+    scalars, picture = evaluation.reconstruction(degrader.autoencoder, crops, LEVELS)
     assert list(scalars) == ["x1", "x2", "x4"]
     image = crops.float() / 127.5 - 1
     decoded = evaluation.reconstruct(degrader.autoencoder, image[:, 0], image[:, 2])
