@@ -1,34 +1,36 @@
 """Degrader: HR image + scale -> LR image. The whole method in a few lines (DegFlow, section 2).
 
 Images that would need more working memory than `memory` allows are encoded and decoded tile by tile, exactly as they
-would be at once: see `tiling`. The velocity network always sees the whole latent.
+would be at once: see `tiling`. What lies between works on the whole latent.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from degflow import images
+from degflow.capture.optics import Optics
 from degflow.config import parse, plain
-from degflow.flow import SOLVER, STEPS
+from degflow.flow import Draw, PathFlow, Seen
 from degflow.models import (
     AutoencoderConfig,
-    FlowMap,
     ResidualAutoencoder,
+    ResidualConfig,
+    ResidualFlow,
+    ResidualNetwork,
+    Spread,
     VelocityConfig,
     VelocityNetwork,
-    velocity_network,
 )
 from degflow.models.files import load_checkpoint, save_checkpoint
-from degflow.tiling import Grid, cheapest, finest
-from degflow.trajectory import Rule, Timeline
+from degflow.tiling import Costs, Plan
+from degflow.trajectory import Timeline
 
 MEMORY = 4.0  # GB
-OVERHEAD = 150e6  # bytes: what libraries and the allocator take whatever the size
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SHIPPED = str(Path(__file__).parent / "models" / "weights" / "canon-simulated.safetensors")
 
@@ -38,32 +40,20 @@ class Degrader(nn.Module):
 
     Args:
         autoencoder: E and D.
-        velocity: v(z, t) of its latents.
+        flow: carries latents from HR to LR: `PathFlow`, as published, or `ResidualFlow`.
         levels: label -> scale of the levels that it was trained on, increasing, HR first.
-        time: how scales lie in time, see `Timeline`.
     """
 
-    def __init__(
-        self,
-        autoencoder: ResidualAutoencoder,
-        velocity: VelocityNetwork | FlowMap,
-        levels: Mapping[str, float],
-        time: Rule = "linear",
-    ):
+    def __init__(self, autoencoder: ResidualAutoencoder, flow: PathFlow | ResidualFlow, levels: Mapping[str, float]):
         super().__init__()
-        if autoencoder.config.latent_channels != velocity.config.latent_channels:
-            raise ValueError(
-                f"velocity.latent_channels={velocity.config.latent_channels}: "
-                f"must be the autoencoder's, {autoencoder.config.latent_channels}"
-            )
-        self.autoencoder = autoencoder.eval()
-        self.velocity = velocity.eval()
+        if autoencoder.config.latent_channels != flow.latent_channels:
+            own = autoencoder.config.latent_channels
+            raise ValueError(f"latent_channels={flow.latent_channels}: must be the autoencoder's, {own}")
+        self.autoencoder = autoencoder
+        self.flow = flow
+        self.eval()
         self.levels = dict(levels)
-        self.timeline = Timeline(tuple(self.levels.values()), time)
-        if isinstance(velocity, FlowMap) and tuple(velocity.spline.knots.tolist()) != self.timeline.knots:
-            raise ValueError(
-                f"time={time}: the flow map's knots, {velocity.spline.knots.tolist()}, are of another time"
-            )
+        self.timeline = Timeline(tuple(self.levels.values()))
         self.sha256 = ""
         self.provenance: dict[str, Any] = {}
 
@@ -80,12 +70,12 @@ class Degrader(nn.Module):
     @property
     def has_solver(self) -> bool:
         """Whether it integrates a flow, so that `steps` and `solver` change its images."""
-        return not isinstance(self.velocity, FlowMap)
+        return self.flow.has_solver
 
     @property
     def multiple(self) -> int:
         """Sides are padded to a multiple of this inside, and cropped back."""
-        return self.autoencoder.config.compression * self.velocity.config.multiple
+        return self.autoencoder.config.compression * self.flow.multiple
 
     @torch.inference_mode()
     def forward(
@@ -93,8 +83,10 @@ class Degrader(nn.Module):
         hr: Tensor,
         scale: Tensor,
         *,
-        steps: int = STEPS,
-        solver: str = SOLVER,
+        seed: int | Tensor = 0,
+        spread: float = 1.0,
+        steps: int = 0,
+        solver: str = "",
         memory: float = MEMORY,
         precision: str = "float32",
     ) -> Tensor:
@@ -102,8 +94,11 @@ class Degrader(nn.Module):
 
         Args:
             hr: "B 3 H W" in [-1, 1]; any H and W from 8 up.
-            scale: "B", a scale for each image; or "B N", N scales of each image from one encoding and one integration.
-            steps: solver steps. solver: euler, midpoint, heun, rk4 or rk5.
+            scale: "B", a scale for each image; or "B N", N scales of each image.
+            seed: decides what is drawn. int64 of the shape of `scale`, in [0, 2^63), or a number: the first image's,
+                counted on from there, scale by scale and image by image. The published flow draws nothing.
+            spread: 1 gives draws from what a camera does, 0 their mean, between them less noise.
+            steps: solver steps; 0: the flow's own number. solver: euler, midpoint, heun, rk4 or rk5; "": its own.
             memory: GB (1e9 bytes) to work in, beside the weights and the images in and out. What does not fit is done
                 image by image, and what still does not tile by tile; the result is the same to rounding.
             precision: float32, float16 or bfloat16, of the networks' matrix products and convolutions (autocast); the
@@ -113,90 +108,92 @@ class Degrader(nn.Module):
             "B 3 H W" or "B N 3 H W" in [-1, 1].
 
         Raises:
-            ValueError: a scale outside the trained range [low, high], too little memory for any tile, or an unknown
-                precision.
+            ValueError: a scale outside the trained range [low, high], a spread outside [0, 1], seeds that do not fit,
+                too little memory for any tile, or an unknown precision.
         """
         if precision not in PRECISIONS:
             raise ValueError(f"precision={precision}: must be one of {', '.join(PRECISIONS)}")
         if len(scale) != len(hr):
             raise ValueError(f"scale: {len(scale)} for a batch of {len(hr)} images")
+        if not 0 <= spread <= 1:
+            raise ValueError(f"spread={spread}: must lie in [0, 1]")
         self.check_scales(float(scale.min()), float(scale.max()))
-        time = self.timeline.time(scale.double()).clamp(0, 1).float().to(hr.device)
-        lr = hr.new_empty((*scale.shape, *hr.shape[1:]))
-        together, grid, keep = self.fit(hr.shape[-2], hr.shape[-1], memory)
-        for part in torch.arange(len(hr)).split(together):
+        seeds = _seeds(seed, scale).to(hr.device)
+        scales = scale.double().clamp(self.low, self.high).to(hr.device)
+        time = self.timeline.time(scales).clamp(0, 1).float()
+        shape, columns = scale.shape, (len(hr), -1)
+        default_solver, default_steps = self.flow.solver
+        how = (scale.ndim > 1, spread, steps or default_steps, solver or default_solver)
+        asked = [x.reshape(columns) for x in (scales, time, seeds)]
+        lr = hr.new_empty((*asked[0].shape, *hr.shape[1:]))
+        plan = self.plan(hr.shape[-2], hr.shape[-1], memory)
+        for part in torch.arange(len(hr)).split(plan.batch):
             at = slice(int(part[0]), int(part[-1]) + 1)
             with torch.autocast(hr.device.type, PRECISIONS[precision], enabled=precision != "float32"):
-                self._degrade(hr[at], time[at], lr[at], grid, keep, steps=steps, solver=solver)
-        return lr
+                self._degrade(hr[at], Draw(asked[0][at], asked[1][at], asked[2][at], *how), lr[at], plan)
+        return lr.view(*shape, *hr.shape[1:])
 
-    def _degrade(self, hr: Tensor, time: Tensor, lr: Tensor, grid: Grid, keep: bool, **solver: Any) -> None:
-        """Degrade what fits the memory at once, into `lr`; `keep`: hold the skips from encoding to decoding."""
-        image, autoencoder, r = pad(hr, self.multiple), self.autoencoder, self.autoencoder.config.compression
-        if image is hr and not hr.is_inference():
-            image = hr.clone()  # compiled networks tell inference mode's tensors, as padding makes them, from others
-        latent, kept = self._encode(image, grid, keep)
-        latent = latent.to(image.dtype)
-        latents = self.velocity.carry(latent, time, **solver)
-        latents, lr = (x[:, None] if time.ndim == 1 else x for x in (latents, lr))
-        for tile in grid.tiles():
-            if kept:
-                merged = tuple(tile.cut(part, r >> level) for level, part in enumerate(kept))
-            else:
-                merged = autoencoder.decoder.merged(autoencoder.skips(tile.cut(image, r)))
-            for n in range(latents.shape[1]):
-                decoded = autoencoder.decoder(tile.cut(latents[:, n], 1), merged)
-                tile.paste(lr[:, n], decoded.clamp_(-1, 1), r)
+    def _degrade(self, hr: Tensor, draw: Draw, lr: Tensor, plan: Plan) -> None:
+        """Degrade what fits the memory at once, into `lr` "B N 3 H W"."""
 
-    def _encode(self, image: Tensor, grid: Grid, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The latent tile by tile, and with `keep` the merged skips (else none)."""
-        config, decoder, (height, width) = self.autoencoder.config, self.autoencoder.decoder, image.shape[-2:]
+        def see(image: Tensor, needs_skips: bool) -> Seen:
+            return self._encode(image, plan, needs_skips)
+
+        decoder, r = self.autoencoder.decoder, self.autoencoder.config.compression
+        for n, (latent, seen) in enumerate(self.flow.carry(see, hr, draw)):
+            for tile in plan.grid.tiles():
+                if seen.skips:
+                    skips = tuple(tile.cut(skip, r >> level) for level, skip in enumerate(seen.skips))
+                else:
+                    skips = decoder.merged(self.autoencoder.skips(tile.cut(seen.image, r)))
+                tile.paste(lr[:, n], decoder(tile.cut(latent, 1), skips).clamp_(-1, 1), r)
+
+    def _encode(self, image: Tensor, plan: Plan, needs_skips: bool) -> Seen:
+        """Pad and encode an image, tile by tile; skips are merged, and there are none unless needed and kept."""
+        padded = pad(image, self.multiple)
+        if padded is image and not image.is_inference():
+            padded = (
+                image.clone()
+            )  # compiled networks tell inference mode's tensors, as padding makes them, from others
+        config, decoder, (height, width) = self.autoencoder.config, self.autoencoder.decoder, padded.shape[-2:]
+        r, keep, grid = config.compression, plan.keep and needs_skips, plan.grid
         if grid.whole:
-            latent, skips = self.autoencoder.encode(image)
-            return latent, decoder.merged(skips)
-        latent = image.new_empty((len(image), config.latent_channels, grid.height, grid.width))
+            latent, skips = self.autoencoder.encode(padded)
+            return Seen(padded, latent.to(padded.dtype), decoder.merged(skips) if keep else ())
+        latent = padded.new_empty((len(padded), config.latent_channels, grid.height, grid.width))
         kept = tuple(
-            image.new_empty((len(image), height >> level, width >> level, channels)).permute(0, 3, 1, 2)
+            padded.new_empty((len(padded), height >> level, width >> level, channels)).permute(0, 3, 1, 2)
             for level, channels in enumerate(config.widths[:-1])
             if keep
         )
         for tile in grid.tiles():
-            inner, skips = self.autoencoder.encode(tile.cut(image, config.compression))
+            inner, skips = self.autoencoder.encode(tile.cut(padded, r))
             tile.paste(latent, inner, 1)
             if keep:
                 for level, (whole, part) in enumerate(zip(kept, decoder.merged(skips), strict=True)):
-                    tile.paste(whole, part, config.compression >> level)
-        return latent, kept
+                    tile.paste(whole, part, r >> level)
+        return Seen(padded, latent, kept)
 
-    def fit(self, height: int, width: int, memory: float = MEMORY) -> tuple[int, Grid, bool]:
-        """What fits `memory` GB: how many images of this size at once, how each is cut, whether its skips are kept.
+    def plan(self, height: int, width: int, memory: float = MEMORY) -> Plan:
+        """How images of this size are worked on within `memory` GB.
 
         Raises:
-            ValueError: not even one image in small tiles does; the message says what it needs.
+            ValueError: not even one image in small tiles fits; the message says what it needs.
         """
-        autoencoder, velocity = self.autoencoder.config, self.velocity.config
-        rows, columns = (-(-side // self.multiple) * velocity.multiple for side in (height, width))
+        config, flow = self.autoencoder.config, self.flow
+        rows, columns = (-(-side // self.multiple) * flow.multiple for side in (height, width))
         number = next(self.parameters()).element_size()
-        area = number * autoencoder.compression**2  # bytes per latent pixel, for each number per image pixel
-        held = rows * columns * (3 * area + 12 * number * autoencoder.latent_channels)  # image; latents and six slopes
-        flow = rows * columns * number * velocity.working_channels
-        skips = rows * columns * area * autoencoder.skip_channels
-        work = rows * columns * area * autoencoder.working_channels
-        room = memory * 1e9 - OVERHEAD
-        if (together := min(room / (held + skips + max(flow, work)), 2**31)) >= 1:
-            return int(together), Grid(rows, columns), True
-        # Otherwise: hold all skips and decode in small windows, or encode again beside decoding in larger ones.
-        ways, halo = [], autoencoder.halo
-        for keep, fixed, each in ((True, held + skips, work), (False, held, skips + work)):
-            grid = cheapest(rows, columns, halo, (room - fixed) / each * rows * columns)
-            if grid and fixed + flow <= room:
-                ways.append(((2 if keep else 3) * grid.work, grid, keep))
-        if not ways:
-            smallest = finest(rows, columns, halo).window / (rows * columns)
-            least = OVERHEAD + held + min(skips + max(flow, work * smallest), max(flow, (skips + work) * smallest))
-            raise ValueError(f"memory={memory:g}: {width} x {height} pixels need at least {least / 1e9 + 0.005:.2f} GB")
-        _, grid, keep = min(ways, key=lambda way: way[0])
-        return 1, grid, keep
+        area = number * config.compression**2  # bytes per latent pixel, for each number per image pixel
+        costs = Costs(
+            held=3 * flow.images * area + 12 * flow.images * number * config.latent_channels,
+            whole=max(number * flow.working_channels, flow.optics_channels * area),
+            skips=area * config.skip_channels,
+            work=area * config.working_channels,
+        )
+        try:
+            return Plan.fit(rows, columns, config.halo, costs, memory)
+        except ValueError as error:
+            raise ValueError(f"{error} for {width} x {height} pixels") from None
 
     def compile(self, *args: Any, **options: Any) -> None:
         """torch.compile the three networks (not what cuts and joins tiles); takes torch.compile's arguments.
@@ -204,7 +201,7 @@ class Degrader(nn.Module):
         With dynamic=True one compilation, which takes minutes on a busy CPU, does for images of all sizes; with
         dynamic=False each size costs one.
         """
-        for network in (self.autoencoder.encoder, self.autoencoder.decoder, self.velocity):
+        for network in (self.autoencoder.encoder, self.autoencoder.decoder, self.flow.network):
             network.compile(*args, **options)
 
     def check_scales(self, low: float, high: float) -> None:
@@ -215,15 +212,21 @@ class Degrader(nn.Module):
                 f"scale={low if low < self.low else high}: must lie in the trained range [{self.low}, {self.high}]"
             )
 
-    def degrade(self, picture: Image.Image, scale: float, **options: Any) -> Image.Image:
+    def degrade(
+        self, picture: Image.Image, scale: float, *, seed: int = 0, spread: float = 1.0, **options: Any
+    ) -> Image.Image:
         """PIL image in, RGB PIL image of the same size out; gray, alpha, 16-bit, ... by the rule of `images`.
 
-        `options` are those of a call: steps, solver, memory, precision.
+        Args:
+            picture: the HR image.
+            scale: in [low, high].
+            seed: another one gives another draw. spread: 1 for draws, 0 for their mean.
+            options: those of a call: steps, solver, memory, precision.
         """
         pixels = images.from_picture(picture)
         device = next(self.parameters()).device
         scales = torch.tensor([scale], dtype=torch.float64)
-        lr = self(images.to_tensor(pixels, device)[None], scales, **options)
+        lr = self(images.to_tensor(pixels, device)[None], scales, seed=seed, spread=spread, **options)
         return Image.fromarray(images.to_pixels(lr)[0])
 
     def save(self, uri: str, provenance: Mapping[str, Any], *, half: bool = False) -> None:
@@ -232,17 +235,22 @@ class Degrader(nn.Module):
         Args:
             uri: where.
             provenance: anything JSON can hold: data, seeds, metrics.
-            half: store float16 (computed in float32 after loading).
+            half: store the networks in float16 (computed in float32 after loading).
         """
         description = {
             "kind": "degrader",
             "autoencoder": plain(self.autoencoder.config),
-            "velocity": plain(self.velocity.config),
             "levels": self.levels,
-            "time": self.timeline.rule,
             "provenance": dict(provenance),
         }
-        state = {name: tensor.half() if half else tensor for name, tensor in self.state_dict().items()}
+        if isinstance(self.flow, PathFlow):
+            description["velocity"] = plain(self.flow.network.config)
+        else:
+            description["residual"] = plain(self.flow.network.config)
+            description["optics"] = cast(Optics, self.flow.optics).describe()
+            description["times"] = self.flow.spread.times.tolist()
+        weights = {name for name, _ in self.named_parameters() if half}  # optics and spread are small, and stay exact
+        state = {name: tensor.half() if name in weights else tensor for name, tensor in self.state_dict().items()}
         save_checkpoint(uri, state, description)
 
     @classmethod
@@ -254,20 +262,37 @@ class Degrader(nn.Module):
         """
         tensors, description, digest = load_checkpoint(uri or SHIPPED, "degrader")
         try:
-            timeline = Timeline(tuple(description["levels"].values()), description["time"])
-            degrader = cls(
-                ResidualAutoencoder(parse(AutoencoderConfig, description["autoencoder"])),
-                velocity_network(parse(VelocityConfig, description["velocity"]), timeline.knots),
-                description["levels"],
-                description["time"],
-            )
+            autoencoder = ResidualAutoencoder(parse(AutoencoderConfig, description["autoencoder"]))
+            degrader = cls(autoencoder, _flow(description, autoencoder.config), description["levels"])
             degrader.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
             degrader.provenance = description["provenance"]
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            reason = (str(error).splitlines() or [""])[0]
+            reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
             raise ValueError(f"{uri or SHIPPED}: a damaged degrader ({type(error).__name__}: {reason})") from None
         degrader.sha256 = digest
         return degrader.to(device).eval()
+
+
+def _flow(description: Mapping[str, Any], config: AutoencoderConfig) -> PathFlow | ResidualFlow:
+    """The flow that a file describes, with untrained weights."""
+    if "velocity" in description:
+        return PathFlow(VelocityNetwork(parse(VelocityConfig, description["velocity"])))
+    network = ResidualNetwork(parse(ResidualConfig, description["residual"]))
+    spread = Spread(config.latent_channels, tuple(description["times"]))
+    return ResidualFlow(Optics(**description["optics"]), spread, network, config.compression)
+
+
+def _seeds(seed: int | Tensor, scale: Tensor) -> Tensor:
+    """A seed for each scale."""
+    if isinstance(seed, int):
+        if not 0 <= seed < 2**63 - scale.numel():
+            raise ValueError(f"seed={seed}: must lie in [0, 2^63)")
+        return torch.arange(seed, seed + scale.numel()).view(scale.shape)
+    if seed.dtype != torch.int64 or seed.shape != scale.shape:
+        raise ValueError(f"seed: {seed.dtype} {list(seed.shape)}: must be int64 {list(scale.shape)}, as scale is")
+    if int(seed.min()) < 0:
+        raise ValueError(f"seed={int(seed.min())}: must lie in [0, 2^63)")
+    return seed
 
 
 def pad(image: Tensor, multiple: int) -> Tensor:

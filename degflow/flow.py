@@ -1,16 +1,21 @@
-"""Fixed-step integration of dz/dt = v(z, t), with an end time per image and dense output for several."""
+"""How an HR image's latent becomes that of an LR image: fixed-step integration, and the two flows that use it.
 
-from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+`PathFlow` is the published one: time is the degradation, the path begins at the HR latent. `ResidualFlow` begins at the
+latent of what the optics leave of HR, and draws what a captured image adds to that. A degrader asks either of them for
+latents in the same way (`Flow`).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, cast, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Solver = Literal["euler", "midpoint", "heun", "rk4", "rk5"]
 SOLVERS: tuple[str, ...] = get_args(Solver)
 SOLVER: Solver = "rk5"
-STEPS = 3  # of SOLVER: within 60 dB of the exact solution in the LR images of the degrader that ships
+STEPS = 3  # of SOLVER: 18 evaluations; jobs/benchmark.py (accuracy) compares them with the exact solution
 
 # Explicit Runge-Kutta methods: rows of the stages after the first, then weights. A stage's time is its row's sum.
 _METHODS: dict[str, tuple[tuple[tuple[float, ...], ...], tuple[float, ...]]] = {
@@ -103,3 +108,88 @@ def _step(
 
 def _moved(z: Tensor, dt: Tensor, weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
     return z + dt * sum(weight * slope for weight, slope in zip(weights, slopes, strict=True) if weight)
+
+
+class Seen(NamedTuple):
+    """An encoded image: itself, padded to whole latent pixels, its latent and its skips (none: too large to keep)."""
+
+    image: Tensor  # "B 3 H W"
+    latent: Tensor  # "B C_z h w"
+    skips: tuple[Tensor, ...]
+
+
+See = Callable[[Tensor, bool], Seen]  # (image "B 3 H W", whether the decoder will need its skips) -> Seen
+
+
+class Draw(NamedTuple):
+    """What is asked for: N LR images of each of B HR images."""
+
+    scale: Tensor  # "B N"
+    time: Tensor  # "B N", of the scales, in [0, 1]
+    seed: Tensor  # int64 "B N", decides what is drawn
+    many: bool  # whether N scales of each image were asked for, be N 1, or a scale for each image
+    spread: float  # 1: draws; 0: their mean
+    steps: int
+    solver: str
+
+
+class Flow(Protocol):
+    """What carries latents from HR to LR images; a degrader knows no more of it than this."""
+
+    network: nn.Module
+    latent_channels: int  # C_z
+    working_channels: float  # numbers alive at the peak of an evaluation of the network, per latent pixel
+    multiple: int  # the latent's height and width must be multiples of this
+    has_solver: bool  # whether it integrates at all
+    solver: tuple[str, int]  # the solver and its number of steps unless others are asked for
+    images: int  # images and latents that are held at once, for each HR image
+    optics_channels: float  # numbers per image pixel at the peak of the optics, which see the whole image
+
+    def guide(self, hr: Tensor, scale: Tensor) -> Tensor:
+        """The image whose skips the decoder gets, "B 3 H W", for the scales "B"."""
+        ...
+
+    def carry(self, see: See, hr: Tensor, draw: Draw) -> Iterator[tuple[Tensor, Seen]]:
+        """The N latents "B C_z h w" in turn, each with the encoded image whose skips its decoder gets.
+
+        Args:
+            see: encodes an image.
+            hr: "B 3 H W" in [-1, 1].
+            draw: what is asked for.
+        """
+        ...
+
+
+class PathFlow(nn.Module):
+    """The published flow (DegFlow, section 2.2): dz/dt = v(z, t) from the HR latent, decoded with HR's skips.
+
+    It is a function of HR: seeds and spread do not matter.
+
+    Args:
+        network: v, called with "B C_z h w" and "B".
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network, self.has_solver = network, True
+        config = cast(Any, network).config
+        self.latent_channels: int = config.latent_channels
+        self.working_channels: float = config.working_channels
+        self.multiple: int = config.multiple
+        self.solver, self.images, self.optics_channels = (SOLVER, STEPS), 1, 0.0
+
+    def guide(self, hr: Tensor, scale: Tensor) -> Tensor:
+        """HR itself."""
+        return hr
+
+    def carry(self, see: See, hr: Tensor, draw: Draw) -> Iterator[tuple[Tensor, Seen]]:
+        """See `Flow`; one integration gives all N times, and does not depend on N."""
+        seen = see(hr, True)
+        time = draw.time if draw.many else draw.time[:, 0]
+
+        def velocity(z: Tensor, t: Tensor) -> Tensor:
+            return self.network(z, t).to(z.dtype)
+
+        latents = integrate(velocity, seen.latent, time, steps=draw.steps, solver=draw.solver)
+        for latent in latents.unbind(1) if draw.many else (latents,):
+            yield latent.contiguous(), seen

@@ -1,7 +1,7 @@
 """Windows over an image that is too large to be worked on at once, and how many fit a memory budget.
 
-Encoder and decoder see only a `halo` around what they compute, so a window's inner part, which is its halo away from
-every edge where the window was cut, comes out as from the whole image. Lengths are in latent pixels.
+Encoder and decoder see only a `halo` around what they compute. So the inner part of a window, which is its halo away
+from every edge where the window was cut, comes out as from the whole image. Lengths are in latent pixels.
 """
 
 from collections.abc import Iterator
@@ -108,3 +108,53 @@ def _counts(size: int, halo: int) -> range:
 
 def _length(size: int, count: int, halo: int) -> int:
     return size if count == 1 else -(-(size - 2 * halo) // count) + 2 * halo
+
+
+OVERHEAD = 150e6  # bytes that libraries and the allocator take whatever the size
+
+
+class Costs(NamedTuple):
+    """Bytes per latent pixel of one image."""
+
+    held: float  # from beginning to end: images and latents
+    whole: float  # at the peak of what is done on the whole image: optics, an evaluation of the velocity network
+    skips: float  # the decoder's skips
+    work: float  # at the peak of encoding or decoding, the skips apart
+
+
+class Plan(NamedTuple):
+    """How images of one size are worked on."""
+
+    batch: int  # images at once
+    grid: Grid  # how each is cut
+    keep: bool  # whether skips are kept from encoding to decoding, or made again
+
+    @classmethod
+    def fit(cls, rows: int, columns: int, halo: int, costs: Costs, memory: float) -> "Plan":
+        """The fastest plan that stays within the memory.
+
+        Args:
+            rows, columns: of the latent.
+            halo: of the networks.
+            costs: of one image.
+            memory: GB (1e9 bytes).
+
+        Raises:
+            ValueError: not even one image in small tiles fits; the message says what it needs.
+        """
+        pixels, room = rows * columns, memory * 1e9 - OVERHEAD
+        held, whole, skips, work = (pixels * cost for cost in costs)
+        batch = min(room / (held + skips + max(whole, work)), 2**31)
+        if batch >= 1:
+            return cls(int(batch), Grid(rows, columns), True)
+        # Otherwise: keep all skips and decode in small windows, or encode again beside decoding in larger ones.
+        plans = []
+        for keep, fixed, each in ((True, held + skips, work), (False, held, skips + work)):
+            grid = cheapest(rows, columns, halo, (room - fixed) / each * pixels)
+            if grid and fixed + whole <= room:
+                plans.append(((2 if keep else 3) * grid.work, cls(1, grid, keep)))
+        if not plans:
+            share = finest(rows, columns, halo).window / pixels
+            least = held + min(skips + max(whole, work * share), max(whole, (skips + work) * share))
+            raise ValueError(f"memory={memory:g}: needs at least {(least + OVERHEAD) / 1e9 + 0.005:.2f} GB")
+        return min(plans, key=lambda plan: plan[0])[1]

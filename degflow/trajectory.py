@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple, TypeVar, get_args
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-Rule = Literal["linear", "inverse"]
 Number = TypeVar("Number", float, Tensor)
 
 
@@ -23,26 +22,20 @@ class SplinePoint(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """Scale <-> time: which scale a path passes when.
+    """Scale <-> time: t = (s - s_1) / (s_m - s_1).
 
     Attributes:
         scales: of the levels, HR first, increasing: s_1, ..., s_m.
-        rule: "linear", t = (s - s_1) / (s_m - s_1), as published; "inverse", the same of -1/s. A lens that keeps its
-            f-number passes frequencies up to a limit in proportion to 1/s, so that under "inverse" this limit falls
-            evenly; under "linear" what lies between two levels is blurred less than its scale says.
 
     Raises:
-        ValueError: fewer than two scales, not increasing, or another rule.
+        ValueError: fewer than two scales, or not increasing.
     """
 
     scales: tuple[float, ...]
-    rule: Rule = "linear"
 
     def __post_init__(self):
         if len(self.scales) < 2 or self.scales[0] <= 0 or not all(a < b for a, b in pairwise(self.scales)):
             raise ValueError(f"scales={list(self.scales)}: at least two, above 0 and increasing")
-        if self.rule not in get_args(Rule):
-            raise ValueError(f"time={self.rule}: must be one of {', '.join(get_args(Rule))}")
 
     @property
     def low(self) -> float:
@@ -56,20 +49,16 @@ class Timeline:
 
     @property
     def knots(self) -> tuple[float, ...]:
-        """Times of the levels, e.g. (1, 2, 4) -> (0, 1/3, 1), or with "inverse" (0, 2/3, 1)."""
+        """Times of the levels, e.g. (1, 2, 4) -> (0, 1/3, 1)."""
         return tuple(self.time(scale) for scale in self.scales)
 
     def time(self, scale: Number) -> Number:
         """In [0, 1] for scales in [low, high]."""
-        if self.rule == "linear":
-            return (scale - self.low) / (self.high - self.low)
-        return (1 / self.low - 1 / scale) / (1 / self.low - 1 / self.high)
+        return (scale - self.low) / (self.high - self.low)
 
     def scale(self, time: Number) -> Number:
         """The inverse of `time`."""
-        if self.rule == "linear":
-            return self.low + time * (self.high - self.low)
-        return 1 / (1 / self.low - time * (1 / self.low - 1 / self.high))
+        return self.low + time * (self.high - self.low)
 
 
 class NaturalCubicSpline(nn.Module):

@@ -1,5 +1,6 @@
-"""Small scenes, in memory and as a tree, and a small degrader."""
+"""Small scenes, in memory and as a tree, and flows and degraders with random weights."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,8 +9,20 @@ from PIL import Image
 
 from degflow import Degrader
 from degflow.capture.camera import SimulatedCamera
+from degflow.capture.optics import CORNER, Optics
 from degflow.capture.scenes import Scene
-from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork
+from degflow.flow import PathFlow
+from degflow.models import (
+    AutoencoderConfig,
+    ResidualAutoencoder,
+    ResidualConfig,
+    ResidualFlow,
+    ResidualNetwork,
+    Spread,
+    VelocityConfig,
+    VelocityNetwork,
+)
+from degflow.trajectory import Timeline
 
 
 @dataclass
@@ -28,13 +41,32 @@ def scenes_of(**pixels):
     return Scenes([Scene(name, ()) for name in pixels], list(pixels.values()))
 
 
-def small_degrader(levels, time="linear"):
+def gaussian_optics(scales, sigma=0.4):
+    """Optics that blur by a Gaussian of sigma * sqrt(s^2 - s_1^2) pixels, blue by more."""
+    optics = Optics(scales)
+    frequency = torch.linspace(0, CORNER, optics.rings)
+    for level, scale in enumerate(scales):
+        variance = sigma**2 * (scale**2 - scales[0] ** 2) * torch.tensor([1.0, 1.0, 1.3])
+        optics.log_transfer[level] = -2 * math.pi**2 * variance[:, None] * frequency**2
+    return optics
+
+
+def path_flow(speed=10.0, **sizes):
     """Random weights, large enough that images at neighbouring scales differ."""
-    torch.manual_seed(0)
-    autoencoder = ResidualAutoencoder(AutoencoderConfig(base_width=4, multipliers=(1, 1), blocks=1, gate_init=0.5))
-    velocity = VelocityNetwork(VelocityConfig(width=8, blocks=1, multipliers=(1, 1)))
-    velocity.head.weight.data *= 10
-    return Degrader(autoencoder, velocity, levels, time)
+    velocity = VelocityNetwork(VelocityConfig(**{"width": 8, "blocks": 1, "multipliers": (1, 1), **sizes}))
+    velocity.head.weight.data *= speed
+    return PathFlow(velocity)
+
+
+def residual_flow(levels, compression, **sizes):
+    """Random weights, large enough that draws differ in 8 bits."""
+    network = ResidualNetwork(ResidualConfig(**{"width": 8, "blocks": 1, **sizes}))
+    torch.nn.init.normal_(network.head.weight, std=0.05)
+    channels, times = network.config.latent_channels, Timeline(tuple(levels.values())).knots
+    root = torch.randn(len(times) - 1, channels, channels, dtype=torch.float64)
+    spread = Spread(channels, times)
+    spread.fit(root @ root.mT + 0.1 * torch.eye(channels))
+    return ResidualFlow(gaussian_optics(tuple(levels.values())), spread, network, compression)
 
 
 def save_scenes(folder, photos, labels, first=1):
@@ -47,3 +79,10 @@ def save_scenes(folder, photos, labels, first=1):
                 pixels = camera.capture(photo, scale, seed=n)
                 Image.fromarray(pixels).save(folder / f"{label}/Canon_{n:03d}_{name}.png")
     return folder
+
+
+def small_degrader(levels, *, draws=False):
+    """A degrader of one of the two kinds."""
+    torch.manual_seed(0)
+    autoencoder = ResidualAutoencoder(AutoencoderConfig(base_width=4, multipliers=(1, 1), blocks=1, gate_init=0.5))
+    return Degrader(autoencoder, residual_flow(levels, 2) if draws else path_flow(), levels)

@@ -69,7 +69,16 @@ def finish_rows(output, keys, draws=1):
     with ShardWriter(place, 0, "") as writer:
         for key in keys:
             hr = {"bytes": images.encode_png(random.integers(256, size=(8, 8, 3), dtype=np.uint8)), "path": key}
-            about = {"key": key, "scale": 2.0, "time": 0.5, "height": 8, "width": 8, "seed": 0, "hr_sha256": ""}
+            about = {
+                "key": key,
+                "scale": 2.0,
+                "time": 0.5,
+                "height": 8,
+                "width": 8,
+                "seed": 0,
+                "noise_seed": 0,
+                "hr_sha256": "",
+            }
             for draw in range(draws):
                 lr = images.encode_png(random.integers(256, size=(8, 8, 3), dtype=np.uint8))
                 row = {"draw": draw, "lr": {"bytes": lr, "path": key}, "hr": hr, "model_sha256": ""}

@@ -12,7 +12,11 @@ import torch
 from PIL import Image
 
 from degflow.degrader import Degrader
+from degflow.flow import PathFlow
 from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork
+from tests.captures import residual_flow
+
+LEVELS = {"1": 1.0, "2": 2.0, "4": 4.0}
 
 
 @pytest.fixture(scope="session")
@@ -36,11 +40,15 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def save_model(path, seed=0, time="linear", **autoencoder):
+def save_model(path, seed=0, draws=False, blocks=1, **autoencoder):
+    """A degrader's file: of the published kind, or of the kind that draws, with a residual network of `blocks`."""
     torch.manual_seed(seed)
-    autoencoder = ResidualAutoencoder(AutoencoderConfig(base_width=8, gate_init=0.5, **autoencoder))
-    velocity = VelocityNetwork(VelocityConfig(width=16, blocks=1, multipliers=(1, 2)))
-    Degrader(autoencoder, velocity, {"1": 1.0, "2": 2.0, "4": 4.0}, time).save(str(path), provenance={})
+    network = ResidualAutoencoder(AutoencoderConfig(base_width=8, gate_init=0.5, **autoencoder))
+    if draws:
+        flow = residual_flow(LEVELS, network.config.compression, blocks=blocks)
+    else:
+        flow = PathFlow(VelocityNetwork(VelocityConfig(width=16, blocks=1, multipliers=(1, 2))))
+    Degrader(network, flow, LEVELS).save(str(path), provenance={})
     return str(path)
 
 

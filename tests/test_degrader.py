@@ -10,34 +10,41 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from degflow import Degrader
 from degflow.degrader import pad
-from degflow.models import (
-    AutoencoderConfig,
-    FlowMap,
-    ResidualAutoencoder,
-    VelocityConfig,
-    VelocityNetwork,
-    velocity_network,
-)
+from degflow.models import AutoencoderConfig, ResidualAutoencoder
 from degflow.models.files import load_checkpoint, save_checkpoint
-from degflow.trajectory import Timeline
+from degflow.models.residual import Guide, lost_detail
+from tests.captures import path_flow, residual_flow
 
 LEVELS = {"1": 1.0, "2": 2.1, "4": 3.75}
 
 
-@pytest.fixture(scope="module", params=[{}, {"source": True}, {"flow_map": True}], ids=["published", "source", "map"])
-def degrader(request):
+def degrader_of(kind):
     torch.manual_seed(0)
     autoencoder = ResidualAutoencoder(AutoencoderConfig(base_width=8, gate_init=0.5))
-    config = VelocityConfig(width=16, blocks=1, multipliers=(1, 2), **request.param)
-    time = "inverse" if config.flow_map else "linear"
-    return Degrader(autoencoder, velocity_network(config, Timeline(tuple(LEVELS.values()), time).knots), LEVELS, time)
+    if kind == "path":
+        return Degrader(autoencoder, path_flow(1.0, width=16, multipliers=(1, 2)), LEVELS)
+    return Degrader(autoencoder, residual_flow(LEVELS, 8), LEVELS)
+
+
+@pytest.fixture(scope="module", params=["path", "residual"])
+def degrader(request):
+    return degrader_of(request.param)
+
+
+@pytest.fixture(scope="module")
+def drawing():
+    return degrader_of("residual")
 
 
 def pictures(count, height, width, seed=0):
     return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+# Images and scales
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (8, 100), (64, 64), (65, 63), (33, 17), (31, 128)])
@@ -57,24 +64,17 @@ def test_padding_reflects_and_repeats_where_the_image_is_small():
     np.testing.assert_array_equal(padded[0, 0].numpy(), wanted)
 
 
-def test_scale_one_is_the_plain_reconstruction(degrader):
+def test_the_lowest_scale_is_the_plain_reconstruction(degrader):
     hr = pictures(1, 64, 64)
     with torch.no_grad():
         plain = degrader.autoencoder.decode(*degrader.autoencoder.encode(hr)).clamp(-1, 1)
-    torch.testing.assert_close(degrader(hr, torch.tensor([1.0])), plain)
-    torch.testing.assert_close(degrader(hr, torch.tensor([[1.0]]))[:, 0], plain)
+    for seed in (0, 5):
+        torch.testing.assert_close(degrader(hr, torch.tensor([1.0]), seed=seed), plain, rtol=0, atol=1e-5)
+        torch.testing.assert_close(degrader(hr, torch.tensor([[1.0]]), seed=seed)[:, 0], plain, rtol=0, atol=1e-5)
 
 
-def test_an_image_does_not_depend_on_its_batch_mates(degrader):
-    hr = pictures(3, 40, 48)
-    scale = torch.tensor([1.3, 3.75, 2.2])
-    together = degrader(hr, scale)
-    for n in range(3):
-        torch.testing.assert_close(together[n : n + 1], degrader(hr[n : n + 1], scale[n : n + 1]), rtol=0, atol=1e-4)
-
-
-def test_several_scales_share_one_integration_and_do_not_change_each_other(degrader):
-    hr = pictures(2, 40, 48)
+def test_several_scales_share_one_integration_and_do_not_change_each_other():
+    degrader, hr = degrader_of("path"), pictures(2, 40, 48)
     scales = torch.tensor([[1.0, 2.0, 3.5], [3.7, 1.2, 2.0]])
     many = degrader(hr, scales)
     assert many.shape == (2, 3, 3, 40, 48)
@@ -86,19 +86,153 @@ def test_several_scales_share_one_integration_and_do_not_change_each_other(degra
         torch.testing.assert_close(fine[:, n], degrader(hr, scales[:, n], steps=16), rtol=0, atol=1e-3)
 
 
-def test_the_rule_of_times_decides_when_a_scale_is_reached(degrader):
-    if isinstance(degrader.velocity, FlowMap):
-        with pytest.raises(
-            ValueError, match=r"time=linear: the flow map's knots, \[0.0, 0.71.*\], are of another time"
-        ):
-            Degrader(degrader.autoencoder, degrader.velocity, LEVELS)
-        return
-    networks, rules = (degrader.autoencoder, degrader.velocity, LEVELS), ("linear", "inverse")
-    even, inverse = (Degrader(*networks, rule) for rule in rules)
-    hr, scale = pictures(1, 32, 40), torch.tensor([2.5], dtype=torch.float64)
-    share = (1 - 1 / 2.5) / (1 - 1 / 3.75)
-    torch.testing.assert_close(inverse(hr, scale), even(hr, torch.tensor([1 + 2.75 * share], dtype=torch.float64)))
-    assert float((inverse(hr, scale) - even(hr, scale)).abs().max()) > 1e-3
+def test_the_published_flow_draws_nothing():
+    degrader, hr, scale = degrader_of("path"), pictures(1, 32, 40), torch.tensor([2.5])
+    wanted = degrader(hr, scale)
+    assert torch.equal(degrader(hr, scale, seed=7), wanted)
+    assert torch.equal(degrader(hr, scale, spread=0.0), wanted)
+
+
+@pytest.mark.parametrize("scale", [0.99, 3.76, float("nan")])
+def test_a_scale_outside_the_trained_range_is_refused(degrader, scale):
+    with pytest.raises(ValueError, match=rf"scale={scale}.*: must lie in the trained range \[1.0, 3.75\]"):
+        degrader(pictures(1, 16, 16), torch.tensor([scale], dtype=torch.float64))
+
+
+def test_a_scale_for_each_image_is_needed(degrader):
+    with pytest.raises(ValueError, match=r"scale: 1 for a batch of 2 images"):
+        degrader(pictures(2, 16, 16), torch.tensor([2.0]))
+
+
+def test_the_bounds_themselves_are_accepted_in_either_precision():
+    autoencoder = ResidualAutoencoder(AutoencoderConfig(base_width=8))
+    levels = {"1": 1.0, "x": 3.9}
+    for flow in (path_flow(), residual_flow(levels, 8)):
+        degrader = Degrader(autoencoder, flow, levels)
+        assert float(torch.tensor(3.9)) > 3.9
+        hr = pictures(1, 16, 16)
+        assert torch.equal(degrader(hr, torch.tensor([3.9])), degrader(hr, torch.tensor([3.9], dtype=torch.float64)))
+        assert degrader.degrade(Image.new("RGB", (16, 16)), scale=3.9).size == (16, 16)
+
+
+def test_an_unknown_precision_is_named(degrader):
+    with pytest.raises(ValueError, match=r"precision=half: must be one of float32, float16, bfloat16"):
+        degrader(pictures(1, 32, 32), torch.tensor([2.0]), precision="half")
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_mixed_precision_is_near(degrader, precision):
+    hr, scale = pictures(2, 40, 48), torch.tensor([2.0, 3.5])
+    difference = degrader(hr, scale, precision=precision) - degrader(hr, scale)
+    assert float(difference.square().mean().sqrt()) < (0.01 if precision == "bfloat16" else 0.002)
+
+
+def test_latent_channels_must_agree():
+    autoencoder = ResidualAutoencoder(AutoencoderConfig(base_width=8))
+    for flow in (path_flow(latent_channels=6), residual_flow(LEVELS, 8, latent_channels=6)):
+        with pytest.raises(ValueError, match=r"latent_channels=6: must be the autoencoder's, 4"):
+            Degrader(autoencoder, flow, LEVELS)
+
+
+# Draws
+
+
+def scales_and_seeds():
+    return torch.tensor([1.3, 3.75, 2.2], dtype=torch.float64), torch.tensor([11, 2**50, 12])
+
+
+def test_an_image_does_not_depend_on_its_batch_mates_nor_on_their_order(degrader):
+    hr, (scale, seeds) = pictures(3, 40, 48), scales_and_seeds()
+    together = degrader(hr, scale, seed=seeds)
+    for n in range(3):
+        alone = degrader(hr[n : n + 1], scale[n : n + 1], seed=seeds[n : n + 1])
+        torch.testing.assert_close(together[n : n + 1], alone, rtol=0, atol=1e-5)
+    order = torch.tensor([2, 0, 1])
+    turned = degrader(hr[order], scale[order], seed=seeds[order])
+    torch.testing.assert_close(turned, together[order], rtol=0, atol=1e-5)
+
+
+def test_a_draw_does_not_depend_on_its_column(drawing):
+    hr, scales = pictures(2, 40, 48), torch.tensor([[1.4, 2.0, 3.5], [3.7, 1.2, 2.0]])
+    seeds = torch.arange(6).view(2, 3) + 5
+    many = drawing(hr, scales, seed=seeds)
+    assert many.shape == (2, 3, 3, 40, 48)
+    for n in range(3):
+        torch.testing.assert_close(many[:, n], drawing(hr, scales[:, n], seed=seeds[:, n]), rtol=0, atol=1e-5)
+
+
+def test_other_seeds_give_other_draws_around_one_mean(drawing):
+    hr, scale = pictures(1, 64, 64), torch.tensor([3.0])
+    draws = [drawing(hr, scale, seed=seed) for seed in (0, 1, 2**40)]
+    for n, draw in enumerate(draws):
+        assert torch.equal(drawing(hr, scale, seed=n if n < 2 else 2**40), draw)
+        assert float((draw - draws[n - 1]).abs().mean()) > 0.01
+    means = [drawing(hr, scale, seed=seed, spread=0.0) for seed in (0, 1)]
+    assert torch.equal(*means)
+
+
+def test_a_seed_counts_on_from_the_first_image_scale_by_scale(drawing):
+    hr = pictures(2, 24, 24)
+    counted = drawing(hr, torch.tensor([2.0, 3.0]), seed=40)
+    assert torch.equal(counted, drawing(hr, torch.tensor([2.0, 3.0]), seed=torch.tensor([40, 41])))
+    scales = torch.tensor([[2.0, 3.0, 1.5], [3.5, 2.0, 2.0]])
+    wanted = drawing(hr, scales, seed=torch.tensor([[40, 41, 42], [43, 44, 45]]))
+    assert torch.equal(drawing(hr, scales, seed=40), wanted)
+
+
+def test_a_draw_is_the_flows_latent_decoded_with_the_skips_of_the_image_after_the_optics(drawing):
+    hr, scale, seeds = pictures(2, 40, 48), torch.tensor([2.0, 3.5], dtype=torch.float64), torch.tensor([3, 4])
+    autoencoder, flow = drawing.autoencoder, drawing.flow
+    with torch.inference_mode():
+        image, after = pad(hr, 8), pad(flow.optics(hr, scale), 8)
+        (source, _), (optics, skips) = autoencoder.encode(image), autoencoder.encode(after)
+        guide = Guide(optics, source, lost_detail(image, after, 8), drawing.timeline.time(scale).float())
+        for spread in (0.0, 0.3, 1.0):
+            latent = flow.latent(guide, seeds, spread, 4, "heun")
+            wanted = autoencoder.decode(latent, skips).clamp(-1, 1)[..., :40, :48]
+            torch.testing.assert_close(drawing(hr, scale, seed=seeds, spread=spread), wanted, rtol=0, atol=1e-5)
+        other = flow.latent(guide, seeds, 1.0, 2, "rk4")
+        wanted = autoencoder.decode(other, skips).clamp(-1, 1)[..., :40, :48]
+        found = drawing(hr, scale, seed=seeds, steps=2, solver="rk4")
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+def test_a_picture_is_drawn_by_its_seed_and_spread(drawing):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8))
+    draws = {name: drawing.degrade(picture, 3.0, **name_to) for name, name_to in {
+        "default": {}, "same": {"seed": 0, "spread": 1.0}, "other": {"seed": 1}, "mean": {"spread": 0.0},
+    }.items()}  # fmt: skip
+    assert draws["default"].tobytes() == draws["same"].tobytes()
+    assert len({draw.tobytes() for draw in draws.values()}) == 3
+
+
+def test_without_a_network_there_is_no_solver_to_choose(degrader):
+    assert degrader.has_solver
+    assert not Degrader(degrader.autoencoder, residual_flow(LEVELS, 8, blocks=0), LEVELS).has_solver
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"spread": -0.1}, r"spread=-0.1: must lie in \[0, 1\]"),
+        ({"spread": 1.5}, r"spread=1.5: must lie in \[0, 1\]"),
+        ({"spread": float("nan")}, r"spread=nan: must lie in \[0, 1\]"),
+        ({"seed": -1}, r"seed=-1: must lie in \[0, 2\^63\)"),
+        ({"seed": 2**63 - 1}, rf"seed={2**63 - 1}: must lie in \[0, 2\^63\)"),
+        ({"seed": torch.tensor([1, -2])}, r"seed=-2: must lie in \[0, 2\^63\)"),
+        ({"seed": torch.tensor([1, 2, 3])}, r"seed: torch.int64 \[3\]: must be int64 \[2\], as scale is"),
+        ({"seed": torch.tensor([1.0, 2.0])}, r"seed: torch.float32 \[2\]: must be int64 \[2\], as scale is"),
+        ({"seed": torch.tensor([1, 2], dtype=torch.int32)}, r"seed: torch.int32 \[2\]: must be int64 \[2\]"),
+        ({"steps": -1}, r"steps=-1: must be at least 1"),
+        ({"solver": "rk45"}, r"solver=rk45: must be one of euler"),
+    ],
+)
+def test_bad_arguments_are_named_with_value_and_rule(degrader, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        degrader(pictures(2, 16, 16), torch.tensor([2.0, 3.0]), **arguments)
+
+
+# Files
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -106,28 +240,112 @@ def test_save_and_load_give_the_same_images(degrader, tmp_path, half):
     uri = str(tmp_path / "d.safetensors")
     degrader.save(uri, {"seed": 7}, half=half)
     loaded = Degrader.load(uri)
-    hr = pictures(1, 48, 40)
-    tolerance = 0.02 if half else 0
-    torch.testing.assert_close(
-        loaded(hr, torch.tensor([2.5])), degrader(hr, torch.tensor([2.5])), rtol=0, atol=tolerance
-    )
+    hr, scales = pictures(1, 48, 40), torch.tensor([[2.5, 3.75]])
+    for spread in (0.0, 1.0):
+        images = (one(hr, scales, seed=3, spread=spread) for one in (loaded, degrader))
+        torch.testing.assert_close(*images, rtol=0, atol=0.02 if half else 0)
     assert loaded.levels == LEVELS
-    assert loaded.timeline == degrader.timeline
+    assert type(loaded.flow) is type(degrader.flow)
     assert (loaded.low, loaded.high) == (1.0, 3.75)
     assert loaded.provenance == {"seed": 7}
     assert len(loaded.sha256) == 64
-    assert next(loaded.parameters()).dtype == torch.float32
+    assert {tensor.dtype for tensor in loaded.state_dict().values()} == {torch.float32}
 
 
-def test_the_file_describes_itself(degrader, tmp_path):
+def test_half_precision_is_for_the_networks_alone(drawing, tmp_path):
     uri = str(tmp_path / "d.safetensors")
-    degrader.save(uri, {})
+    drawing.save(uri, {}, half=True)
+    parameters = dict(drawing.named_parameters())
+    stored = load_file(uri)
+    assert {name for name, tensor in stored.items() if tensor.dtype == torch.float16} == parameters.keys()
+    assert sorted(stored.keys() - parameters.keys()) == [
+        "flow.optics.log_transfer", "flow.spread.factors", "flow.spread.times",
+    ]  # fmt: skip
+    for name, buffer in Degrader.load(uri).named_buffers():
+        assert torch.equal(buffer, drawing.get_buffer(name)), name
+
+
+@pytest.mark.parametrize("kind", ["path", "residual"])
+def test_the_file_describes_itself(kind, tmp_path):
+    uri = str(tmp_path / "d.safetensors")
+    degrader_of(kind).save(uri, {})
     with safe_open(uri, "pt") as file:
         description = json.loads(file.metadata()["degflow"])
     assert description["kind"] == "degrader"
     assert description["autoencoder"]["base_width"] == 8
-    assert description["velocity"]["width"] == 16
     assert description["levels"] == LEVELS
+    if kind == "path":
+        assert description["velocity"]["width"] == 16
+        assert description.keys() == {"kind", "autoencoder", "levels", "provenance", "velocity"}
+    else:
+        assert description["residual"]["blocks"] == 1
+        assert description["optics"] == {"scales": [1.0, 2.1, 3.75], "rings": 64}
+        assert description["times"] == pytest.approx([0, 0.4, 1])
+        assert description.keys() == {"kind", "autoencoder", "levels", "provenance", "residual", "optics", "times"}
+
+
+DAMAGES = {
+    "path": [
+        {"levels": {}},
+        {"levels": {"1": 2.0, "2": 1.0}},
+        {"autoencoder": {"base_width": 0}},
+        {"velocity": {"widht": 8}},
+        {"velocity": {"source": True}},
+        {"provenance": None},
+    ],
+    "residual": [
+        {"levels": {}},
+        {"residual": {"width": 7}},
+        {"residual": None},
+        {"optics": {"scales": [1.0]}},
+        {"optics": {}},
+        {"times": [0.0, 0.4]},
+        {"times": "none"},
+    ],
+}
+
+
+@pytest.mark.parametrize(("kind", "change"), [(kind, change) for kind in DAMAGES for change in DAMAGES[kind]], ids=str)
+def test_a_damaged_degrader_file_is_named(kind, change, tmp_path):
+    uri = str(tmp_path / "d.safetensors")
+    degrader_of(kind).save(uri, {})
+    tensors, description, _ = load_checkpoint(uri)
+    changed = {key: value for key, value in {**description, **change}.items() if value is not None}
+    save_checkpoint(uri, tensors, changed)
+    with pytest.raises(ValueError, match=r"d\.safetensors: a damaged degrader \(\w+: ."):
+        Degrader.load(uri)
+
+
+def test_a_degrader_file_that_lacks_or_adds_a_tensor_is_named(degrader, tmp_path):
+    uri = str(tmp_path / "d.safetensors")
+    degrader.save(uri, {})
+    tensors, description, _ = load_checkpoint(uri)
+    for name in (min(tensors), max(tensors)):
+        save_checkpoint(uri, {key: tensor for key, tensor in tensors.items() if key != name}, description)
+        with pytest.raises(ValueError, match=rf"d\.safetensors: a damaged degrader .*{name}"):
+            Degrader.load(uri)
+    save_checkpoint(uri, {**tensors, "flow.network.more": torch.zeros(1)}, description)
+    with pytest.raises(ValueError, match=r"d\.safetensors: a damaged degrader .*flow.network.more"):
+        Degrader.load(uri)
+
+
+def test_files_that_are_no_degraders_are_named(degrader, tmp_path):
+    uri = str(tmp_path / "d.safetensors")
+    with pytest.raises(ValueError, match=r"d\.safetensors: no such file"):
+        Degrader.load(uri)
+    Path(uri).write_bytes(b"<html>not found</html>")
+    with pytest.raises(ValueError, match=r"d\.safetensors: not a degflow checkpoint"):
+        Degrader.load(uri)
+    degrader.save(uri, {})
+    Path(uri).write_bytes(Path(uri).read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"d\.safetensors: not a degflow checkpoint"):
+        Degrader.load(uri)
+    save_checkpoint(uri, degrader.autoencoder.state_dict(), {"kind": "autoencoder"})
+    with pytest.raises(ValueError, match=r"d\.safetensors: of kind 'autoencoder', where 'degrader' is needed"):
+        Degrader.load(uri)
+
+
+# Pictures
 
 
 def test_pil_in_pil_out(degrader):
@@ -137,39 +355,9 @@ def test_pil_in_pil_out(degrader):
     assert out.mode == "RGB"
 
 
-@pytest.mark.parametrize("scale", [0.99, 3.76])
-def test_a_scale_outside_the_trained_range_is_refused(degrader, scale):
-    with pytest.raises(ValueError, match=rf"scale={scale}.*: must lie in the trained range \[1.0, 3.75\]"):
-        degrader(pictures(1, 16, 16), torch.tensor([scale], dtype=torch.float64))
-
-
 def test_a_picture_that_is_too_small_is_refused(degrader):
     with pytest.raises(ValueError, match=r"20 x 7 pixels: each side must have at least 8"):
         degrader.degrade(Image.new("RGB", (20, 7)), scale=2.0)
-
-
-def test_latent_channels_must_agree():
-    with pytest.raises(ValueError, match=r"velocity.latent_channels=6: must be the autoencoder's, 4"):
-        Degrader(
-            ResidualAutoencoder(AutoencoderConfig(base_width=8)),
-            VelocityNetwork(VelocityConfig(width=16, blocks=1, latent_channels=6)),
-            LEVELS,
-        )
-
-
-def test_rescaling_the_latent_changes_no_image(degrader):
-    hr = pictures(1, 32, 32)
-    autoencoder = ResidualAutoencoder(degrader.autoencoder.config)
-    autoencoder.load_state_dict(degrader.autoencoder.state_dict())
-    factor = torch.tensor([0.5, 2.0, 3.0, 0.1])
-    autoencoder.rescale_latent(factor)
-    with torch.no_grad():
-        before, skips = degrader.autoencoder.encode(hr)
-        after, _ = autoencoder.encode(hr)
-        torch.testing.assert_close(after, before * factor[:, None, None])
-        torch.testing.assert_close(
-            autoencoder.decode(after, skips), degrader.autoencoder.decode(before, skips), rtol=0, atol=1e-5
-        )
 
 
 def test_a_picture_comes_under_the_image_rule(degrader):
@@ -178,68 +366,41 @@ def test_a_picture_comes_under_the_image_rule(degrader):
     assert degrader.degrade(transparent, scale=2.0).tobytes() == degrader.degrade(white, scale=2.0).tobytes()
 
 
-def test_the_bounds_themselves_are_accepted_in_either_precision():
-    autoencoder = ResidualAutoencoder(AutoencoderConfig(base_width=8))
-    degrader = Degrader(autoencoder, VelocityNetwork(VelocityConfig(width=16, blocks=1)), {"1": 1.0, "x": 3.9})
-    assert float(torch.tensor(3.9)) > 3.9
-    hr = pictures(1, 16, 16)
-    assert torch.equal(degrader(hr, torch.tensor([3.9])), degrader(hr, torch.tensor([3.9], dtype=torch.float64)))
-    assert degrader.degrade(Image.new("RGB", (16, 16)), scale=3.9).size == (16, 16)
+def test_rescaling_the_latent_changes_no_image():
+    hr, original = pictures(1, 32, 32), degrader_of("path").autoencoder
+    autoencoder = ResidualAutoencoder(original.config)
+    autoencoder.load_state_dict(original.state_dict())
+    factor = torch.tensor([0.5, 2.0, 3.0, 0.1])
+    autoencoder.rescale_latent(factor)
+    with torch.no_grad():
+        before, skips = original.encode(hr)
+        after, _ = autoencoder.encode(hr)
+        torch.testing.assert_close(after, before * factor[:, None, None])
+        torch.testing.assert_close(autoencoder.decode(after, skips), original.decode(before, skips), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"levels": {}}, {"time": "backwards"}, {"autoencoder": {"base_width": 0}}, {"velocity": {"widht": 8}}],
-)
-def test_a_damaged_degrader_file_is_named(degrader, tmp_path, change):
-    uri = str(tmp_path / "d.safetensors")
-    degrader.save(uri, {})
-    tensors, description, _ = load_checkpoint(uri)
-    save_checkpoint(uri, tensors, {**description, **change})
-    with pytest.raises(ValueError, match=r"d\.safetensors: a damaged degrader"):
-        Degrader.load(uri)
-    save_checkpoint(uri, dict(list(tensors.items())[1:]), description)
-    with pytest.raises(ValueError, match=r"d\.safetensors: a damaged degrader"):
-        Degrader.load(uri)
+# Compilation
 
 
 def test_compiling_changes_no_image_and_no_name_in_the_file(degrader):
     hr, scale = pictures(1, 40, 48), torch.tensor([2.5])
     wanted = degrader(hr, scale)
     compiled = copy.deepcopy(degrader)
-    compiled.compile(backend="eager")  # no C++ compiler needed; the tracing is what is tested
+    compiled.compile(backend="eager", fullgraph=True)  # no C++ compiler needed; the tracing is what is tested
     torch.testing.assert_close(compiled(hr, scale), wanted, rtol=0, atol=1e-5)
     assert compiled.state_dict().keys() == degrader.state_dict().keys()
 
 
-def test_every_evaluation_sees_where_the_path_began(degrader):
-    hr, seen = pictures(2, 64, 64), []
-    mapped = isinstance(degrader.velocity, FlowMap)
-    network, argument = (degrader.velocity.network, 0) if mapped else (degrader.velocity, 2)
-    handle = network.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[argument]))
-    degrader(hr, torch.tensor([2.0, 3.75]), steps=2)
-    handle.remove()
-    with torch.no_grad():
-        latent, _ = degrader.autoencoder.encode(hr)
-    assert len(seen) == (1 if mapped else 2 * 6)
-    for source in seen:
-        torch.testing.assert_close(source, latent)
-
-
-def test_compiled_for_all_sizes_new_sizes_compile_nothing_anew():
+def test_compiled_for_all_sizes_new_sizes_compile_nothing_anew(degrader):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled, graphs = Degrader.load(), []
-    compiled.compile(dynamic=True, backend="eager")
-    for height, width in ((640, 512), (512, 640), (768, 768), (600, 801)):  # whole, and to be padded
+    compiled, graphs = copy.deepcopy(degrader), []
+    compiled.compile(dynamic=True, backend="eager", fullgraph=True)
+    # Large enough that torch's convolutions take their threaded way at every level. The last is to be padded.
+    for height, width in ((432, 416), (416, 432), (448, 448), (425, 437)):
         compiled(pictures(1, height, width), torch.tensor([[2.0]]))
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs == graphs[:1] * 4
-
-
-def test_an_unknown_precision_is_named(degrader):
-    with pytest.raises(ValueError, match=r"precision=half: must be one of float32, float16, bfloat16"):
-        degrader(pictures(1, 32, 32), torch.tensor([2.0]), precision="half")
 
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")

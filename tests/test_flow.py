@@ -1,9 +1,11 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
-from degflow.flow import SOLVERS, integrate
+from degflow.flow import SOLVERS, Draw, PathFlow, Seen, integrate
 from degflow.trajectory import NaturalCubicSpline
 from tests import problems
 
@@ -110,6 +112,36 @@ def test_integrating_the_splines_own_velocity_lands_on_every_knot():
         torch.testing.assert_close(landed, values[:, k], rtol=0, atol=1e-8)
     dense = integrate(velocity, values[:, 0], torch.tensor([knots], dtype=torch.float64), steps=30, solver="rk4")
     torch.testing.assert_close(dense, values, rtol=0, atol=1e-8)
+
+
+class Rotation(nn.Module):
+    """A velocity network whose paths are known."""
+
+    config = SimpleNamespace(latent_channels=2, working_channels=1.0, multiple=1)
+
+    def forward(self, z, time):
+        return problems.rotation(z.flatten(1), time).view_as(z)
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_the_published_flow_carries_hrs_latent_to_every_time_and_keeps_hrs_skips(many):
+    hr, asked = torch.zeros(3, 3, 8, 8), []
+    seen = Seen(hr, start().view(3, 2, 1, 1), (torch.ones(3, 1),))
+
+    def see(image, needs_skips):
+        asked.append((image, needs_skips))
+        return seen
+
+    time = torch.tensor([[0.0, 0.4, 1.0], [0.9, 0.2, 0.3], [1.0, 0.5, 0.0]])[:, : 3 if many else 1].double()
+    flow = PathFlow(Rotation())
+    draw = Draw(scale=time, time=time, seed=time.long(), many=many, spread=1.0, steps=8, solver="rk5")
+    carried = list(flow.carry(see, hr, draw))
+    assert len(carried) == time.shape[1]
+    for n, (latent, found) in enumerate(carried):
+        assert found is seen
+        torch.testing.assert_close(latent.flatten(1), problems.rotated(start(), time[:, n]), rtol=0, atol=2e-3)
+    assert asked == [(hr, True)]
+    assert flow.guide(hr, time[:, 0]) is hr
 
 
 @pytest.mark.parametrize(

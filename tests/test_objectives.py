@@ -1,19 +1,35 @@
+"""The training objectives: exact in cases whose answer is known, and of fixed shape from end to end."""
+
+import contextlib
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from degflow.capture.filters import blur
-from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork
-from degflow.objectives import SIGMAS, LFMObjective, RAEObjective, to_float
+from degflow.models import (
+    AutoencoderConfig,
+    ResidualAutoencoder,
+    ResidualConfig,
+    ResidualFlow,
+    ResidualNetwork,
+    Spread,
+    VelocityConfig,
+    VelocityNetwork,
+)
+from degflow.models.counter import gaussian, sample_keys
+from degflow.models.residual import lost_detail
+from degflow.objectives import LFMObjective, RAEObjective, ResidualObjective, residuals, to_float
 from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear
 
 KNOTS = (0.0, 1 / 3, 1.0)
 NUMBERS = torch.arange(4)
+TIMES = torch.tensor([0.0, 0.2, 0.4, 0.9], dtype=torch.float64)
 
 
-def crops(count=4, side=16):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (count, 3, 3, side, side), generator=generator, dtype=torch.uint8)
+def crops(count=4, levels=3, side=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, levels, 3, side, side), generator=generator, dtype=torch.uint8)
 
 
 def autoencoder(**settings):
@@ -22,18 +38,17 @@ def autoencoder(**settings):
 
 
 class Oracle(nn.Module):
-    """Knows each sample's path, and returns its velocity, moved by an offset; wants to be told where it began."""
+    """Knows each sample's path, and returns its velocity, moved by an offset."""
 
     def __init__(self, path, values, offset=0.0):
         super().__init__()
         self.path, self.values, self.offset = path, values, offset
 
-    def forward(self, latent, time, source, key):
-        torch.testing.assert_close(source, self.values[:, 0])
-        return self.path.at(self.values, time).velocity + self.offset
-
-    carry = VelocityNetwork.carry
-    velocity_and_ends = VelocityNetwork.velocity_and_ends
+    def forward(self, latent, time, key):
+        with torch.autocast("cpu", enabled=False):
+            point = self.path.at(self.values, time)
+        torch.testing.assert_close(latent, point.position, rtol=1e-6, atol=1e-6)
+        return point.velocity + self.offset
 
 
 class Recorder(nn.Module):
@@ -56,59 +71,55 @@ def oracle_objective(path_type=NaturalCubicSpline, offset=0.0, **settings):
     return LFMObjective(network, oracle, path, **settings), images
 
 
-def test_rae_loss_is_the_l1_of_the_drawn_level_decoded_with_hr_skips():
+# Stage 1
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["skips of HR", "skips of a guide"])
+def test_rae_loss_is_the_l1_of_the_target_decoded_with_the_guides_skips(guided):
     network, images = autoencoder(), crops(3)
-    draw = torch.tensor([0.0, 0.4, 0.99])  # levels 0, 1, 2
-    losses = RAEObjective(network)(images=images, draw=draw)
-    image = to_float(images)
+    target, guide = images[:, 1], images[:, 2 if guided else 0]
+    losses = RAEObjective(network)(target=target, guide=guide, number=NUMBERS[:3])
     errors = []
-    for sample, level in enumerate((0, 1, 2)):
-        _, skips = network.encode(image[sample : sample + 1, 0])
-        latent, _ = network.encode(image[sample : sample + 1, level])
-        errors.append((network.decode(latent, skips) - image[sample : sample + 1, level]).abs().mean())
+    for sample in range(3):
+        _, skips = network.encode(to_float(guide[sample : sample + 1]))
+        image = to_float(target[sample : sample + 1])
+        errors.append((network.decode(network.encode(image)[0], skips) - image).abs().mean())
     torch.testing.assert_close(losses.total, torch.stack(errors).mean())
+    assert list(losses.parts) == ["l1"]
     losses.total.backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
 
 
-def test_a_share_of_the_rae_samples_decodes_blurred_hr():
-    network, images = autoencoder(), crops(4)
-    draw = torch.tensor([0.0, 0.2499, 0.25, 0.999])  # of 0.25: the sharpest blur and the widest, HR, the last level
-    losses = RAEObjective(network, blurred=0.25)(images=images, draw=draw)
-    image = to_float(images)
-    blurs = (blur(image[:1, 0], SIGMAS[0]), blur(image[1:2, 0], SIGMAS[0] + (SIGMAS[1] - SIGMAS[0]) * 0.9996))
-    errors = []
-    for sample, target in enumerate((*blurs, image[2:3, 0], image[3:4, 2])):
-        _, skips = network.encode(image[sample : sample + 1, 0])
-        errors.append((network.decode(network.encode(target)[0], skips) - target).abs().mean())
-    torch.testing.assert_close(losses.total, torch.stack(errors).mean(), rtol=1e-4, atol=0)
+def test_rae_trains_the_encoder_through_the_guide_too():
+    network, images = autoencoder(), crops(2)
+    RAEObjective(network)(target=images[:, 1], guide=images[:, 2]).total.backward()
+    both = network.encoder.stem.weight.grad
+    image, network.encoder.stem.weight.grad = to_float(images[:, 1]), None
+    skips = tuple(skip.detach() for skip in network.skips(to_float(images[:, 2])))
+    F.l1_loss(network.decode(network.encode(image)[0], skips), image).backward()
+    assert float((both - network.encoder.stem.weight.grad).abs().max()) > 1e-3 * float(both.abs().max())
 
 
-def test_a_frozen_encoder_leaves_the_latents_alone():
-    network = autoencoder()
-    RAEObjective(network, freeze_encoder=True)(images=crops(), draw=torch.rand(4)).total.backward()
-    assert all(parameter.grad is None for parameter in network.encoder.parameters())
-    assert all(parameter.grad is not None for parameter in network.decoder.parameters())
+# The published stage 2
 
 
 def test_an_oracle_velocity_has_zero_flow_loss_on_either_path():
     for path_type in (NaturalCubicSpline, PiecewiseLinear):
         objective, images = oracle_objective(path_type)
-        losses = objective(images=images, draw=torch.tensor([0.0, 0.2, 0.5, 0.999]), number=NUMBERS)
+        losses = objective(images=images, time=torch.tensor([0.0, 0.2, 0.5, 0.999]), number=NUMBERS)
         assert float(losses.total) < 1e-10
 
 
 def test_flow_loss_is_the_mean_squared_velocity_error():
     objective, images = oracle_objective(offset=0.5)
-    losses = objective(images=images, draw=torch.rand(4), number=NUMBERS)
+    losses = objective(images=images, time=torch.rand(4), number=NUMBERS)
     torch.testing.assert_close(losses.total, torch.tensor(0.25), rtol=1e-4, atol=0)
 
 
 def test_perceptual_term_compares_the_next_levels_image_with_its_own_decoding_under_the_true_velocity():
     perceptual = Recorder()
     objective, images = oracle_objective(perceptual=perceptual, weight=0.1)
-    draw = torch.tensor([0.0, 0.2, 0.4, 0.9])
-    losses = objective(images=images, draw=draw, number=NUMBERS)
+    losses = objective(images=images, time=TIMES, number=NUMBERS)
     image, next_level = to_float(images), torch.tensor([1, 1, 2, 2])
     target = image[torch.arange(4), next_level]
     assert torch.equal(perceptual.reference, target)
@@ -118,84 +129,219 @@ def test_perceptual_term_compares_the_next_levels_image_with_its_own_decoding_un
     torch.testing.assert_close(losses.total, 0.1 * losses.parts["lpips"] + losses.parts["cfm"])
 
 
-def test_an_integrated_landing_is_where_the_networks_own_path_from_hr_ends():
+def test_a_velocity_error_moves_the_taylor_step_by_itself_times_the_gap():
     perceptual = Recorder()
-    objective, images = oracle_objective(offset=0.5, perceptual=perceptual, landing="integrated")
-    objective(images=images, draw=torch.tensor([0.0, 0.2, 0.4, 0.9]), number=NUMBERS)
+    objective, images = oracle_objective(perceptual=perceptual, offset=0.5)
+    objective(images=images, time=TIMES, number=NUMBERS)
+    _, skips = objective.autoencoder.encode(to_float(images[:, 0]))
     level = torch.tensor([1, 1, 2, 2])
-    assert torch.equal(perceptual.reference, to_float(images)[torch.arange(4), level])
-    _, skips = objective.autoencoder.encode(to_float(images)[:, 0])
-    drifted = objective.network.values[torch.arange(4), level] + 0.5 * torch.tensor(KNOTS)[level].view(4, 1, 1, 1)
-    wanted = objective.autoencoder.decode(drifted, skips)  # but for a solver step across the knot, where jerk jumps
-    torch.testing.assert_close(perceptual.image, wanted, rtol=0, atol=5e-3)
+    gap = torch.tensor(KNOTS)[level] - TIMES.float()
+    landed = objective.network.values[torch.arange(4), level] + 0.5 * gap.view(4, 1, 1, 1)
+    torch.testing.assert_close(perceptual.image, objective.autoencoder.decode(landed, skips), rtol=0, atol=1e-4)
 
 
-def test_landing_samples_spread_over_the_step_and_weight_zero_leaves_a_term_out():
-    perceptual = Recorder()
-    weights = {"weight": 0.3, "pixel_weight": 2.0}
-    objective, images = oracle_objective(perceptual=perceptual, offset=0.5, **weights, landing_samples=2, batch=4)
-    draw = torch.tensor([0.0, 0.2, 0.4, 0.9])
-    for numbers, chosen in ((NUMBERS, [0, 2]), (NUMBERS + 401, [1, 3])):
-        losses = objective(images=images, draw=draw, number=numbers)
-        target = to_float(images)[torch.arange(4), torch.tensor([1, 1, 2, 2])][chosen]
-        assert torch.equal(perceptual.reference, target)
-        mean = (perceptual.image - target).square().mean()
-        torch.testing.assert_close(losses.parts["lpips"], mean, rtol=1e-6, atol=0)
-        difference = (perceptual.image - target).abs().mean()
-        torch.testing.assert_close(losses.parts["l1"], difference, rtol=1e-6, atol=0)
-        torch.testing.assert_close(losses.total, 0.25 + 0.3 * mean + 2 * difference, rtol=1e-4, atol=0)
-    for left, keys in (("cfm", {}), ("cfm lpips", {"weight": 0.1}), ("cfm l1", {"pixel_weight": 1.0})):
-        objective, images = oracle_objective(perceptual=perceptual, **{"weight": 0.0, **keys})
-        assert list(objective(images=images, draw=torch.rand(4), number=NUMBERS).parts) == left.split()
-    with pytest.raises(ValueError, match="landing_samples=5: must not exceed batch=4"):
-        oracle_objective(perceptual=perceptual, landing_samples=5, batch=4)
-
-
-@pytest.mark.parametrize("landing", ["taylor", "integrated"])
-@pytest.mark.parametrize("samples", [0, 1, 3, 6])
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_the_parts_of_a_batch_have_its_loss_and_its_gradient_on_average(landing, samples, size):
-    images, draw, number = crops(6), torch.rand(6, generator=torch.Generator().manual_seed(1)), torch.arange(12, 18)
-    torch.manual_seed(0)
-    velocity = VelocityNetwork(VelocityConfig(width=16, multipliers=(1, 1), blocks=1, dropout=0.3))
-    path = NaturalCubicSpline(KNOTS)
-    objective = LFMObjective(autoencoder(), velocity, path, Recorder(), 0.5, 0.7, landing, samples, 6, 3).train()
-
-    def losses(parts):
-        velocity.zero_grad()
-        results = [objective(images=images[part], draw=draw[part], number=number[part]) for part in parts]
-        (sum(result.total for result in results) / len(results)).backward()
-        grads = torch.cat([parameter.grad.flatten() for parameter in velocity.parameters()])
-        return {name: sum(result.parts[name] for result in results) / len(results) for name in results[0].parts}, grads
-
-    whole, grads = losses([torch.arange(6)])
-    assert list(whole) == ["cfm", "lpips", "l1"]
-    parts, their_grads = losses(torch.arange(6).split(size))
-    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=0)
-    assert float((their_grads - grads).norm() / grads.norm()) < 1e-5
-    objective.seed = 4
-    assert abs(float(losses([torch.arange(6)])[0]["cfm"] / whole["cfm"]) - 1) > 1e-3  # another seed, other masks
-
-
-def test_only_the_velocity_network_is_trained_and_the_frozen_parts_stay_in_eval_mode():
-    network, images = autoencoder(), crops(side=16)
-    velocity = VelocityNetwork(VelocityConfig(width=16, multipliers=(1, 1), blocks=1))
-    objective = LFMObjective(network, velocity, NaturalCubicSpline(KNOTS), Recorder())
-    objective.train()
-    assert velocity.training
-    assert not network.training
-    objective(images=images, draw=torch.rand(4), number=NUMBERS).total.backward()
-    assert all(parameter.grad is not None for parameter in velocity.parameters())
-    assert all(parameter.grad is None for parameter in network.parameters())
+@pytest.mark.parametrize("settings", [{}, {"perceptual": Recorder(), "weight": 0.0}])
+def test_without_lpips_or_its_weight_flow_matching_is_all(settings):
+    objective, images = oracle_objective(**settings)
+    assert list(objective(images=images, time=TIMES, number=NUMBERS).parts) == ["cfm"]
 
 
 def test_mixed_precision_does_not_round_the_path():
-    objective, images = oracle_objective()
+    objective, images = oracle_objective()  # the oracle compares the place on the path with its own
     with torch.autocast("cpu", torch.bfloat16):
-        values = latents_of(objective.autoencoder, images).float()
-        objective.network.values = values
-        seen = []
-        objective.network.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
-        objective(images=images, draw=torch.tensor([0.1, 0.2, 0.5, 0.7]), number=NUMBERS)
-    exact = objective.path.at(values, torch.tensor([0.1, 0.2, 0.5, 0.7])).position
-    torch.testing.assert_close(seen[0], exact, rtol=1e-6, atol=1e-6)
+        objective.network.values = latents_of(objective.autoencoder, images).float()
+        losses = objective(images=images, time=TIMES, number=NUMBERS)
+    assert float(losses.total) < 1e-10
+
+
+# Stage 2 for draws
+
+
+class KnowsResiduals(nn.Module):
+    """Returns the velocity from where a sample stands to its captured residual, moved by an offset."""
+
+    def __init__(self, captured, offset=0.0):
+        super().__init__()
+        self.captured, self.offset = captured, offset
+        self.config = ResidualConfig()
+
+    def forward(self, y, tau, guide):
+        self.seen = y, tau, guide
+        return (self.captured - y) / (1 - tau[:, None, None, None]) + self.offset
+
+
+def spread():
+    found = Spread(4, KNOTS)
+    root = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found.fit(root @ root.mT + 0.1 * torch.eye(4))
+    return found
+
+
+class NoOptics(nn.Module):
+    """Stands for the optics, which a training never calls: its samples were made with them."""
+
+    working_channels = 0.0
+
+
+def residual_objective(network, seed=0):
+    return ResidualObjective(autoencoder(), ResidualFlow(NoOptics(), spread(), network, compression=4), seed)
+
+
+SCALE_TIMES = torch.tensor([0.2, 1 / 3, 0.5, 1.0], dtype=torch.float64)
+
+
+def residual_batch(seed=0, count=4):
+    hr, skeleton, lr = crops(count, seed=seed).unbind(1)
+    taus = torch.tensor([0.0, 0.3, 0.6, 0.9], dtype=torch.float64)[:count]
+    return {
+        "hr": hr, "skeleton": skeleton, "lr": lr, "time": SCALE_TIMES[:count], "tau": taus, "number": NUMBERS[:count],
+    }  # fmt: skip
+
+
+def known_residuals(seed=0):
+    batch = residual_batch()
+    images = (batch[name] for name in ("hr", "skeleton", "lr"))
+    return batch, residuals(autoencoder(), spread(), *images, SCALE_TIMES.float())
+
+
+def test_residuals_are_what_capture_adds_to_the_optics_in_units_of_their_spread():
+    batch, (guide, captured) = known_residuals()
+    network, (hr, skeleton, lr) = autoencoder(), (to_float(batch[name]) for name in ("hr", "skeleton", "lr"))
+    z_hr, z_skeleton, z_lr = (network.encode(image)[0] for image in (hr, skeleton, lr))
+    torch.testing.assert_close(guide.source, z_hr)
+    torch.testing.assert_close(guide.optics, z_skeleton)
+    assert torch.equal(guide.gain, lost_detail(hr, skeleton, 4))
+    assert torch.equal(guide.time, SCALE_TIMES.float())
+    torch.testing.assert_close(z_skeleton + guide.gain * spread().at(guide.time)[1] * captured, z_lr)
+    assert not captured.requires_grad
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.5])
+def test_a_network_that_knows_the_captured_residual_has_its_error_squared_as_loss(offset):
+    batch, (guide, captured) = known_residuals()
+    network = KnowsResiduals(captured, offset)
+    losses = residual_objective(network, seed=7)(**batch)
+    torch.testing.assert_close(losses.total, torch.tensor(offset**2), rtol=1e-3, atol=1e-8)
+    assert list(losses.parts) == ["cfm"]
+    y, tau, seen = network.seen
+    torch.testing.assert_close(seen, guide)
+    torch.testing.assert_close(tau, batch["tau"].float())
+    factor, _ = spread().at(guide.time)
+    begin = torch.einsum("bij,bjhw->bihw", factor, gaussian(sample_keys(7, NUMBERS), *captured.shape[1:]))
+    torch.testing.assert_close(y, torch.lerp(begin, captured, tau[:, None, None, None]))
+
+
+def test_a_flow_of_the_straight_velocities_draws_the_captured_latent():
+    batch, (guide, captured) = known_residuals()
+    keys = sample_keys(0, NUMBERS)
+    factor, _ = spread().at(guide.time)
+    begin = torch.einsum("bij,bjhw->bihw", factor, gaussian(keys, *captured.shape[1:]))
+
+    class Straight(nn.Module):
+        config = ResidualConfig()
+
+        def forward(self, y, tau, guide):
+            return captured - begin
+
+    flow = ResidualFlow(NoOptics(), spread(), Straight(), 4)
+    drawn = flow.latent(guide, keys, 1.0, steps=1, solver="euler")
+    torch.testing.assert_close(drawn, autoencoder().encode(to_float(batch["lr"]))[0], rtol=0, atol=1e-4)
+
+
+def test_mixed_precision_keeps_residuals_and_noise_in_float32():
+    batch = residual_batch()
+    network = KnowsResiduals(torch.zeros(4, 4, 4, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = residual_objective(network)(**batch)
+    assert network.seen[0].dtype == losses.total.dtype == torch.float32
+
+
+# All of them
+
+
+def small_networks():
+    torch.manual_seed(1)
+    velocity = VelocityNetwork(VelocityConfig(width=16, multipliers=(1, 1), blocks=1, dropout=0.3))
+    residual = ResidualNetwork(ResidualConfig(width=16, blocks=1))
+    nn.init.normal_(residual.head.weight)
+    return velocity, residual
+
+
+def objective_of(kind, seed=0):
+    velocity, residual = small_networks()
+    if kind == "rae":
+        return RAEObjective(autoencoder())
+    if kind == "residual":
+        return residual_objective(residual, seed)
+    return LFMObjective(autoencoder(), velocity, NaturalCubicSpline(KNOTS), Recorder(), 0.5, seed)
+
+
+def batch_of(kind):
+    if kind == "rae":
+        return {"target": crops()[:, 1], "guide": crops()[:, 2], "number": NUMBERS}
+    return residual_batch() if kind == "residual" else {"images": crops(), "time": TIMES, "number": NUMBERS}
+
+
+KINDS = ("rae", "lfm", "residual")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_parts_of_a_batch_have_its_loss_and_its_gradient_on_average(kind, size):
+    objective, batch = objective_of(kind).train(), batch_of(kind)
+
+    def losses(parts):
+        objective.zero_grad()
+        results = [objective(**{name: value[part] for name, value in batch.items()}) for part in parts]
+        (sum(result.total for result in results) / len(results)).backward()
+        grads = torch.cat([parameter.grad.flatten() for parameter in objective.network.parameters()])
+        return {name: sum(result.parts[name] for result in results) / len(results) for name in results[0].parts}, grads
+
+    whole, grads = losses([NUMBERS])
+    parts, grads_of_parts = losses(NUMBERS.split(size))
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=0)
+    assert float((grads_of_parts - grads).norm() / grads.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_the_loss_is_a_function_of_seed_and_numbers(kind):
+    batch = batch_of(kind)
+    loss = objective_of(kind).train()(**batch).total
+    torch.manual_seed(99)
+    assert torch.equal(objective_of(kind).train()(**batch).total, loss)
+    for other in (
+        objective_of(kind, seed=1).train()(**batch).total,
+        objective_of(kind).train()(**{**batch, "number": NUMBERS + 1}).total,
+    ):
+        assert abs(float(other.detach() / loss.detach()) - 1) > 1e-4  # other masks of dropout, other noise
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_only_the_flows_network_is_trained_and_the_frozen_parts_stay_in_eval_mode(kind):
+    objective = objective_of(kind).train()
+    assert objective.network.training
+    assert not objective.autoencoder.training
+    objective(**batch_of(kind)).total.backward()
+    assert all(parameter.grad is not None for parameter in objective.network.parameters())
+    assert all(parameter.grad is None for parameter in objective.autoencoder.parameters())
+    objective.eval()
+    assert not any(module.training for module in objective.modules())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_an_objective_is_one_graph_with_the_same_loss(kind):
+    objective, batch = objective_of(kind).train(), batch_of(kind)
+    wanted = objective(**batch).total.detach()
+    torch._dynamo.reset()
+    compiled = torch.compile(objective, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(**batch).total.detach(), wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_objective_never_waits_for_its_device(kind, monkeypatch):
+    # Tensors without numbers: what reads one raises. Autocast does not know their device.
+    monkeypatch.setattr(torch, "autocast", lambda *arguments, **options: contextlib.nullcontext())
+    objective = objective_of(kind).train().to("meta")
+    total = objective(**{name: value.to("meta") for name, value in batch_of(kind).items()}).total
+    total.backward()
+    assert (total.device.type, total.shape) == ("meta", ())

@@ -5,6 +5,7 @@ busy machine slows both.
 
 run             the job: every part in turn
 measure         clocks, peaks of memory, tables
+plain           the released procedure
 inference       the networks: accuracy, comparison, roofline, a large image
 optimisations   what each optimisation should gain, and gains
 steps           the training steps

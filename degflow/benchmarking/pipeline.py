@@ -19,7 +19,6 @@ from degflow import images
 from degflow.benchmarking.measure import Table, alternate
 from degflow.dataset.layout import MANIFEST
 from degflow.degrader import Degrader
-from degflow.flow import STEPS
 
 ROOT = Path(__file__).parents[2]
 
@@ -97,7 +96,6 @@ def job(degrader: Degrader, model: str, photographs: Sequence[np.ndarray], repea
             bare.append(len(tensors) / (time.perf_counter() - begun))
             output = f"{folder}/out{repeat}"
             words = [f"input={source}", f"output={output}", f"model={model}", "scale.distribution=list", at, "batch=1"]
-            words += [f"solver.steps={STEPS}"]
             words += [f"actors.threads={threads}", "actors.max=1", "actors.gpus=0", f"shard.images={len(photographs)}"]
             _run_job([str(ROOT / "jobs/synthesize.py")], words)
             shards.append(_rate(Path(output, MANIFEST)))

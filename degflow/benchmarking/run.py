@@ -14,11 +14,12 @@ from degflow.benchmarking.optimisations import optimisations
 from degflow.benchmarking.steps import training
 from degflow.config import option
 from degflow.degrader import PRECISIONS, Degrader
+from degflow.flow import PathFlow
 from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityNetwork
 from degflow.perceptual import Perceptual
 from degflow.storage import Place
 
-FULL_WIDTH = ", full width, RANDOM weights (no trained full-width degrader is here)"
+FULL_WIDTH = ", published networks at full width, RANDOM weights (no trained ones are here)"
 SWEEP = 30  # scales
 PARTS = ("accuracy", "comparison", "roofline", "optimisations", "large", "training", "job", "actors", "codecs")
 
@@ -35,7 +36,9 @@ class BenchmarkConfig:
     repeats: int = option(3, "alternating repeats of everything timed", common=True)
     precision: str = option("float32", "of degflow in comparison and roofline: float32, float16 or bfloat16")
     compile: bool = option(True, "measure with torch.compile as well")
-    full_width: bool = option(True, "accuracy and comparison also with the full-width network, at random weights")
+    full_width: bool = option(
+        True, "accuracy and comparison also of the published networks at full width, with random weights"
+    )
     threads: int = option(0, "CPU threads; 0: all cores", common=True)
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
     quick: bool = option(False, "tiny sizes and one repeat, to see that everything runs", common=True)
@@ -55,13 +58,20 @@ class BenchmarkConfig:
 
 
 def benchmark(config: BenchmarkConfig) -> None:
-    """Make the tables, print each as it is done, and save them all."""
+    """Make the tables, print each as it is done, and save them all.
+
+    Raises:
+        ValueError: no image in the input, or parts that the model has no solver for.
+    """
     if config.quick:
         config = replace(config, sizes=(64,), repeats=1, compile=False, full_width=False)
     if config.threads:
         torch.set_num_threads(config.threads)
     device = config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-    bench = _Bench(config, Degrader.load(config.model or None, device), photographs(config.input), device)
+    degrader = Degrader.load(config.model or None, device)
+    if not degrader.has_solver and (wrong := {"accuracy", "comparison", "optimisations"} & set(config.parts)):
+        raise ValueError(f"parts: {', '.join(sorted(wrong))} compare solvers, and model={config.model} has none")
+    bench = _Bench(config, degrader, photographs(config.input), device)
     texts = [f"# Speed\n\n{machine(device)}"]
     print(texts[0])
     for part in config.parts:
@@ -132,8 +142,7 @@ class _Bench:
             print(f"\nLPIPS is left out of stage 2: {error}")
             perceptual = None
         crop, batch = (32, 2) if self.quick else (64, 8)
-        networks = self.degrader.autoencoder, self.degrader.velocity
-        yield training(*networks, perceptual, self.repeats, crop, batch)
+        yield training(self.degrader, perceptual, self.repeats, crop, batch)
 
     def job(self) -> Iterator[Table]:
         side = min(self.config.sizes)
@@ -154,4 +163,4 @@ class _Bench:
     def _full_width(self) -> Degrader:
         torch.manual_seed(0)
         autoencoder = ResidualAutoencoder(AutoencoderConfig(gate_init=0.5))
-        return Degrader(autoencoder, VelocityNetwork(), self.degrader.levels).to(self.device)
+        return Degrader(autoencoder, PathFlow(VelocityNetwork()), self.degrader.levels).to(self.device)

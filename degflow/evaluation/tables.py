@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from degflow.capture.scenes import HR_LABEL
 from degflow.evaluation.baselines import BASELINES
 from degflow.evaluation.curve import BestTime
+from degflow.evaluation.draws import DrawScore
 from degflow.evaluation.fidelity import METHODS, TITLES, Measurement, methods_of
 from degflow.trajectory import Timeline
 
@@ -154,3 +155,19 @@ def _middle(rows: Sequence[Measurement], name: str) -> str:
 def _markdown(titles: Sequence[Any], rows: Iterable[Sequence[str]]) -> str:
     head = ("| " + " | ".join(map(str, titles)) + " |", "|---" * len(titles) + "|")
     return "\n".join((*head, *("| " + " | ".join(row) + " |" for row in rows)))
+
+
+def draws_table(scores: Sequence[DrawScore]) -> str:
+    """A row per level: means over the scenes of `DrawScore`, captured / drawn."""
+    header = ("scale", "draws", "mean", "optics", "dark", "middle", "bright", "correlation", "comb 8", "comb 4")
+    header += ("gray's colour", "energy score, of the mean", "rank error, fine, all")
+    rows = []
+    for label in dict.fromkeys(score.label for score in scores):
+        values = np.array([score[2:] for score in scores if score.label == label])
+        means = [
+            float(np.mean(column[~np.isnan(column)])) if not np.isnan(column).all() else math.nan for column in values.T
+        ]
+        pairs = [f"{a:.2f} / {b:.2f}" for a, b in zip(means[3:-4:2], means[4:-4:2], strict=True)]
+        last = (f"{means[-4]:.3f}, {means[-3]:.3f}", f"{means[-2]:.3f}, {means[-1]:.3f}")
+        rows.append((f"x{label}", *(f"{value:.2f}" for value in means[:3]), *pairs, *last))
+    return _markdown(header, rows)

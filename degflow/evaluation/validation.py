@@ -1,11 +1,12 @@
 """Scores and pictures of a few crops, which a training shows while it runs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from degflow.capture.optics import Optics
 from degflow.degrader import Degrader
 from degflow.evaluation.baselines import reconstruct
 from degflow.evaluation.metrics import psnr
@@ -15,14 +16,18 @@ from degflow.objectives import to_float
 
 
 def reconstruction(
-    autoencoder: ResidualAutoencoder, crops: Tensor, labels: Sequence[str]
+    autoencoder: ResidualAutoencoder, crops: Tensor, levels: Mapping[str, float], optics: Optics | None = None
 ) -> tuple[dict[str, float], np.ndarray]:
-    """PSNR of decode(encode(level); HR skips) at every level, and a picture with rows HR | LR | decoded LR ..."""
+    """PSNR of decode(encode(level); skips) at every level, and a picture with rows HR | LR | decoded LR ...
+
+    The skips are HR's, or with optics those of HR after the optics of the level.
+    """
     device = next(autoencoder.parameters()).device
     image = to_float(crops.to(device))
     hr, scalars, columns = image[:, 0], {}, []
-    for level, label in enumerate(labels):
-        decoded = reconstruct(autoencoder, hr, image[:, level])
+    for level, (label, scale) in enumerate(levels.items()):
+        guide = hr if optics is None else optics(hr.cpu(), torch.full((len(hr),), scale)).to(device)
+        decoded = reconstruct(autoencoder, guide, image[:, level])
         scalars[f"x{label}"] = float(psnr(decoded, image[:, level]).mean())
         columns += [(f"x{label}", image[:, level]), (f"x{label} decoded", decoded)]
     return scalars, contact_sheet(columns)

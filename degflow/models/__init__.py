@@ -1,14 +1,16 @@
-"""The two networks: a residual autoencoder and the velocity of its latents."""
+"""The networks: a residual autoencoder, the velocity of its latents, and what a captured image adds to the optics."""
 
 from degflow.models.autoencoder import AutoencoderConfig, ResidualAutoencoder
-from degflow.models.flow_map import FlowMap, velocity_network
+from degflow.models.residual import ResidualConfig, ResidualFlow, ResidualNetwork, Spread
 from degflow.models.velocity import VelocityConfig, VelocityNetwork
 
 __all__ = [
     "AutoencoderConfig",
-    "FlowMap",
     "ResidualAutoencoder",
+    "ResidualConfig",
+    "ResidualFlow",
+    "ResidualNetwork",
+    "Spread",
     "VelocityConfig",
     "VelocityNetwork",
-    "velocity_network",
 ]

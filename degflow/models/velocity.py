@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from degflow.config import option
-from degflow.flow import integrate
 from degflow.models.dropout import SampleDropout, number_layers
+
+TIME_FACTOR = 999.0  # of the time embedding, as released
 
 
 @dataclass(frozen=True)
@@ -24,25 +25,8 @@ class VelocityConfig:
     multipliers: tuple[int, ...] = option((1, 2, 2, 2), "channels of each level / width")
     blocks: int = option(4, "residual blocks in each level")
     dropout: float = option(0.1, "dropout inside the residual blocks, while training")
-    time_factor: float = option(
-        999.0, "the time embedding sees time_factor * t; 20 gives a field that needs fewer evaluations"
-    )
-
-    linear_terms: int = option(
-        0, "3x3 convolutions of the latent, weighted by the time, that are added to the U-Net; 0: none, as released"
-    )
-    source: bool = option(
-        False, "the network also sees where the path began, the HR image's latent; false: as published"
-    )
-    flow_map: bool = option(
-        False,
-        "the network sees the HR image's latent alone and gives those of all levels; the path is the spline through "
-        "them, solved by one evaluation; false: as published",
-    )
 
     def __post_init__(self):
-        if self.linear_terms < 0:
-            raise ValueError(f"velocity.linear_terms={self.linear_terms}: must not be negative")
         for name in ("latent_channels", "blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"velocity.{name}={getattr(self, name)}: must be at least 1")
@@ -52,13 +36,6 @@ class VelocityConfig:
             raise ValueError(f"velocity.multipliers={list(self.multipliers)}: at least one entry, each at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"velocity.dropout={self.dropout}: must lie in [0, 1)")
-        if self.flow_map and self.source:
-            raise ValueError("velocity.source=True: must be false with flow_map=true, which sees the source alone")
-
-    @property
-    def inputs(self) -> int:
-        """Channels that the network sees: the latent's, twice with `source`."""
-        return self.latent_channels * (2 if self.source else 1)
 
     @property
     def multiple(self) -> int:
@@ -83,11 +60,11 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoids of time_factor * t, then two linear layers."""
+    """Sinusoids of 999 t, then two linear layers."""
 
     def __init__(self, config: VelocityConfig):
         super().__init__()
-        self.width, self.factor = config.width, config.time_factor
+        self.width = config.width
         self.first = nn.Linear(config.width, 4 * config.width)
         self.second = nn.Linear(4 * config.width, 4 * config.width)
 
@@ -95,7 +72,7 @@ class TimeEmbedding(nn.Module):
         """Times "B" in [0, 1] -> "B 4*width"."""
         half = self.width // 2
         rates = torch.exp(torch.arange(half, device=time.device) * (-math.log(10000) / (half - 1)))
-        angles = (time * self.factor if time.dtype == torch.float64 else time.float() * self.factor)[:, None] * rates
+        angles = (time * TIME_FACTOR if time.dtype == torch.float64 else time.float() * TIME_FACTOR)[:, None] * rates
         waves = torch.cat((angles.sin(), angles.cos()), 1).to(self.first.weight.dtype)
         return self.second(F.silu(self.first(waves)))
 
@@ -144,45 +121,19 @@ class Attention(nn.Module):
         return (x + self.out(mixed).transpose(1, 2).reshape(x.shape)) / math.sqrt(2)
 
 
-class LinearTerms(nn.Module):
-    """sum_j c_j(t) conv_j(z), z with its source: what is linear in them, which GroupNorm makes hard for the U-Net.
-
-    It starts at zero. Most of a degradation is linear, and short trainings find that part here.
-    """
-
-    def __init__(self, config: VelocityConfig, outputs: int):
-        super().__init__()
-        self.terms = config.linear_terms
-        self.conv = nn.Conv2d(config.inputs, self.terms * outputs, 3, padding=1)
-        self.weights = nn.Linear(4 * config.width, self.terms)
-        nn.init.zeros_(self.conv.weight)
-        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
-
-    def forward(self, seen: Tensor, embedding: Tensor) -> Tensor:
-        """What the network sees, "B C H W" (`VelocityConfig.inputs`), and the embedding -> "B outputs H W"."""
-        terms = self.conv(seen).unflatten(1, (self.terms, -1))
-        return torch.einsum("bj,bjchw->bchw", self.weights(F.silu(embedding)), terms)
-
-
 class VelocityNetwork(nn.Module):
-    """dz/dt as a function of the latent and the time, and with `source` of the latent that the path began at.
-
-    Of all fields, flow matching's best one gives each time's latents the right distribution. It does not promise the
-    right partner: what noise adds to the spread of captured LR latents is then made up by detail of HR that is kept.
-    With the source known, the field's path is the mean of the captured ones.
+    """dz/dt as a function of the latent and the time.
 
     Args:
         config: widths and depths.
-        outputs: channels of the result; 0: those of the latent.
     """
 
-    def __init__(self, config: VelocityConfig = VelocityConfig(), outputs: int = 0):
+    def __init__(self, config: VelocityConfig = VelocityConfig()):
         super().__init__()
         self.config = config
-        outputs = outputs or config.latent_channels
         widths = [config.width * multiplier for multiplier in config.multipliers]
         self.embedding = TimeEmbedding(config)
-        self.stem = nn.Conv2d(config.inputs, config.width, 3, padding=1)
+        self.stem = nn.Conv2d(config.latent_channels, config.width, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         channels, kept = config.width, [config.width]
         for level, width in enumerate(widths):
@@ -203,63 +154,20 @@ class VelocityNetwork(nn.Module):
             if level:
                 self.up.append(ResidualBlock(channels, channels, config, "up"))
         self.head_norm = _norm(channels)
-        self.head = nn.Conv2d(channels, outputs, 3, padding=1)
-        self.linear = LinearTerms(config, outputs) if config.linear_terms else None
+        self.head = nn.Conv2d(channels, config.latent_channels, 3, padding=1)
         number_layers(self)
 
-    def carry(self, source: Tensor, time: Tensor, key: Tensor | None = None, *, steps: int, solver: str) -> Tensor:
-        """Integrate from time 0.
-
-        Args:
-            source: "B C_z H W", the HR images' latents.
-            time: "B", or "B N" for N times of each from one integration.
-            key: as in a call.
-            steps, solver: of `integrate`.
-
-        Returns:
-            Latents "B C_z H W" or "B N C_z H W", in the dtype of `source`.
-        """
-
-        def velocity(latent: Tensor, at: Tensor) -> Tensor:
-            return self(latent, at, source, key).to(source.dtype)
-
-        return integrate(velocity, source, time, steps=steps, solver=solver)
-
-    def velocity_and_ends(
-        self,
-        latent: Tensor,
-        time: Tensor,
-        source: Tensor,
-        key: Tensor | None,
-        chosen: Tensor,
-        ends: Tensor,
-        *,
-        steps: int,
-        solver: str,
-    ) -> tuple[Tensor, Tensor]:
-        """A call, and `carry` of the samples with the indices `chosen` to their times `ends`."""
-        keys = None if key is None else key[chosen]
-        return self(latent, time, source, key), self.carry(source[chosen], ends, keys, steps=steps, solver=solver)
-
-    def forward(self, latent: Tensor, time: Tensor, source: Tensor | None = None, key: Tensor | None = None) -> Tensor:
+    def forward(self, latent: Tensor, time: Tensor, key: Tensor | None = None) -> Tensor:
         """Velocity.
 
         Args:
             latent: "B C_z H W"; H and W multiples of 2^(levels - 1).
             time: "B" in [0, 1].
-            source: the HR image's latent, as `latent`; needed with `config.source`, else not looked at.
             key: int64 "B", decides each sample's dropout (see `sample_keys`); needed in training mode alone.
 
         Returns:
             dz/dt, "B C_z H W".
-
-        Raises:
-            ValueError: no source for a network that needs it.
         """
-        if self.config.source:
-            if source is None:
-                raise ValueError("source: needed, for this network was built with velocity.source=true")
-            latent = torch.cat((latent, source), 1)
         embedding = self.embedding(time)
         x = self.stem(latent)
         kept = [x]
@@ -270,5 +178,4 @@ class VelocityNetwork(nn.Module):
         x = after(attention(before(x, embedding, key)), embedding, key)
         for block in self.up:
             x = block(x if block.resample else torch.cat((x, kept.pop()), 1), embedding, key)
-        velocity = self.head(F.silu(self.head_norm(x)))
-        return velocity if self.linear is None else velocity + self.linear(latent, embedding)
+        return self.head(F.silu(self.head_norm(x)))

@@ -10,6 +10,7 @@ from degflow.config import option, required
 from degflow.degrader import SHIPPED
 
 TEST_LEVEL = "3"  # label and scale of the test images
+SYNTHESIS = ("scale.", "spread=", "solver.")  # what a degrader's words say to synthesize
 
 
 @dataclass(frozen=True)
@@ -24,21 +25,20 @@ class ProtocolConfig:
         ("Canon", "Nikon"), "A, whose pairs train the degrader, and B, whose HR images it degrades"
     )
     resize_lr: bool = option(False, "enlarge LR images smaller than HR (RealSR V3) to HR's size by bicubic")
-    degrader: str = option(
-        "", "degrader file in place of the first of degraders, or shipped; empty: it is trained", common=True
-    )
     degraders: dict[str, list[str]] = option(
-        {"DegFlow": []},
-        "name -> its own words: autoencoder.* for train_rae, scenes.* for both trainings, levels=... for evaluate, "
-        "scale.* for synthesize, all others for train_lfm",
+        {"draws": [], "published": ["stage2=train_lfm", "skips=hr"]},
+        "name -> its own words: model=FILE (or model=shipped) in place of a training; stage2=train_lfm or "
+        "train_residual (the default); skips=..., autoencoder.* for train_rae; scenes.* for both trainings; levels=... "
+        "for evaluate; scale.*, spread=... for synthesize; all others for stage 2",
+        common=True,
     )
-    rae: list[str] = option(["config=configs/paper_rae.yaml"], "words for train_rae")
-    flow: list[str] = option([], "words for a train_lfm before lfm, from whose weights lfm starts; empty: none")
+    rae: list[str] = option(["config=configs/paper_rae.yaml", "skips=optics"], "words for train_rae")
     lfm: list[str] = option(["config=configs/paper_lfm.yaml"], "words for train_lfm")
+    residual: list[str] = option([], "words for train_residual")
     evaluate: list[str] = option(["levels={1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0}"], "words for evaluate")
     synthesize: list[str] = option(["scale.low=2", "scale.high=4"], "words for synthesize")
     rows: dict[str, list[str]] = option(
-        {"real x3": ["3"], "real x2, x4": ["2", "4"], "generated x2..x4": ["DegFlow"]},
+        {"real x3": ["3"], "real x2, x4": ["2", "4"], "generated x2..x4": ["draws"]},
         "label -> training set of the SR networks: levels of real pairs, or names of degraders; {} trains none",
         common=True,
     )
@@ -60,6 +60,10 @@ class ProtocolConfig:
             raise ValueError(f"cameras={list(self.cameras)}: must be two")
         if wrong := set(self.real) - set(self.cameras) or (not self.real and {"nothing"}):
             raise ValueError(f"real={self.real}: must be of cameras={list(self.cameras)}, not {sorted(wrong)[0]}")
+        for name, words in self.degraders.items():
+            for word in words:
+                if word.startswith("stage2=") and word not in ("stage2=train_lfm", "stage2=train_residual"):
+                    raise ValueError(f"degraders: {name}: {word}: must be stage2=train_lfm or stage2=train_residual")
         if not self.degraders or not self.networks:
             raise ValueError("degraders, networks: each needs at least one entry")
         for kind in ("degraders", "rows", "networks"):
@@ -94,8 +98,9 @@ def cells(config: ProtocolConfig) -> list[Cell]:
     models: dict[str, str] = {}
     autoencoders: dict[tuple[str, ...], str] = {}
     for name, own in config.degraders.items():
-        if config.degrader and not models:
-            models[name] = SHIPPED if config.degrader == "shipped" else config.degrader
+        given = [word.removeprefix("model=") for word in own if word.startswith("model=")]
+        if given:
+            models[name] = SHIPPED if given[-1] == "shipped" else given[-1]
         else:
             trained = list(degrader_cells(config, name, own, autoencoders))
             planned += trained
@@ -118,19 +123,17 @@ def degrader_cells(
     """Stage 1, unless an earlier degrader has the same stage 1, and stage 2."""
     data = [f"scenes.data={root(config)}/{config.cameras[0]}/Train"]
     data += ["scenes.resize_lr=true"] if config.resize_lr else []
-    levels = [word for word in own if word.startswith("scenes.")]
-    first = tuple(config.rae + levels + [word for word in own if word.startswith("autoencoder.")])
-    second = levels + [word for word in own if not word.startswith(("scenes.", "autoencoder.", "levels=", "scale."))]
+    job = next((word.removeprefix("stage2=") for word in own if word.startswith("stage2=")), "train_residual")
+    both = [word for word in own if word.startswith("scenes.")]
+    first = tuple(config.rae + both + [word for word in own if word.startswith(("autoencoder.", "skips="))])
     if first not in autoencoders:
         autoencoders[first] = f"{config.output}/rae/{name}/rae.safetensors"
         yield Cell(f"rae/{name}", "train_rae", [*data, f"output={config.output}/rae/{name}", *first])
-    given = [*data, f"rae={autoencoders[first]}"]
-    start: list[str] = []
-    if config.flow:
-        output = f"{config.output}/flow/{name}"
-        yield Cell(f"flow/{name}", "train_lfm", [*given, f"output={output}", *config.flow, *second])
-        start = [f"fit.start_from={output}/degrader.safetensors"]
-    yield Cell(f"lfm/{name}", "train_lfm", [*given, f"output={config.output}/lfm/{name}", *start, *config.lfm, *second])
+    elsewhere = ("autoencoder.", "skips=", "scenes.", "levels=", *SYNTHESIS, "stage2=")
+    words = (config.residual if job == "train_residual" else config.lfm) + both
+    words += [word for word in own if not word.startswith(elsewhere)]
+    output = f"{config.output}/stage2/{name}"
+    yield Cell(f"stage2/{name}", job, [*data, f"rae={autoencoders[first]}", f"output={output}", *words])
 
 
 def use_cells(config: ProtocolConfig, name: str, own: list[str], model: str) -> Iterator[Cell]:
@@ -143,7 +146,7 @@ def use_cells(config: ProtocolConfig, name: str, own: list[str], model: str) -> 
         yield Cell(output, "evaluate", [*data, *resize, *config.evaluate, *levels])
     if any(name in parts for parts in config.rows.values()):
         label = first_level(config)
-        output, scales = f"generated/{name}", [word for word in own if word.startswith("scale.")]
+        output, scales = f"generated/{name}", [word for word in own if word.startswith(SYNTHESIS)]
         data = [f"input={root(config)}/{config.cameras[1]}/Train/{label}/*_HR.png"]
         yield Cell(
             output,

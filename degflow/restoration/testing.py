@@ -48,8 +48,9 @@ class NetworkTest:
             name: SceneImages(SceneConfig(uri, levels, config.resize_lr, 32, config.cache), quiet=True)
             for name, uri in config.test.items()
         }
-        kind, weights = config.test_lpips, config.test_lpips_weights
-        self.perceptual = None if kind == "none" else Perceptual(kind, weights)
+        self.perceptual = (
+            None if config.test_lpips == "none" else Perceptual(config.test_lpips, config.test_lpips_weights)
+        )
         self.crops = {name: evaluation.validation_crops(scenes, count=4) for name, scenes in self.trees.items()}
 
     def preview(self, network: Network) -> Validation:

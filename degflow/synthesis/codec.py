@@ -34,10 +34,11 @@ class Encoded(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """One LR image of an HR image: its scale, and its time in [0, 1]."""
+    """One LR image of an HR image: its scale, that as time in [0, 1], and the seed of what is drawn."""
 
     scale: float
     time: float
+    noise_seed: int
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ class Codec:
             "width": lr.shape[1],
             "hr_sha256": item.sha256,
             "seed": self.seed,
+            "noise_seed": draw.noise_seed,
             "model_sha256": self.model_sha256,
         }
 

@@ -1,10 +1,17 @@
-"""Ray: join or start a cluster, and make the planned shards on a pool of actors."""
+"""Ray: join or start a cluster, and make the planned shards on a pool of actors.
+
+Ray Data maps the actors over the shards: it places and adds actors, hands out shards, restarts an actor whose process
+or node is gone, and gives its shard to another. What exactly-once and long runs need beyond that is ours: a shard is
+put once (`dataset.writer`), an exception costs one attempt of one shard, and what fails three times is set aside.
+"""
 
 import contextlib
 import ctypes
+import errno
 import json
 import logging
 import os
+import socket
 import sys
 import time
 import traceback
@@ -28,6 +35,10 @@ from degflow.synthesis.codec import CodecDied, Threads
 from degflow.synthesis.settings import ActorsConfig
 from degflow.synthesis.shard import Progress, ShardMaker
 
+ATTEMPTS = 3  # of a shard
+HOPELESS = 10  # failures in a row, with nothing made, end the run
+_OF_ONE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # errors of its disk; those of storage end the run
+JUDGED = 200  # images after which a run ends early if most of them are rejects
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
 
 
@@ -50,33 +61,40 @@ class Pool:
     def make(self, maker: ShardMaker, plan: Plan, pending: list[int]) -> None:
         """Make the pending shards of the plan, and show the progress.
 
+        A shard whose actor failed is tried again, by another process, after all others; after `ATTEMPTS` failures it is
+        set aside.
+
         Raises:
             OSError: storage that failed.
-            RuntimeError: an actor that failed; the message holds its traceback.
+            ValueError: shards that were set aside, when all others are made; or nearly every shard failed, or most of
+                the images were rejected, so that going on makes no sense.
         """
-        total = plan.images(pending)
+        total, ray_maker = plan.images(pending), ray.put(maker)
         with _quiet_ray_data(), tqdm(total=total, desc="degrading", unit="image", mininterval=_interval()) as bar:
-            reports = ray.data.from_arrow([plan.task(number) for number in pending]).map_batches(
-                _ShardActor,
-                fn_constructor_args=(ray.put(maker), self.gpus, self.threads, self.actors.compile),
-                compute=self._strategy(len(pending)),
-                batch_size=1,
-                batch_format="pyarrow",
-                num_cpus=0 if self.gpus else self.threads,  # a GPU places its actor; the CPUs are left to the tasks
-                num_gpus=self.gpus,
-                ray_remote_args_fn=_actor_limits,
-            )
-            rejects = 0
-            for report in reports.iter_rows():
-                if report["storage_failure"]:
-                    raise OSError(report["storage_failure"])
-                if report["failure"]:
-                    raise RuntimeError(report["failure"])
-                rejects += report["rejects"]
-                bar.set_postfix(rejects=rejects, refresh=False)
-                bar.update(report["images"])
-                if report["record"]:
-                    bar.write(_log_line(Record(**json.loads(report["record"]))))
+            count = _Count(bar, len(pending))
+            waiting = pending
+            while waiting:
+                for report in self._reports(ray_maker, plan, waiting):
+                    count.take(report)
+                waiting = count.to_repeat(waiting)
+        count.check()
+
+    def _reports(self, maker: ray.ObjectRef, plan: Plan, waiting: list[int]) -> Iterator[dict[str, Any]]:
+        """Map a pool of actors over the shards once. A pool that breaks ends the reports early, and says why."""
+        reports = ray.data.from_arrow([plan.task(number) for number in waiting]).map_batches(
+            _ShardActor,
+            fn_constructor_args=(maker, self.gpus, self.threads, self.actors.compile),
+            compute=self._strategy(len(waiting)),
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=0 if self.gpus else self.threads,  # a GPU places its actor; the CPUs are left to the tasks
+            num_gpus=self.gpus,
+            ray_remote_args_fn=_actor_limits,
+        )
+        try:
+            yield from reports.iter_rows()
+        except ray.exceptions.RayError as error:  # an actor that could not be restarted any more
+            yield _row(failure=f"as the pool of actors broke: {type(error).__name__}: {error}")
 
     def _strategy(self, shards: int) -> ActorPoolStrategy:
         most = min(shards, self.actors.max or shards)
@@ -183,11 +201,15 @@ def keep_freed_memory() -> None:
 class _ShardActor:
     """A Ray Data callable: takes one planned shard, yields reports; the last one has the shard's record.
 
-    A failure is reported as well, because Ray Data changes the text of exceptions.
+    A failure is reported as well, because an exception in one actor would end Ray Data's whole run. The actor then
+    waits `PAUSE` seconds, lest one bad machine take the shards of all good ones, and its process ends with the next
+    shard, because some errors of a GPU stay with their process. Ray starts it anew and gives it that shard again.
 
     On CPUs an actor loads and encodes in threads. A restarted actor uses tasks for its first shard: if a file killed
     the actor, that file now kills only a task, and becomes a reject.
     """
+
+    PAUSE = 30.0
 
     def __init__(self, maker: ray.ObjectRef, gpus: int, threads: int, compiled: bool):
         torch.set_num_threads(threads)
@@ -195,26 +217,114 @@ class _ShardActor:
         self.usual = _Tasks(gpus) if gpus else Threads(threads)
         restarted = ray.get_runtime_context().was_current_actor_reconstructed
         self.workers = _Tasks(gpus) if restarted else self.usual
-        self.maker: ShardMaker = ray.get(maker)
-        degrader = self.maker.degrader.degrader.to(self.device())
-        if compiled:
-            degrader.compile(dynamic=True)
+        self.reference, self.compiled = maker, compiled
+        self.maker: ShardMaker | None = None
+        self.failed = False
 
     def device(self) -> str:
         """The device that computes."""
         return "cuda" if ray.get_gpu_ids() else "cpu"
 
+    def load(self) -> ShardMaker:
+        """The run's maker, its networks on the device."""
+        maker: ShardMaker = ray.get(self.reference)
+        degrader = maker.degrader.degrader.to(self.device())
+        if self.compiled:
+            degrader.compile(dynamic=True)
+        return maker
+
     def __call__(self, batch: Any) -> Iterator[dict[str, list[Any]]]:
+        if self.failed:
+            os._exit(1)
         shard = batch.to_pylist()[0]
+        number = shard["shard"]
         sources = [Source(*source.values()) for source in shard["sources"]]
         try:
-            for images, rejects, record in _seldom(self.maker.make(shard["shard"], sources, self.workers)):
-                yield _report(images, rejects, record=json.dumps(asdict(record)) if record else "")
+            self.maker = self.maker or self.load()
+            for images, rejects, record in _seldom(self.maker.make(number, sources, self.workers)):
+                yield _report(number, images, rejects, record=json.dumps(asdict(record)) if record else "")
             self.workers = self.usual
-        except OSError as error:
-            yield _report(storage_failure=f"shard {shard['shard']}: {type(error).__name__}: {error}")
-        except Exception:
-            yield _report(failure=f"shard {shard['shard']}: {traceback.format_exc()}")
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno not in _OF_ONE_MACHINE:
+                yield _report(number, storage_failure=f"shard {number}: {type(error).__name__}: {error}")
+                return
+            self.failed = True
+            time.sleep(self.PAUSE)
+            yield _report(number, failure=f"on {socket.gethostname()}: {traceback.format_exc()}")
+
+
+class _Count:
+    """What the reports of a run add up to.
+
+    Args:
+        bar: shows the images.
+        shards: of the run.
+    """
+
+    def __init__(self, bar: tqdm, shards: int):
+        self.bar, self.shards = bar, shards
+        self.images: dict[int, int] = {}
+        self.rejects: dict[int, int] = {}
+        self.failures: dict[int, list[str]] = {}
+        self.made: set[int] = set()
+        self.failed: set[int] = set()  # in this round
+        self.broke = "on an unknown machine: no report came back"
+
+    def take(self, report: dict[str, Any]) -> None:
+        """Count one report.
+
+        Raises:
+            OSError, ValueError: see `Pool.make`.
+        """
+        if report["storage_failure"]:
+            raise OSError(report["storage_failure"])
+        number = report["shard"]
+        if report["failure"]:
+            self._failed(number, report["failure"])
+            return
+        self.images[number] = self.images.get(number, 0) + report["images"]
+        self.rejects[number] = self.rejects.get(number, 0) + report["rejects"]
+        self.bar.set_postfix(rejects=sum(self.rejects.values()), refresh=False)
+        self.bar.update(report["images"])
+        if report["record"]:
+            self.made.add(number)
+            self.bar.write(_log_line(Record(**json.loads(report["record"]))))
+        images, rejects = sum(self.images.values()), sum(self.rejects.values())
+        if images >= JUDGED and rejects > images / 2:
+            raise ValueError(f"{rejects} of the first {images} images were rejected; the rejects folder says why")
+
+    def _failed(self, number: int, why: str) -> None:
+        if number < 0:
+            self.broke = why
+            return
+        self.bar.update(-self.images.pop(number, 0))
+        self.rejects.pop(number, None)
+        self.failed.add(number)
+        times = self.failures.setdefault(number, [])
+        times.append(why)
+        last = why.strip().splitlines()[-1]
+        self.bar.write(f"shard {number} failed {why.partition(':')[0]}, attempt {len(times)} of {ATTEMPTS}: {last}")
+        if not self.made and sum(map(len, self.failures.values())) >= HOPELESS:
+            raise ValueError(f"{HOPELESS} shards failed and none was made; the last one {why}")
+
+    def to_repeat(self, tried: list[int]) -> list[int]:
+        """The shards of the last round that are to be tried again."""
+        left = [number for number in tried if number not in self.made]
+        for number in left:
+            if number not in self.failed:
+                self._failed(number, self.broke)
+        self.failed = set()
+        return [number for number in left if len(self.failures.get(number, [])) < ATTEMPTS]
+
+    def check(self) -> None:
+        """Raise a ValueError that names the shards that were set aside, if there are any."""
+        aside = {number: texts for number, texts in self.failures.items() if number not in self.made}
+        if aside:
+            names = ", ".join(str(number) for number in sorted(aside)[:10]) + (", ..." if len(aside) > 10 else "")
+            raise ValueError(
+                f"{len(aside)} of {self.shards} shards were set aside after {ATTEMPTS} failures each (shards {names}). "
+                f"All others are made; the same command tries these again. The last failure, {aside[max(aside)][-1]}"
+            )
 
 
 def _seldom(reports: Iterable[Progress], seconds: float = 1.0) -> Iterator[Progress]:
@@ -227,9 +337,13 @@ def _seldom(reports: Iterable[Progress], seconds: float = 1.0) -> Iterator[Progr
             images, rejects, begun = 0, 0, time.monotonic()
 
 
-def _report(images: int = 0, rejects: int = 0, **texts: str) -> dict[str, list[Any]]:
-    report: dict[str, Any] = {"record": "", "storage_failure": "", "failure": ""} | texts
-    return {name: [value] for name, value in report.items()} | {"images": [images], "rejects": [rejects]}
+def _row(shard: int = -1, images: int = 0, rejects: int = 0, **texts: str) -> dict[str, Any]:
+    texts = {"record": "", "storage_failure": "", "failure": ""} | texts
+    return {"shard": shard, "images": images, "rejects": rejects, **texts}
+
+
+def _report(shard: int, images: int = 0, rejects: int = 0, **texts: str) -> dict[str, list[Any]]:
+    return {name: [value] for name, value in _row(shard, images, rejects, **texts).items()}
 
 
 def _interval() -> float:

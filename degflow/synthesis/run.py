@@ -167,7 +167,13 @@ class Run:
         """What makes this run's shards, wherever it is sent."""
         config = self.config
         degrader = WindowDegrader(
-            self.degrader, config.memory, config.precision, config.solver.steps, config.solver.solver
+            self.degrader,
+            memory=config.memory,
+            precision=config.precision,
+            steps=config.solver.steps,
+            solver=config.solver.solver,
+            seed=config.seed,
+            spread=config.spread,
         )
         scales = partial(scales_of, config.scale, config.seed)
         return ShardMaker(config.output, self.recipe, self.codec, scales, degrader, config.batch)

@@ -1,26 +1,26 @@
 """The configuration of a synthesis run."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from degflow import images
-from degflow.config import option, required
+from degflow.config import option, plain, required
 from degflow.dataset.scales import ScaleConfig
 from degflow.degrader import PRECISIONS, Degrader
-from degflow.flow import SOLVER, SOLVERS, STEPS
+from degflow.flow import SOLVERS
 
 
 @dataclass(frozen=True)
 class SolverConfig:
     """How the flow is integrated."""
 
-    solver: str = option(SOLVER, f"one of {', '.join(SOLVERS)}; for a model with a solver")
-    steps: int = option(STEPS, "solver steps over the whole range of scales")
+    solver: str = option("", f"one of {', '.join(SOLVERS)}; empty: the model's own")
+    steps: int = option(0, "solver steps; 0: the model's own number")
 
     def __post_init__(self):
-        if self.solver not in SOLVERS:
+        if self.solver and self.solver not in SOLVERS:
             raise ValueError(f"solver.solver={self.solver}: must be one of {', '.join(SOLVERS)}")
-        if self.steps < 1:
-            raise ValueError(f"solver.steps={self.steps}: must be at least 1")
+        if self.steps < 0:
+            raise ValueError(f"solver.steps={self.steps}: must not be negative")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,10 @@ class SynthesizeConfig:
     output: str = required("folder or URI of the dataset; an unfinished dataset is continued")
     model: str = option("", "degrader file; empty: the degrader that ships with degflow", common=True)
     scale: ScaleConfig = option(ScaleConfig(), common=True)
-    seed: int = option(0, "decides every scale, together with the key and the number of the draw", common=True)
+    seed: int = option(0, "decides every scale and noise, with the key and the number of the draw", common=True)
+    spread: float = option(
+        1.0, "1: LR images are drawn from what the camera does; 0: their mean; between: less noise", common=True
+    )
     solver: SolverConfig = option(SolverConfig())
     size: str = option("same", "LR images have HR's size (same), or are shrunk by their scale (scaled)")
     hr: str = option(
@@ -91,6 +94,7 @@ class SynthesizeConfig:
     def __post_init__(self):
         rules = (
             ("seed", 0 <= self.seed < 2**63, "must lie in [0, 2^63)"),
+            ("spread", 0 <= self.spread <= 1, "must lie in [0, 1]"),
             ("size", self.size in ("same", "scaled"), "must be same or scaled"),
             ("hr", self.hr in ("auto", "embed", "reference"), "must be auto, embed or reference"),
             ("max_pixels", self.max_pixels >= images.SMALLEST_SIDE**2, f"must be at least {images.SMALLEST_SIDE**2}"),
@@ -115,10 +119,12 @@ def resolve(config: SynthesizeConfig, degrader: Degrader) -> SynthesizeConfig:
     model = config.model or "the model that ships"
     if config.model_sha256 and config.model_sha256 != degrader.sha256:
         raise ValueError(f"model_sha256={config.model_sha256}: {model} has {degrader.sha256}")
-    for field in fields(SolverConfig):
-        value = getattr(config.solver, field.name)
-        if not degrader.has_solver and value != field.default:
-            raise ValueError(f"solver.{field.name}={value}: {model} has no solver; leave {field.default}, the default")
+    solver = config.solver
+    for name, value in plain(solver).items():
+        if value and not degrader.has_solver:
+            raise ValueError(f"solver.{name}={value}: {model} has no solver; leave it out")
+    own_solver, own_steps = degrader.flow.solver
+    solver = SolverConfig(solver.solver or own_solver, solver.steps or own_steps)
     scale = config.scale
     if scale.distribution != "list":
         low = degrader.low if scale.low is None else scale.low
@@ -130,4 +136,4 @@ def resolve(config: SynthesizeConfig, degrader: Degrader) -> SynthesizeConfig:
         if value is not None and not degrader.low <= value <= degrader.high:
             raise ValueError(f"{name}: {model} was trained on scales in [{degrader.low}, {degrader.high}]")
     hr = ("embed" if scale.per_image == 1 else "reference") if config.hr == "auto" else config.hr
-    return replace(config, scale=scale, hr=hr, model_sha256=degrader.sha256)
+    return replace(config, scale=scale, hr=hr, solver=solver, model_sha256=degrader.sha256)

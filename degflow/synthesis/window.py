@@ -13,6 +13,7 @@ import torch
 
 from degflow import images
 from degflow.dataset.layout import Reject
+from degflow.dataset.scales import noise_seed_of
 from degflow.degrader import Degrader
 from degflow.synthesis.codec import Draw, Handle, Loaded
 
@@ -35,8 +36,10 @@ class WindowDegrader:
         degrader: on the device that computes.
         memory: GB for one forward pass; see `Degrader.forward`.
         precision: of the networks.
-        steps: of the solver.
-        solver: its name.
+        steps: of the solver; 0: the model's own number.
+        solver: its name; "": the model's own.
+        seed: of the run.
+        spread: 1 gives draws, 0 their mean.
     """
 
     degrader: Degrader
@@ -44,6 +47,8 @@ class WindowDegrader:
     precision: str
     steps: int
     solver: str
+    seed: int
+    spread: float
 
     def degrade(self, window: Sequence[Item | Reject]) -> list[np.ndarray | Reject]:
         """The LR images of each photograph, uint8 "N H W 3", or the reject that it is or becomes."""
@@ -64,13 +69,16 @@ class WindowDegrader:
     def draws(self, item: Item) -> list[Draw]:
         """The draws of a photograph."""
         times = self.degrader.timeline.time(torch.tensor(item.scales, dtype=torch.float64))
-        return [Draw(*pair) for pair in zip(item.scales, times.tolist(), strict=True)]
+        return [Draw(*row) for row in zip(item.scales, times.tolist(), self._noise_seeds(item), strict=True)]
+
+    def _noise_seeds(self, item: Item) -> list[int]:
+        return [noise_seed_of(self.seed, item.loaded.key, draw) for draw in range(len(item.scales))]
 
     def _degrade_batch(self, batch: Sequence[Item]) -> list[np.ndarray | Reject]:
         """One forward pass over images of equal size; image by image if the batch does not fit the memory."""
         height, width, _ = batch[0].loaded.pixels.shape
         try:
-            self.degrader.fit(height, width, self.memory)
+            self.degrader.plan(height, width, self.memory)
         except ValueError as error:
             return [Reject(item.loaded.key, "degrade", str(error)) for item in batch]
         try:
@@ -91,8 +99,9 @@ class WindowDegrader:
         """LR images, uint8 "B N H W 3", and whether all values of each image's are finite."""
         hr = images.to_tensor(np.stack([item.loaded.pixels for item in batch]), self._device)
         scale = torch.tensor([item.scales for item in batch], dtype=torch.float64)
+        seed = torch.tensor([self._noise_seeds(item) for item in batch])
         how = {"memory": self.memory, "precision": self.precision, "steps": self.steps, "solver": self.solver}
-        lr = self.degrader(hr, scale, **how)
+        lr = self.degrader(hr, scale, seed=seed, spread=self.spread, **how)
         return images.to_pixels(lr), lr.isfinite().flatten(1).all(1).tolist()
 
     @property

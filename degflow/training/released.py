@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from degflow.capture.scenes import check_levels
 from degflow.config import option, required
 from degflow.degrader import Degrader
+from degflow.flow import PathFlow
 from degflow.models import ResidualAutoencoder, VelocityNetwork, released
 from degflow.storage import split_uri
 
@@ -51,7 +52,7 @@ def import_released(config: ImportConfig) -> None:
         "imported": {key: {"file": uri.rpartition("/")[2], "sha256": digest(data[key])} for key, uri in files.items()},
         "dropped": dropped,
     }
-    degrader = Degrader(autoencoder, velocity, config.levels)
+    degrader = Degrader(autoencoder, PathFlow(velocity), config.levels)
     degrader.save(config.output, provenance)
     count = sum(parameter.numel() for parameter in degrader.parameters())
     print(f"{count / 1e6:.1f} M parameters imported; dropped (unused): {', '.join(dropped) or 'nothing'}")

@@ -8,38 +8,53 @@ import pytest
 import torch
 
 from degflow import Degrader, images
-from degflow.benchmarking.inference import (
-    accuracy,
-    comparison,
-    decibels,
-    evaluations,
-    exact,
-    pixel_by_pixel,
-    plain_decode,
-    released,
-    roofline,
-)
+from degflow.benchmarking.inference import accuracy, comparison, decibels, evaluations, ours, pixel_by_pixel, roofline
 from degflow.benchmarking.measure import Timing, alternate, flop
 from degflow.benchmarking.optimisations import optimisations
 from degflow.benchmarking.pipeline import codecs
-from degflow.benchmarking.run import BenchmarkConfig
-from degflow.benchmarking.steps import KNOTS, careless_lfm, careless_rae, training
+from degflow.benchmarking.plain import exact, plain_decode, released
+from degflow.benchmarking.run import BenchmarkConfig, benchmark
+from degflow.benchmarking.steps import training
+from degflow.capture.optics import Optics
 from degflow.config import load
-from degflow.models import AutoencoderConfig, FlowMap, ResidualAutoencoder, VelocityConfig, VelocityNetwork
-from degflow.objectives import LFMObjective, RAEObjective
-from degflow.trajectory import NaturalCubicSpline, Timeline
+from degflow.flow import PathFlow
+from degflow.models import (
+    AutoencoderConfig,
+    ResidualAutoencoder,
+    ResidualConfig,
+    ResidualFlow,
+    ResidualNetwork,
+    Spread,
+    VelocityConfig,
+    VelocityNetwork,
+)
 from tests import ROOT
 
 
-@pytest.fixture(scope="module")
-def degrader():
+def published():
+    network = VelocityNetwork(VelocityConfig(width=8, blocks=1, multipliers=(1, 1), dropout=0.0))
+    network.embedding.first.weight.data[:, [0, 1, 4, 5]] = 0  # fast waves of the time, for which RK45 takes long
+    return PathFlow(network)
+
+
+def drawing(blocks=2):
+    network = ResidualNetwork(ResidualConfig(width=16, blocks=blocks))
+    torch.nn.init.normal_(network.head.weight, std=0.1)  # zeros at first
+    optics, spread = Optics((1.0, 4.0)), Spread(4, (0.0, 1.0))
+    optics.log_transfer[1] = -10 * torch.linspace(0, 1, optics.rings) ** 2
+    spread.fit(0.2 * torch.eye(4)[None])
+    return ResidualFlow(optics, spread, network, 4)
+
+
+def of(flow):
     torch.manual_seed(0)
     autoencoder = ResidualAutoencoder(AutoencoderConfig(base_width=8, blocks=1, multipliers=(1, 1, 2), gate_init=0.5))
-    velocity = VelocityNetwork(
-        VelocityConfig(width=8, blocks=1, multipliers=(1, 1), dropout=0.0, time_factor=5.0, linear_terms=2, source=True)
-    )
-    torch.nn.init.normal_(velocity.linear.conv.weight, std=0.1)
-    return Degrader(autoencoder, velocity, {"1": 1.0, "4": 4.0})
+    return Degrader(autoencoder, flow(), {"1": 1.0, "4": 4.0})
+
+
+@pytest.fixture(scope="module", params=[published, drawing])
+def degrader(request):
+    return of(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -53,40 +68,30 @@ def cells(table):
 
 def test_the_released_procedure_agrees_with_a_fine_integration(degrader, hr):
     scales = [1.0, 1.7, 4.0]
-    fine = degrader(hr, torch.tensor([scales], dtype=torch.float64), steps=32)[0]
     reference = exact(degrader, hr, scales)
-    assert min(decibels(fine, reference.images)) > 80
+    assert min(decibels(ours(degrader, hr, scales, steps=32), reference.images)) > 80
     theirs = released(degrader, hr, scales)
-    assert min(decibels(theirs.images, reference.images)) > 55  # it starts at t = 1e-3
-    stopped = released(degrader, hr, scales[1:2])
-    assert stopped.evaluations < theirs.evaluations < reference.evaluations
-    assert decibels(stopped.images, theirs.images[1:2])[0] > 60
-    assert released(degrader, hr, [1.0]).evaluations == 0
+    assert min(decibels(theirs.images, reference.images)) > 55  # the published path begins at t = 1e-3
+    alone = released(degrader, hr, scales[1:2])
+    assert alone.evaluations < theirs.evaluations < reference.evaluations
+    assert decibels(alone.images, theirs.images[1:2])[0] > 60
 
 
-def test_a_flow_map_is_counted_and_judged_as_one_evaluation(degrader, hr):
-    torch.manual_seed(0)
-    config = VelocityConfig(width=8, blocks=1, multipliers=(1, 1), dropout=0.0, flow_map=True)
-    levels = {"1": 1.0, "2": 2.0, "4": 4.0}
-    knots = Timeline(tuple(levels.values()), "inverse").knots
-    mapped = Degrader(degrader.autoencoder, FlowMap(config, knots), levels, "inverse")
-    rows = cells(accuracy(mapped, [hr], 2))
-    assert set(rows) == {"flow map", "flow map, float16", "flow map, bfloat16"}
-    assert rows["flow map"]["evaluations"] == "1"
-    assert float(rows["flow map"]["dense"].split()[0]) > 90
-    table = comparison(mapped, hr, 1, 3, name=", mapped")
-    assert table.title == f"Against the released procedure, {hr.shape[-1]} x {hr.shape[-2]}, mapped"
-    assert cells(table)["degflow, one scale"]["evaluations"] == cells(table)["degflow, sweep"]["evaluations"] == "1"
-    assert float(cells(table)["degflow, sweep"]["agreement dB"]) > 90
-    assert "evaluates a flow map as it does any field" in table.about
+def test_the_published_path_has_no_evaluation_at_its_start(hr):
+    assert released(of(published), hr, [1.0]).evaluations == 0
 
 
-def test_the_evaluations_of_the_released_procedure_are_those_of_the_network(degrader, hr):
+def test_evaluations_are_those_of_the_network(degrader, hr):
     calls = []
-    handle = degrader.velocity.register_forward_hook(lambda *_: calls.append(1))
+    handle = degrader.flow.network.register_forward_hook(lambda *_: calls.append(1))
     counted = released(degrader, hr, [2.0, 4.0]).evaluations
-    handle.remove()
     assert counted == len(calls) > 5
+    for scales in ([1.0], [1.7], [4.0], [1.0, 2.0, 4.0]):
+        calls.clear()
+        ours(degrader, hr, scales)
+        made = len(calls)
+        assert evaluations(degrader, scales) == made
+    handle.remove()
 
 
 def test_decibels_is_the_psnr_over_all_channels():
@@ -96,24 +101,29 @@ def test_decibels_is_the_psnr_over_all_channels():
 
 def test_more_steps_follow_the_solution_more_closely(degrader, hr):
     rows = cells(accuracy(degrader, [hr], 2))
-    least = {name: float(row["dense"].split(" / ")[0]) for name, row in rows.items()}
-    assert least["euler x 8"] < least["euler x 16"] < least["heun x 6"] < least["rk4 x 4"]
-    assert least["rk4 x 1"] < least["rk4 x 4"]
-    assert rows["rk4 x 3"]["evaluations"] == "13"
-    assert least["rk5 x 3"] > least["rk5 x 3, float16"] > least["rk5 x 3, bfloat16"] > 30
+    least = {name: float(row["smallest"]) for name, row in rows.items()}
+    assert least["heun x 1"] < least["heun x 4"] < least["heun x 16"]
+    assert least["rk4 x 1"] < least["rk4 x 8"]
+    shared = isinstance(degrader.flow, PathFlow)  # one integration for all scales, which needs the velocity at its end
+    assert rows["heun x 32"]["evaluations"] == ("65" if shared else "64")
+    own = "{} x {}".format(*degrader.flow.solver)
+    assert least[own] > least[f"{own}, float16"] > least[f"{own}, bfloat16"] > 30
 
 
 def test_the_comparison_has_every_way_and_its_agreement(degrader, hr):
     table = comparison(degrader, hr, repeats=2, count=3)
-    rows = cells(table)
-    assert list(rows) == ["released, one scale", "released, sweep", "degflow, one scale", "degflow, sweep"]
-    assert rows["released, sweep"]["x sweep"] == "1.0"
-    drawn = 1 + 3 * torch.rand(2, generator=torch.Generator().manual_seed(0))
-    counts = [released(degrader, hr, [float(scale)]).evaluations for scale in drawn.double()]
-    assert rows["released, one scale"]["evaluations"] == f"{sum(counts) / 2:.0f}" + " (mean)" * (len(set(counts)) > 1)
-    assert rows["degflow, sweep"]["evaluations"] == "19"
+    rows, theirs = cells(table), released(degrader, hr, [2.5]).evaluations
+    assert rows["released, one scale"]["evaluations"] == str(theirs)
+    assert rows["released, one scale"]["x released, one scale"] == "1.0"
+    kinds = ["one scale"]
+    if isinstance(degrader.flow, PathFlow):
+        kinds.append("sweep")
+        assert rows["released, sweep"]["x released, sweep"] == "1.0"
+        assert rows["released, sweep"]["x released, one scale"] == ""
+        assert rows["degflow, sweep"]["evaluations"] == "19"
+    assert list(rows) == [f"{way}, {kind}" for way in ("released", "degflow") for kind in kinds]
     assert min(float(row["agreement dB"]) for row in rows.values()) > 50
-    for line in table.markdown().splitlines()[-4:]:
+    for line in table.markdown().splitlines()[-2 * len(kinds) :]:
         assert line.count("|") == len(table.header) + 1
 
 
@@ -125,89 +135,58 @@ def test_ways_take_turns_and_ratios_are_within_a_repeat():
     assert Timing([1.0, 2.0, 4.0], 0, None).faster_than(Timing([3.0, 2.0, 8.0], 0, None)) == 2
 
 
-def test_a_careless_step_has_the_same_loss_and_gradient(degrader):
-    generator = torch.Generator().manual_seed(0)
-    crops = torch.randint(0, 256, (2, 3, 3, 16, 16), generator=generator, dtype=torch.uint8)
-    draw = torch.tensor([0.2, 0.8])
-    rae = RAEObjective(degrader.autoencoder)
-    lfm = LFMObjective(degrader.autoencoder, degrader.velocity, NaturalCubicSpline(KNOTS)).train()
-    degrader.autoencoder.requires_grad_(True)
-    for careful, careless in (
-        (rae(crops, draw).total, careless_rae(rae, crops, draw)),
-        (lfm(crops, draw, torch.arange(2)).total, careless_lfm(lfm, crops, draw)),
-    ):
-        torch.testing.assert_close(careful, careless)
-    weight = degrader.velocity.head.weight
-    slopes = [
-        torch.autograd.grad(loss, weight)[0]
-        for loss in (lfm(crops, draw, torch.arange(2)).total, careless_lfm(lfm, crops, draw))
-    ]
-    torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-6)
-    degrader.eval()
-
-
 def test_the_other_tables_are_whole(degrader, hr):
     photographs = [images.to_pixels(hr)[0]]
-    tables = [
-        roofline(degrader, hr, 1, side=64),
-        training(degrader.autoencoder, degrader.velocity, None, 1, crop=16, batch=2),
-        codecs(photographs, 1),
-        roofline(degrader, hr, 1, side=64, precision="bfloat16"),
-    ]
-    for table in tables:
+    steps, codec = training(degrader, None, 1, crop=16, batch=2), codecs(photographs, 1)
+    rooflines = [roofline(degrader, hr, 1, side=64, precision=kind) for kind in ("float32", "bfloat16")]
+    for table in (steps, codec, *rooflines):
         assert table.rows
         assert {len(row) for row in table.rows} == {len(table.header)}
-    assert "without LPIPS" in tables[1].about
-    written = cells(tables[2])
+    assert ("without LPIPS" in steps.about) == isinstance(degrader.flow, PathFlow)
+    written = cells(codec)
     size = len(images.encode_png(photographs[0], 9)) / photographs[0][..., 0].size
     assert float(written["PNG, Pillow level 9"]["bytes per pixel"]) == pytest.approx(size, abs=0.01)
 
 
-def test_what_an_optimisation_should_gain_is_counted(degrader, hr):
-    rows = cells(optimisations(degrader, hr, 1, count=3, compiled=True, side=256))
-    theirs = released(degrader, hr, [2.5]).evaluations
+def test_what_an_optimisation_should_gain_is_counted(degrader, hr, tmp_path):
+    degrader.save(str(tmp_path / "tiny.safetensors"), {})
+    model = str(tmp_path / "tiny.safetensors")
+    compiled = isinstance(degrader.flow, ResidualFlow)  # compiling the other takes minutes
+    rows = cells(optimisations(degrader, hr, 1, count=3, compiled=compiled, model=model, side=256))
+    few, theirs = evaluations(degrader, [2.5]), released(degrader, hr, [2.5]).evaluations
     assert list(rows) == [
-        f"evaluations: 13 in place of RK45's {theirs} at 1e-5",
-        "one encoding and flow for 3 scales",
+        f"evaluations: {few} in place of RK45's {theirs} at 1e-5",
+        "one call for 3 scales",
         "decoder's 1x1 convolutions multiplied out",
         "decoder's last convolution for 4 pixels at once",
-        "torch.compile",
+        *["torch.compile"] * compiled,
         "pages of 2 MiB for large tensors (256 x 256, one thread)",
     ]
-    image = torch.zeros(1, 3, 32, 32)  # what `hr` is padded to
-    latent, skips = degrader.autoencoder.encode(image)
-    decoder = degrader.autoencoder.decoder
-    with pixel_by_pixel(decoder):
-        work = [
-            flop(lambda n: plain_decode(decoder, latent, skips)),
-            flop(lambda n: decoder(latent, decoder.merged(skips))),
-        ]
-    assert flop(lambda n: decoder(latent, decoder.merged(skips))) > work[1]  # zeros are multiplied, not counted
-    assert work[0] > work[1]
-    counted = float(rows["decoder's 1x1 convolutions multiplied out"]["predicted"])
-    assert work[0] / work[1] < counted < 1.3 * work[0] / work[1]  # merging is done beforehand
     *counts, pages = rows.values()
     assert all(float(row["predicted"]) > 1 for row in counts)
     assert " page faults of " in pages["by"]  # how many fewer is the kernel's settings' business
 
 
-@pytest.mark.parametrize("scales", [[1.0], [1.7], [4.0], [1.0, 2.0, 4.0]])
-def test_counted_evaluations_are_those_of_the_degrader(degrader, hr, scales):
-    calls = []
-    handle = degrader.velocity.register_forward_hook(lambda *_: calls.append(1))
-    degrader(hr, torch.tensor([scales], dtype=torch.float64))
-    handle.remove()
-    assert evaluations(degrader, scales) == len(calls)
+def test_a_plain_decoder_gives_the_same_image_for_more_work(degrader):
+    latent, skips = degrader.autoencoder.encode(torch.rand(1, 3, 32, 32) * 2 - 1)
+    decoder = degrader.autoencoder.decoder
+    torch.testing.assert_close(
+        plain_decode(decoder, latent, skips), degrader.autoencoder.decode(latent, skips), rtol=0, atol=1e-5
+    )
+    with pixel_by_pixel(decoder):
+        work = flop(lambda _: plain_decode(decoder, latent, skips)), flop(lambda _: decoder(latent, skips))
+    assert work[0] > work[1]
+    assert flop(lambda _: decoder(latent, skips)) > work[1]  # zeros are multiplied, not counted
 
 
-def test_the_comparison_takes_a_precision(degrader, hr):
-    exactly, half = (cells(comparison(degrader, hr, 1, 3, precision=kind)) for kind in ("float32", "bfloat16"))
-    assert float(half["degflow, sweep"]["agreement dB"]) < float(exactly["degflow, sweep"]["agreement dB"]) - 5
-    assert half["released, sweep"]["agreement dB"] == exactly["released, sweep"]["agreement dB"]
+def test_the_comparison_takes_a_precision(hr):
+    exactly, half = (cells(comparison(of(drawing), hr, 1, 3, precision=kind)) for kind in ("float32", "bfloat16"))
+    assert float(half["degflow, one scale"]["agreement dB"]) < float(exactly["degflow, one scale"]["agreement dB"]) - 5
+    assert half["released, one scale"]["agreement dB"] == exactly["released, one scale"]["agreement dB"]
 
 
-def test_the_job_saves_what_it_prints(degrader, tmp_path):
-    degrader.save(str(tmp_path / "tiny.safetensors"), {})
+def test_the_job_saves_what_it_prints(tmp_path):
+    of(drawing).save(str(tmp_path / "tiny.safetensors"), {})
     (tmp_path / "photos").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8)
     (tmp_path / "photos/a.png").write_bytes(images.encode_png(pixels))
@@ -233,6 +212,15 @@ def test_the_job_saves_what_it_prints(degrader, tmp_path):
         "Codecs",
     ]
     assert all(table in done.stdout for table in saved.split("\n\n"))
+
+
+def test_parts_that_compare_solvers_need_a_model_with_one(tmp_path):
+    model = tmp_path / "gaussian.safetensors"
+    of(lambda: drawing(blocks=0)).save(str(model), {})
+    with pytest.raises(
+        ValueError, match=r"parts: accuracy, comparison, optimisations compare solvers, and model=.* no"
+    ):
+        benchmark(BenchmarkConfig(model=str(model), input=str(tmp_path), output=str(tmp_path)))
 
 
 @pytest.mark.parametrize(

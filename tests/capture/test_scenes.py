@@ -6,9 +6,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy.stats import chisquare, kstest
 
 from degflow import images
-from degflow.capture.scenes import AlignedCrops, SceneConfig, SceneImages, check_levels, find_scenes
+from degflow.capture.scenes import (
+    LevelCrops,
+    PathCrops,
+    ResidualCrops,
+    SceneConfig,
+    SceneImages,
+    check_levels,
+    find_scenes,
+)
 from degflow.config import load
 from degflow.storage import Place
 
@@ -162,21 +171,40 @@ def test_an_image_smaller_than_the_crop_is_named(tree, tmp_path, cached):
         opened(tree, crop=25, cache=cache)
 
 
-def read(crop):
-    """Row, column and level planes of a sample's images, "K crop crop" each."""
-    return crop["images"].unbind(1)
+def stacks(scenes=3, height=HEIGHT, width=WIDTH):
+    """Of each scene HR (0), two LR levels (1, 2) and HR after their optics (3, 4); the marks say which is which."""
+    return [np.stack([coordinates(n, scene, height, width) for n in range(5)]) for scene in range(scenes)]
 
 
-def test_a_sample_is_one_crop_with_the_same_flips_of_every_level(tree):
-    crops, flips, scenes_seen = AlignedCrops(opened(tree), 16, seed=0), set(), set()
+TIMES = ((0.25, 1.0), (0.1, 0.7), (0.0, 0.5))  # of the LR levels of each scene
+SAMPLERS = {
+    "levels": lambda stacks, crop, seed: LevelCrops(stacks, 3, crop, seed),
+    "path": lambda stacks, crop, seed: PathCrops([stack[:3] for stack in stacks], crop, seed),
+    "residual": lambda stacks, crop, seed: ResidualCrops(stacks, TIMES, crop, seed),
+}
+every_sampler = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+
+
+def planes(sample):
+    """Row, column and mark planes of all images of a sample, "K crop crop" each."""
+    images = [value.view(-1, *value.shape[-3:]) for value in sample.values() if value.dtype == torch.uint8]
+    return torch.cat(images).unbind(1)
+
+
+def mark(image):
+    """Which image of its scene it is, and which scene."""
+    return int(image[2, 0, 0]) % 10, int(image[2, 0, 0]) // 10
+
+
+@every_sampler
+def test_a_sample_is_one_crop_with_the_same_flips_of_all_its_images(sampler):
+    crops, flips, scenes_seen = sampler(stacks(), 16, seed=0), set(), set()
     for n in range(60):
-        sample = crops[n]
-        assert sample["images"].shape == (3, 3, 16, 16)
-        assert sample["images"].dtype == torch.uint8
-        rows, columns, marks = read(sample)
+        rows, columns, marks = planes(crops[n])
+        assert rows.shape[1:] == (16, 16)
         assert torch.equal(rows, rows[:1].expand_as(rows))
         assert torch.equal(columns, columns[:1].expand_as(columns))
-        assert (marks % 10).flatten(1).unique(dim=1).flatten().tolist() == [0, 1, 2]
+        assert (marks // 10).unique().numel() == 1
         row, column = rows[0, :, 0].int(), columns[0, 0].int()
         assert rows[0].eq(row[:, None]).all()
         assert columns[0].eq(column).all()
@@ -189,69 +217,114 @@ def test_a_sample_is_one_crop_with_the_same_flips_of_every_level(tree):
     assert scenes_seen == {0, 1, 2}
 
 
-def test_every_position_is_reached_and_none_beyond(tree):
-    crops, places = AlignedCrops(opened(tree, crop=22), 22, seed=3), set()
+@every_sampler
+def test_every_position_is_reached_and_none_beyond(sampler):
+    crops, places = sampler(stacks(), 22, seed=3), set()
     for n in range(800):
-        rows, columns, _ = read(crops[n])
+        rows, columns, _ = planes(crops[n])
         places.add((int(rows.min()), int(columns.min())))
     assert places == {(top, left) for top in range(3) for left in range(19)}
 
 
-def test_a_crop_of_the_whole_image_works(tmp_path):
-    place = Place(str(tmp_path))
-    scene(place, "A_1", height=16, width=16)
-    rows, _, _ = read(AlignedCrops(opened(place), 16, seed=0)[5])
+@every_sampler
+def test_a_crop_of_the_whole_image_works(sampler):
+    rows, _, _ = planes(sampler(stacks(height=16, width=16), 16, seed=0)[5])
     assert sorted(rows[0, :, 0].tolist()) == list(range(16))
 
 
-def test_an_epoch_holds_every_scene_once_and_the_next_is_in_another_order(tree):
-    for number in range(20):
-        scene(tree, f"Canon_1{number:02d}", number % 20)
-    found = opened(tree)
-    crops = AlignedCrops(found, 16, seed=0)
-    drawn = [[int(crops[epoch * 23 + n]["images"][0, 2, 0, 0]) for n in range(23)] for epoch in range(2)]
-    expected = sorted(int(pixels[0, 0, 0, 2]) for pixels in found.pixels)
-    assert sorted(drawn[0]) == sorted(drawn[1]) == expected
+def test_an_epoch_holds_every_scene_once_and_the_next_is_in_another_order():
+    crops = PathCrops(stacks(23), 16, seed=0)
+    drawn = [[mark(crops[epoch * 23 + n]["images"][0])[1] for n in range(23)] for epoch in range(2)]
+    assert sorted(drawn[0]) == sorted(drawn[1]) == list(range(23))
     assert drawn[0] != drawn[1]
 
 
 def same(left, right):
-    return torch.equal(left["images"], right["images"]) and torch.equal(left["draw"], right["draw"])
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_sample_n_depends_on_seed_and_n_alone(tree):
-    found = opened(tree)
-    first = AlignedCrops(found, 16, seed=5)
+@every_sampler
+def test_sample_n_depends_on_seed_and_n_alone(sampler):
+    first = sampler(stacks(), 16, seed=5)
     samples = [first[n] for n in range(12)]
-    again = AlignedCrops(opened(tree), 16, seed=5)
+    again = sampler(stacks(), 16, seed=5)
     assert all(same(again[n], samples[n]) for n in reversed(range(12)))
     np.random.seed(0)
     torch.manual_seed(0)
     assert same(again[7], samples[7])
-    assert not any(same(AlignedCrops(found, 16, seed=6)[n], samples[n]) for n in range(12))
-    assert len({float(sample["draw"]) for sample in samples}) == 12
+    assert not any(same(sampler(stacks(), 16, seed=6)[n], samples[n]) for n in range(12))
+    assert [int(sample["number"]) for sample in samples] == list(range(12))
+    assert samples[3]["number"].dtype == torch.int64
+    far = sampler(stacks(), 16, seed=5)[10**12]  # as far as a training can come
+    assert int(far["number"]) == 10**12
 
 
-def test_draws_are_uniform_in_the_unit_interval(tree):
-    crops = AlignedCrops(opened(tree), 16, seed=0)
-    draws = torch.stack([crops[n]["draw"] for n in range(1000)])
-    assert draws.dtype == torch.float64
-    assert draws.min() >= 0
-    assert draws.max() < 1
-    counts = torch.histc(draws, bins=10, min=0, max=1)
-    assert ((counts - 100) ** 2 / 100).sum() < 28  # chi-squared, 9 degrees of freedom, p = 0.001
-
-
-def test_workers_do_not_change_the_samples(tree):
-    crops = AlignedCrops(opened(tree), 16, seed=0)
+@every_sampler
+def test_workers_do_not_change_the_samples(sampler):
+    crops = sampler(stacks(), 16, seed=0)
     loader = torch.utils.data.DataLoader(crops, batch_size=None, sampler=range(6), num_workers=2)
     assert all(same(sample, crops[n]) for n, sample in enumerate(loader))
+
+
+def assert_uniform(values, bins):
+    """Chi-squared of whole numbers below `bins`, at the 0.1% level."""
+    counts = np.bincount(values, minlength=bins)
+    assert len(counts) == bins
+    assert chisquare(counts).pvalue > 0.001, counts
+
+
+def test_stage_1_draws_every_level_equally_often_and_the_guide_is_hr_after_that_levels_optics():
+    crops, levels = LevelCrops(stacks(), 3, 8, seed=0), []
+    for n in range(900):
+        sample = crops[n]
+        assert sample.keys() == {"target", "guide", "number"}
+        (level, scene), guide = mark(sample["target"]), mark(sample["guide"])
+        assert guide == ({0: 0, 1: 3, 2: 4}[level], scene)
+        levels.append(level)
+    assert_uniform(levels, 3)
+
+
+def test_stage_1_without_optics_is_guided_by_hr():
+    crops = LevelCrops([stack[:3] for stack in stacks()], 3, 8, seed=0)
+    drawn = [(mark(sample["target"])[0], mark(sample["guide"])[0]) for sample in map(crops.__getitem__, range(60))]
+    assert set(drawn) == {(0, 0), (1, 0), (2, 0)}
+
+
+def test_the_published_stage_2_has_all_levels_in_order_and_uniform_times():
+    crops, times = PathCrops([stack[:3] for stack in stacks()], 8, seed=0), []
+    for n in range(1000):
+        sample = crops[n]
+        assert sample.keys() == {"images", "time", "number"}
+        assert [mark(image)[0] for image in sample["images"]] == [0, 1, 2]
+        times.append(sample["time"])
+    times = torch.stack(times)
+    assert times.dtype == torch.float64
+    assert times.min() >= 0
+    assert times.max() < 1
+    assert kstest(times, "uniform").pvalue > 0.001
+    assert abs(np.corrcoef(times[:-1], times[1:])[0, 1]) < 0.1
+
+
+def test_stage_2_for_draws_has_the_optics_and_the_time_of_its_level_and_uniform_taus():
+    crops, places, taus = ResidualCrops(stacks(), TIMES, 8, seed=0), [], []
+    for n in range(1800):
+        sample = crops[n]
+        assert sample.keys() == {"hr", "lr", "skeleton", "time", "tau", "number"}
+        (level, scene), (hr, _), (skeleton, _) = (mark(sample[name]) for name in ("lr", "hr", "skeleton"))
+        assert (hr, skeleton) == (0, level + 2)
+        assert sample["time"].dtype == sample["tau"].dtype == torch.float64
+        assert float(sample["time"]) == TIMES[scene][level - 1]
+        places.append(2 * scene + level - 1)
+        taus.append(float(sample["tau"]))
+    assert_uniform(places, 6)
+    assert_uniform([6 * int(5 * tau) + place for tau, place in zip(taus, places, strict=True)], 30)  # independent
+    assert kstest(taus, "uniform").pvalue > 0.001
 
 
 def test_a_cache_gives_the_same_samples_and_is_reused(tree, tmp_path):
     cache = tmp_path / "cache/decoded"
     plain, cached = opened(tree), opened(tree, cache=str(cache))
-    assert all(same(AlignedCrops(plain, 16, 1)[n], AlignedCrops(cached, 16, 1)[n]) for n in range(8))
+    assert all(same(PathCrops(plain.pixels, 16, 1)[n], PathCrops(cached.pixels, 16, 1)[n]) for n in range(8))
     assert all(isinstance(pixels, np.memmap) for pixels in cached.pixels)
     before = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
     assert len(before) == 3
@@ -312,7 +385,7 @@ def test_scenes_are_read_from_any_filesystem(tmp_path):
 
 
 def test_scenes_survive_pickling_for_spawned_workers(tree):
-    crops = AlignedCrops(opened(tree), 16, seed=0)
+    crops = PathCrops(opened(tree).pixels, 16, seed=0)
     assert same(pickle.loads(pickle.dumps(crops))[4], crops[4])
 
 
@@ -346,3 +419,9 @@ def test_bad_levels_are_named_with_their_rule(levels, rule):
 def test_a_crop_below_8_is_refused(tree):
     with pytest.raises(ValueError, match=r"scenes\.crop=7: must be at least 8"):
         replace(config(tree), crop=7)
+
+
+@pytest.mark.parametrize("reductions", [(), (0.99,), (1.0, 0.5), (float("nan"),), (1.0, float("inf"))])
+def test_reductions_below_1_are_refused(tree, reductions):
+    with pytest.raises(ValueError, match=r"scenes\.reductions=\[.*\]: at least one factor, each at least 1 and finite"):
+        replace(config(tree), reductions=reductions)

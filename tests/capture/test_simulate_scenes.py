@@ -10,7 +10,7 @@ import skimage
 from degflow import images
 from degflow.capture import simulate
 from degflow.capture.camera import SimulatedCamera
-from degflow.capture.scenes import AlignedCrops, SceneConfig, SceneImages
+from degflow.capture.scenes import PathCrops, SceneConfig, SceneImages
 from degflow.config import load, read
 from tests.jobs import run_job
 
@@ -108,7 +108,7 @@ def test_the_scene_reader_takes_the_tree(tree):
         scenes = SceneImages(SceneConfig(f"{tree}/{camera}/Train", levels, crop=32), quiet=True)
         assert scenes.missing == {}
         assert all(pixels.shape[0] == 3 for pixels in scenes.pixels)
-        assert AlignedCrops(scenes, 32, seed=0)[0]["images"].shape == (3, 3, 32, 32)
+        assert PathCrops(scenes.pixels, 32, seed=0)[0]["images"].shape == (3, 3, 32, 32)
 
 
 def test_an_output_that_holds_something_is_refused_and_left_alone(tree, photographs):

@@ -19,11 +19,17 @@ from degflow.config import load
 from degflow.synthesis.settings import SynthesizeConfig
 from degflow.training.lfm import TrainLFMConfig
 from degflow.training.rae import TrainRAEConfig
+from degflow.training.residual import TrainResidualConfig
 from tests import ROOT
 
 FOLDER = ROOT / "cluster/kubernetes"
 OVERLAYS = ("dev", "prod")
-JOBS = {"synthesize", "train-rae", "train-lfm"}
+TRAININGS = {
+    "train-rae": (TrainRAEConfig, "realsr_rae"),
+    "train-residual": (TrainResidualConfig, "realsr_residual"),
+    "train-lfm": (TrainLFMConfig, "paper_lfm"),
+}
+JOBS = {"synthesize", *TRAININGS}
 KUBERNETES = "1.33"
 # Maps whose keys are the user's own.
 FREE = {"labels", "annotations", "matchLabels", "selector", "data", "rayStartParams", "limits", "requests"}
@@ -117,7 +123,7 @@ def settings(overlay, job):
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_what_is_rendered_is_valid_and_each_part_belongs_to_a_job(overlay):
     kinds = sorted((d["kind"], d["metadata"]["labels"]["degflow/job"]) for d in rendered(overlay))
-    train = [(kind, job) for kind in ("ConfigMap", "Job", "Service") for job in ("train-lfm", "train-rae")]
+    train = [(kind, job) for kind in ("ConfigMap", "Job", "Service") for job in TRAININGS]
     assert kinds == sorted([*train, *((kind, "synthesize") for kind in ("ConfigMap", "NetworkPolicy", "RayJob"))])
     for document in rendered(overlay):
         validate(document)
@@ -188,7 +194,7 @@ def test_ray_in_the_manifest_is_the_image_s():
     assert one("prod", "RayJob", "synthesize")["spec"]["rayClusterSpec"]["rayVersion"] == version[1]
 
 
-@pytest.mark.parametrize("job", ["train-rae", "train-lfm"])
+@pytest.mark.parametrize("job", TRAININGS)
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_a_training_s_machines_processes_and_batch_agree(overlay, job):
     document, service = one(overlay, "Job", job), one(overlay, "Service", job)
@@ -208,11 +214,12 @@ def test_a_training_s_machines_processes_and_batch_agree(overlay, job):
     assert container["command"] == ["/app/cluster/train.sh"]
     file, _ = settings(overlay, job)
     stage = values["STAGE"]
-    job_file, *configs = [word.replace("$(STAGE)", stage) for word in container["args"]]
-    assert configs == [f"config=/app/configs/paper_{stage}.yaml", f"config=/etc/degflow/{file}"]
+    schema, name = TRAININGS[job]
+    assert values["CONFIG"] == name
+    job_file, *configs = [word.replace("$(STAGE)", stage).replace("$(CONFIG)", name) for word in container["args"]]
+    assert configs == [f"config=/app/configs/{name}.yaml", f"config=/etc/degflow/{file}"]
     assert job_file == f"/app/jobs/train_{stage}.py"
-    schema = {"rae": TrainRAEConfig, "lfm": TrainLFMConfig}[stage]
-    config = load(schema, [f"config={ROOT}/configs/paper_{stage}.yaml", f"config={FOLDER / overlay / file}"])
+    config = load(schema, [f"config={ROOT}/configs/{name}.yaml", f"config={FOLDER / overlay / file}"])
     assert config.scenes.crop == 256
     assert config.fit.batch % (int(values["NODES"]) * int(values["PROCESSES"]) * config.fit.accumulate) == 0
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from degflow import evaluation, images
-from degflow.evaluation import BestTime, SweepPoint, best_times, mean_curve
+from degflow.evaluation import SweepPoint, best_times, mean_curve
 from degflow.trajectory import Timeline
 from tests.captures import scenes_of, small_degrader
 
@@ -64,18 +64,6 @@ def test_best_times_are_those_of_the_scales_that_the_captures_were_made_at(degra
         assert not row.at_end
         assert row.psnr >= row.own_psnr
         assert (row.psnr > row.own_psnr) == (row.level != "3")
-
-
-def test_times_follow_the_degraders_rule(scenes):
-    degrader = small_degrader({"1": 1.0, "4": 4.0}, "inverse")
-    points = [point for part in evaluation.sweep(degrader, scenes, LEVELS, 5) for point in part]
-    assert all(point.time == pytest.approx((1 - 1 / point.scale) / 0.75) for point in points)
-    for row in best_times(points, LEVELS, degrader.timeline):
-        assert row.time == pytest.approx((1 - 1 / row.scale) / 0.75)
-        assert row.own_time == pytest.approx((1 - 1 / LEVELS[row.level]) / 0.75)
-    best = [BestTime("a", "2", 0.5, 1.6, False, 33.0, 2 / 3, 32.0)]
-    cells = evaluation.best_time_table(best, {"2": 2.5}, degrader.timeline).splitlines()[2]
-    assert cells.startswith("| x2 | 0.667 | 0.800 | 0.500 (x1.60) |")
 
 
 def points_of(errors, times, level="2"):

@@ -11,7 +11,7 @@ from PIL import Image
 from degflow import evaluation, images
 from degflow.capture.filters import blur
 from degflow.evaluation import BASELINES, METHODS, Baselines, BestTime, Measurement, fidelity
-from degflow.evaluation.crops import central, most_detailed
+from degflow.evaluation.crops import central, flattest, most_detailed
 from degflow.perceptual import Perceptual
 from degflow.trajectory import Timeline
 from tests.captures import scenes_of, small_degrader
@@ -241,11 +241,14 @@ def test_the_table_holds_the_means_of_its_rows():
 def test_the_table_of_baselines_names_the_sigmas_and_leaves_out_what_was_not_measured():
     table = evaluation.baselines_table(planted(), {"2": 0.833, "3.361": 2})
     assert table.splitlines() == [
-        "| scale | generated | Gaussian blur | random pipeline | latent spline | latent line |",
-        "|---|---|---|---|---|---|",
-        "| x2 | 30.50 / 0.9000 / 0.1050 | 34.50 / 0.9400 / 0.5050 (sigma 0.83) | 35.50 / 0.9500 / 0.6050 | — | — |",
-        "| x3.361 | 30.50 / 0.9000 / 0.1050 | 34.50 / 0.9400 / 0.5050 (sigma 2.00) | 35.50 / 0.9500 / 0.6050 "
-        "| 36.50 / 0.9600 / 0.7050 | 37.50 / 0.9700 / 0.8050 |",
+        "| scale | generated | optics alone | mean (spread 0) | Gaussian blur | random pipeline | latent spline "
+        "| latent line |",
+        "|---|---|---|---|---|---|---|---|",
+        "| x2 | 30.50 / 0.9000 / 0.1050 | 34.50 / 0.9400 / 0.5050 | 35.50 / 0.9500 / 0.6050 "
+        "| 36.50 / 0.9600 / 0.7050 (sigma 0.83) | 37.50 / 0.9700 / 0.8050 | — | — |",
+        "| x3.361 | 30.50 / 0.9000 / 0.1050 | 34.50 / 0.9400 / 0.5050 | 35.50 / 0.9500 / 0.6050 "
+        "| 36.50 / 0.9600 / 0.7050 (sigma 2.00) | 37.50 / 0.9700 / 0.8050 | 38.50 / 0.9800 / 0.9050 "
+        "| 39.50 / 0.9900 / 1.0050 |",
     ]
     only = [row for row in planted() if row.method in METHODS]
     assert evaluation.baselines_table(only, {}).splitlines()[0] == "| scale | generated |"
@@ -253,13 +256,13 @@ def test_the_table_of_baselines_names_the_sigmas_and_leaves_out_what_was_not_mea
 
 def test_the_table_of_realism_holds_means_and_the_medians_of_the_noise_that_there_is():
     lines = evaluation.realism_table(planted()).splitlines()
-    assert len(lines) == 2 + 1 + 6 + 1 + 8
+    assert len(lines) == 2 + 1 + 8 + 1 + 10
     assert lines[2:5] == [
         "| x2 | captured LR | 0 | 0.50 | 0.30 | 0 |",
         "| x2 | generated | 1.00 | 1.50 | 0.15 | 0.125 |",
         "| x2 | HR unchanged | 2.00 | 2.50 | 0.15 | 0.375 |",
     ]
-    assert lines[-1] == "| x3.361 | latent line | 8.00 | 8.50 | 0.15 | 1.875 |"
+    assert lines[-1] == "| x3.361 | latent line | 10.00 | 10.50 | 0.15 | 2.375 |"
     assert evaluation.realism_table(planted((1.0, math.nan))).splitlines()[3] == (
         "| x2 | generated | 1.00 | 1.00 | 0.10 | 0.125 |"
     )
@@ -325,7 +328,7 @@ def test_the_contact_sheet_puts_every_image_in_its_place():
 
 def test_reconstruction_scores_and_shows_every_level(degrader, scenes):
     crops = evaluation.validation_crops(scenes, side=32)
-    scalars, picture = evaluation.reconstruction(degrader.autoencoder, crops, list(LEVELS))
+    scalars, picture = evaluation.reconstruction(degrader.autoencoder, crops, LEVELS)
     assert list(scalars) == ["x1", "x2", "x4"]
     image = crops.float() / 127.5 - 1
     decoded = evaluation.reconstruct(degrader.autoencoder, image[:, 0], image[:, 2])
@@ -367,6 +370,32 @@ def test_the_continuum_shows_captured_levels_above_even_steps_of_t(degrader, sce
                 assert np.abs(shown[::2, ::2].astype(int) - patch).max() <= 1
                 np.testing.assert_array_equal(shown[::2, ::2], shown[1::2, 1::2])
     assert (picture[20:half, 3 * 36 + 4 :] == 255).all()  # three levels, four steps of t
+
+
+def test_closeups_show_hr_captured_drawn_and_mean_at_one_place(scenes):
+    drawing = small_degrader({"1": 1.0, "2": 2.0, "4": 4.0}, draws=True)
+    picture = evaluation.closeups(drawing, scenes, LEVELS, "2", 48, count=2, side=16, zoom=2)
+    assert picture.shape == (16 + 6 * 36 + 4, 4 * 36 + 4, 3)
+    level, scale = list(LEVELS).index("2"), torch.tensor([LEVELS["2"]], dtype=torch.float64)
+    for scene, pixels in enumerate(scenes.pixels):
+        real = images.to_tensor(central(pixels, 48))
+        shown = (real[0], real[level], drawing(real[:1], scale)[0], drawing(real[:1], scale, spread=0.0)[0])
+        places = (most_detailed(real[:1], 16), flattest(real[:1], 16, 0, 0.4), flattest(real[:1], 16, 0.6, 1))
+        for row, (top, left) in enumerate(places, 3 * scene):
+            for column, image in enumerate(shown):
+                found = picture[20 + row * 36 :, 4 + column * 36 :][:32, :32]
+                patch = images.to_pixels(image[None])[0][top : top + 16, left : left + 16]
+                assert np.abs(found[::2, ::2].astype(int) - patch).max() <= 1
+
+
+def test_the_flattest_window_is_the_one_of_the_brightness_asked_for():
+    noise = torch.rand(1, 3, 40, 60, generator=torch.Generator().manual_seed(0)) - 0.5
+    noise[..., 5:20, 5:20] = -0.9
+    noise[..., 20:36, 40:56] = 0.9
+    assert flattest(noise, 15, 0, 0.3) == (5, 5)
+    top, left = flattest(noise, 15, 0.7, 1)
+    assert (top, left) in {(t, x) for t in (20, 21) for x in (40, 41)}
+    assert flattest(noise[..., 5:20, 5:20], 15, 0.9, 1) == (0, 0)  # none is so bright
 
 
 def test_the_most_detailed_window_is_where_the_detail_is():

@@ -118,6 +118,14 @@ def test_the_job_writes_tables_rows_and_a_figure(evaluate, tree):
         assert figure.size == (5 * (48 * 4 + 4) + 4, 2 * (16 + 2 * (48 * 4 + 4) + 4))
 
 
+def test_a_model_that_draws_is_shown_beside_captured_images(evaluate, tree, tmp_path):
+    small_degrader({"1": 1.0, "2": 2.0, "4": 4.0}, draws=True).save(str(tmp_path / "draws.safetensors"), {})
+    evaluate(f"model={tmp_path}/draws.safetensors", "crop=64", "sweep=0", "figure=2", "baselines=[]", "draws=2")
+    with Image.open(tree.parent / "out/closeups.png") as picture:
+        assert picture.size == (4 * (64 * 3 + 4) + 4, 16 + 6 * (64 * 3 + 4) + 4)
+    assert len(rows_of(tree.parent / "out/draws.parquet")) == 2 * 3
+
+
 def test_parts_can_be_left_out(evaluate, tree):
     said = evaluate("levels={1: 1.0, 2: 2.0, 3: 3.0}", "baselines=[linear]", "sweep=0", "figure=0")
     out = tree.parent / "out"

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from degflow.models.dropout import SampleDropout, number_layers, sample_keys
+from degflow.models.counter import sample_keys
+from degflow.models.dropout import SampleDropout, number_layers
 
 NUMBERS = torch.arange(64)
 

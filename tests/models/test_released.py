@@ -113,7 +113,7 @@ def test_the_reference_files_reproduce_every_reference_tensor(reference, case):
     with torch.no_grad():
         latent, skips = reference.autoencoder.encode(io["image"])
         decoded = reference.autoencoder.decode(io["moved_latent"], skips)
-        velocity = reference.velocity(io["latent"], io["t"])
+        velocity = reference.flow.network(io["latent"], io["t"])
     found = {"latent": latent, "velocity": velocity}
     large = {**dict(zip(SKIPS, skips, strict=True)), "decoded": decoded}
     found |= {name: tensor.flatten()[::7] for name, tensor in large.items()}  # what the file keeps of them
@@ -131,8 +131,8 @@ def test_another_width_and_depth_round_trips_through_the_released_naming(tmp_pat
     torch.save({"model": {prefix + name: tensor for name, tensor in flow.items()}}, tmp_path / "FLOW.pth")
     degrader = imported(tmp_path / "AE.pth", tmp_path / "FLOW.pth", tmp_path / "degrader.safetensors")
     assert degrader.autoencoder.config.base_width == 16
-    assert degrader.velocity.config.multipliers == (1, 2, 3)
-    for network, original in zip((degrader.autoencoder, degrader.velocity), small, strict=True):
+    assert degrader.flow.network.config.multipliers == (1, 2, 3)
+    for network, original in zip((degrader.autoencoder, degrader.flow.network), small, strict=True):
         for name, tensor in original.state_dict().items():
             assert torch.equal(network.state_dict()[name], tensor), name
 

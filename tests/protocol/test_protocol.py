@@ -16,6 +16,7 @@ from PIL import Image
 
 from degflow import config, protocol
 from degflow.capture.simulate import SimulateConfig
+from degflow.degrader import SHIPPED
 from degflow.evaluation import Measurement, parquet
 from degflow.evaluation.run import EvaluateConfig
 from degflow.protocol import Cell, ProtocolConfig, cells
@@ -25,6 +26,7 @@ from degflow.storage import Place
 from degflow.synthesis.settings import SynthesizeConfig
 from degflow.training.lfm import TrainLFMConfig
 from degflow.training.rae import TrainRAEConfig
+from degflow.training.residual import TrainResidualConfig
 from degflow.training.stopping import Stopped
 from tests import ROOT
 from tests.jobs import run_job
@@ -34,6 +36,7 @@ SCHEMAS = {
     "simulate_scenes": SimulateConfig,
     "train_rae": TrainRAEConfig,
     "train_lfm": TrainLFMConfig,
+    "train_residual": TrainResidualConfig,
     "evaluate": EvaluateConfig,
     "synthesize": SynthesizeConfig,
     "train_sr": TrainSRConfig,
@@ -49,6 +52,7 @@ def loaded(*words):
     [
         ("data=RealSR", "config=configs/paper_protocol.yaml"),
         ("data=RealSR", "config=configs/paper_protocol.yaml", "resize_lr=true", "real=[Canon,Nikon]"),
+        ("data=RealSR", "config=configs/realsr_protocol.yaml"),
         ("photographs=photos", "config=configs/small_protocol.yaml"),
         ("photographs=photos", "config=configs/small_protocol_ablations.yaml"),
     ],
@@ -65,7 +69,8 @@ def test_every_cell_of_the_configurations_that_ship_is_one_that_its_job_accepts(
             folder = needed.removesuffix("/").removesuffix("/degrader").removesuffix("/rae.safetensors")
             assert any(folder.startswith(made) for made in outputs), (cell.name, needed)
         if "resize_lr=true" in words and cell.job != "synthesize":
-            assert (settings.scenes if "lfm" in cell.job or "rae" in cell.job else settings).resize_lr
+            trained = cell.job in ("train_rae", "train_lfm", "train_residual")
+            assert (settings.scenes if trained else settings).resize_lr
 
 
 def test_the_plan_is_the_papers():
@@ -75,10 +80,10 @@ def test_the_plan_is_the_papers():
         "rae/no HR skips",
         "rae/optical scales",
     ]
-    assert "rae=out/rae/DegFlow/rae.safetensors" in planned["lfm/linear path"].words
-    assert planned["lfm/linear path"].words[-1] == "path=linear"
+    assert "rae=out/rae/DegFlow/rae.safetensors" in planned["stage2/linear path"].words
+    assert planned["stage2/linear path"].words[-1] == "path=linear"
     assert "autoencoder.hr_skips=false" in planned["rae/no HR skips"].words
-    assert "autoencoder.hr_skips=false" not in planned["lfm/no HR skips"].words
+    assert "autoencoder.hr_skips=false" not in planned["stage2/no HR skips"].words
     assert "levels={1: 1.0, 2: 2.1, 3: 3.0, 4: 3.75}" in planned["fidelity/optical scales/Nikon"].words
     assert "input=R/Nikon/Train/2/*_HR.png" in planned["generated/DegFlow"].words
     assert [name for name in planned if name.startswith("generated")] == ["generated/DegFlow"]
@@ -88,15 +93,40 @@ def test_the_plan_is_the_papers():
     assert 'test={"Canon": "R/Canon/Test", "Nikon": "R/Nikon/Test"}' in planned["sr/hat/real-x3/0"].words
 
 
-def test_a_row_may_have_words_of_its_own():
-    planned = {c.name: c.words for c in cells(loaded("photographs=p", "config=configs/small_protocol.yaml"))}
-    noisy, plain = (planned[f"sr/hat/generated-x2-x4{end}/0"] for end in ("-noise", ""))
-    assert noisy[-1] == "noise={DegFlow: 3}"
-    assert [w for w in noisy[:-1] if not w.startswith("output=")] == [w for w in plain if not w.startswith("output=")]
+def test_a_degrader_says_how_both_stages_train_and_what_synthesize_does():
+    own = {
+        "draws": ["residual.blocks=0", "scenes.crop=96", "spread=0.5", "solver.steps=2"],
+        "published": ["stage2=train_lfm", "skips=hr", "path=linear"],
+        "ready": ["model=shipped", "scale.per_image=2"],
+    }
+    rows = {"all": ["4", "2", *own]}
+    words = [f"degraders={json.dumps(own)}", f"rows={json.dumps(rows)}", "seeds={hat: 2}", "row_words={all: [crop=32]}"]
+    planned = {cell.name: cell for cell in cells(loaded("photographs=p", *words))}
+    assert {name: cell.job for name, cell in planned.items() if name.startswith("stage2")} == {
+        "stage2/draws": "train_residual",
+        "stage2/published": "train_lfm",
+    }
+    assert {name for name in planned if name.startswith("rae")} == {"rae/draws", "rae/published"}
+    assert planned["rae/draws"].words[-1] == "scenes.crop=96"
+    assert planned["stage2/draws"].words[-2:] == ["scenes.crop=96", "residual.blocks=0"]
+    assert planned["rae/published"].words[-1] == "skips=hr"
+    assert planned["stage2/published"].words[-1] == "path=linear"
+    assert planned["generated/draws"].words[-2:] == ["spread=0.5", "solver.steps=2"]
+    assert planned["generated/ready"].words[0] == f"model={SHIPPED}"
+    assert "input=out/scenes/Nikon/Train/2/*_HR.png" in planned["generated/ready"].words
+    assert planned["sr/hat/all/1"].words[-1] == "crop=32"
+
+
+def test_stage_1_is_trained_once_for_degraders_that_share_it():
+    own = {"flow": [], "Gaussian": ["residual.blocks=0"]}
+    planned = {c.name: c for c in cells(loaded("data=d", f"degraders={json.dumps(own)}", "rows={}"))}
+    assert [name for name in planned if name.startswith("rae")] == ["rae/flow"]
+    assert "rae=out/rae/flow/rae.safetensors" in planned["stage2/Gaussian"].words
 
 
 def test_the_first_seed_of_every_network_comes_first():
-    planned = cells(loaded("photographs=p", "degrader=d.safetensors", "seeds={hat: 2}", "rows={real x3: ['3']}"))
+    words = ["degraders={ready: [model=d.safetensors]}", "seeds={hat: 2}", "rows={real x3: ['3']}"]
+    planned = cells(loaded("photographs=p", *words))
     runs = [cell.name for cell in planned if cell.name.startswith("sr")]
     assert runs == [
         f"sr/{name}/real-x3/{seed}" for name, seed in (("swinir", 0), ("hat", 0), ("mambair", 0), ("hat", 1))
@@ -112,7 +142,8 @@ def test_the_first_seed_of_every_network_comes_first():
         (["rows={a: [Other]}"], "rows: 'a': .*must be level labels and names of degraders"),
         (["rows={real x3: ['3'], real-x3: ['3']}"], "rows: .*must differ in letters and digits"),
         (["networks={../x: []}"], "networks: '../x' must be of letters"),
-        (["row_words={b: ['noise={DegFlow: 3}']}"], "row_words: 'b' must be one of rows="),
+        (["degraders={a: [stage2=train_sr]}"], "degraders: a: stage2=train_sr: must be stage2=train_lfm or"),
+        (["row_words={b: ['noise={draws: 3}']}"], "row_words: 'b' must be one of rows="),
         (["seeds={edsr: 2}"], "seeds=.*: 'edsr' must be one of networks"),
         (["degraders={}"], "degraders, networks: each needs at least one entry"),
     ],
@@ -217,13 +248,13 @@ def test_the_tables_hold_means_spread_and_the_published_numbers(place):
     result(place, "sr/hat/generated-x2-x4/0", {"Canon": (28, 0.7, 0.3), "Nikon": (30, 0.8, 0.4)})
     result(place, "sr/hat/real-x2-x4/1", {"Canon": (28, 0.7, 0.3), "Nikon": (30, 0.8, 0.4)})
     result(place, "sr/hat/generated-x2-x4/1", {"Canon": (28.5, 0.7, 0.3), "Nikon": (30.5, 0.8, 0.4)})
-    place.write("cells/fidelity/DegFlow/Canon.json", b"{}")
+    place.write("cells/fidelity/draws/Canon.json", b"{}")
     scored = [
         Measurement(scene, label, float(label), method, psnr, 0.5, 0.25, *[math.nan] * 7)
         for label, method, psnr in (("2", "generated", 30), ("2", "hr", 20), ("3", "generated", 25))
         for scene, psnr in (("s1", psnr - 1), ("s2", psnr + 1))
     ]
-    place.write("fidelity/DegFlow/Canon/measurements.parquet", parquet(scored))
+    place.write("fidelity/draws/Canon/measurements.parquet", parquet(scored))
     protocol.write_tables(settings, place)
     text = place.read("table.md").decode()
     assert "simulated cameras, not RealSR" in text
@@ -235,7 +266,7 @@ def test_the_tables_hold_means_spread_and_the_published_numbers(place):
     )
     assert "| 29.25 ± 0.35 / 0.7500" in text
     assert f"| generated x2..x4 over real x2, x4 | – | +0.75 ± {np.std([1, 0.5], ddof=1):.2f} | – |" in text
-    assert "| DegFlow | 30.00 / 0.5000 / 0.2500 | 25.00 / 0.5000 / 0.2500 |" in text
+    assert "| draws | 30.00 / 0.5000 / 0.2500 | 25.00 / 0.5000 / 0.2500 |" in text
     rows = list(csv.DictReader(place.read("results.csv").decode().splitlines()))
     assert len(rows) == 4 * 2 * 2
     assert set(PUBLISHED) == set(settings.rows)
@@ -257,11 +288,11 @@ def test_a_tiny_experiment_ends_in_a_table_and_runs_once(photographs, tmp_path, 
     keys = {
         "photographs": photographs,
         "output": tmp_path / "out",
-        "degrader": save_model(tmp_path / "model.safetensors"),
+        "degraders": json.dumps({"tiny": [f"model={save_model(tmp_path / 'model.safetensors')}"]}),
         "simulate": json.dumps(["test_fraction=0.5", "scales={2: 2.0, 3: 3.0, 4: 4.0}"]),
         "evaluate": json.dumps(["lpips=none", "sweep=0", "figure=0", "baselines=[]", "levels={1: 1.0, 3: 3.0}"]),
         "synthesize": json.dumps(["scale.low=2", "scale.high=4", "actors.max=1", "actors.threads=1"]),
-        "rows": "{real x3: ['3'], 'generated x2..x4': [DegFlow]}",
+        "rows": "{real x3: ['3'], 'generated x2..x4': [tiny]}",
         "networks": json.dumps({"rcan": rcan}),
         "sr": json.dumps(tiny),
     }
@@ -269,15 +300,15 @@ def test_a_tiny_experiment_ends_in_a_table_and_runs_once(photographs, tmp_path, 
     assert code == 0, said
     assert re.findall(r"^\d of \d: (.*): \d+ s$", said, re.M) == [
         "scenes",
-        *(f"fidelity/DegFlow/{camera}" for camera in ("Canon", "Nikon")),
-        "generated/DegFlow",
+        *(f"fidelity/tiny/{camera}" for camera in ("Canon", "Nikon")),
+        "generated/tiny",
         "sr/rcan/real-x3/0",
         "sr/rcan/generated-x2-x4/0",
     ]
     table = (tmp_path / "out/table.md").read_text()
     assert re.search(r"^\| real x3 \| \d\d\.\d\d / 0\.\d{4} \| – \|$", table, re.M)
     assert re.search(r"^\| generated x2\.\.x4 \| \d\d\.\d\d / 0\.\d{4} \| – \|$", table, re.M)
-    assert re.search(r"^\| DegFlow \| \d+\.\d\d / ", table, re.M)
+    assert re.search(r"^\| tiny \| \d+\.\d\d / ", table, re.M)
     rows = list(csv.DictReader((tmp_path / "out/results.csv").open()))
     assert {(row["row"], row["camera"]) for row in rows} == {
         (r, c) for r in ("real x3", "generated x2..x4") for c in ("Canon", "Nikon")

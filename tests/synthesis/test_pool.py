@@ -1,8 +1,12 @@
 """The pool: which node does which work, compiled networks, and a decoder that crashes."""
 
+import json
 import os
 import resource
+import socket
 import sys
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,13 +14,14 @@ import ray
 import ray.data
 import torch
 from ray.data import ActorPoolStrategy
+from tqdm import tqdm
 
 from degflow import Degrader, images
 from degflow.config import load
 from degflow.dataset.layout import Record
 from degflow.dataset.plan import Plan
 from degflow.synthesis import pool
-from degflow.synthesis.pool import _seldom, _ShardActor
+from degflow.synthesis.pool import _Count, _seldom, _ShardActor
 from degflow.synthesis.run import Run, synthesize
 from degflow.synthesis.settings import SynthesizeConfig
 from degflow.synthesis.shard import Progress
@@ -65,6 +70,55 @@ class Compiled(_ShardActor):
 
         Degrader.compile = lambda self, **options: compile(self, backend=backend, **options)
         super().__init__(maker, *arguments)
+
+
+class Failing(_ShardActor):
+    """An actor that fails as a GPU does: `fails` says when, from a shard's number and how often it was tried."""
+
+    PAUSE = 0.0
+    early = False  # as the actor starts, instead of amid the shard
+
+    def __call__(self, batch):
+        shard = batch.to_pylist()[0]["shard"]
+        notes = Path(ray.get(self.reference).output + ".tries")
+        notes.mkdir(exist_ok=True)
+        tries = len(list(notes.glob(f"{shard}-*")))
+        self.now = not self.failed and self.fails(shard, tries)
+        if not self.failed:
+            (notes / f"{shard}-{tries}-{os.getpid()}").touch()
+        if self.now:
+            self.maker = None  # `load` again
+        yield from super().__call__(batch)
+
+    def load(self):
+        maker = super().load()
+        if self.now:
+            if self.early:
+                raise RuntimeError("CUDA error: no kernel image is available")
+            maker.degrader.degrade = lambda window: (_ for _ in ()).throw(RuntimeError("CUDA error: an illegal access"))
+        return maker
+
+    def fails(self, shard, tries):
+        raise NotImplementedError
+
+
+class FailsOnce(Failing):
+    def fails(self, shard, tries):
+        return shard in (0, 2) and tries == 0
+
+
+class FailsAsItStarts(FailsOnce):
+    early = True
+
+
+class NeverMakesOne(Failing):
+    def fails(self, shard, tries):
+        return shard == 1
+
+
+class MakesNothing(Failing):
+    def fails(self, shard, tries):
+        return True
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +204,67 @@ def test_a_file_that_kills_its_decoder_is_a_reject_and_the_others_are_rows(photo
     rejects = rejects_of(tmp_path / "out")
     assert {key: row["stage"] for key, row in rejects.items()} == {"04b.png": "decode", "07b.png": "decode"}
     assert all("its process died" in row["error"] for row in rejects.values())
+
+
+@pytest.mark.parametrize("actor", [FailsOnce, FailsAsItStarts])
+def test_a_shard_whose_actor_fails_is_made_by_another_process(shared_ray, photos, model, tmp_path, monkeypatch, actor):
+    synthesize_here(photos, tmp_path / "plain", model)
+    monkeypatch.setattr(pool, "_ShardActor", actor)
+    run(photos, tmp_path / "out", model, "actors.max=1")
+    assert rows_of(tmp_path / "out").keys() == rows_of(tmp_path / "plain").keys()
+    assert (tmp_path / "out/_SUCCESS").exists()
+    tries = sorted(file.name.split("-") for file in (tmp_path / "out.tries").iterdir())
+    assert [shard for shard, *_ in tries] == ["0", "0", "1", "2", "2", "3"]
+    first, second = (process for shard, _, process in tries if shard == "0")
+    assert first != second
+
+
+def test_a_shard_that_always_fails_is_set_aside_and_tried_by_the_same_command(
+    shared_ray, photos, model, tmp_path, monkeypatch, capsys
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "_ShardActor", NeverMakesOne)
+        with pytest.raises(ValueError, match=r"^1 of 4 shards were set aside .*\(shards 1\)") as failed:
+            run(photos, tmp_path / "out", model)
+    assert "CUDA error: an illegal access" in str(failed.value)
+    assert socket.gethostname() in str(failed.value)
+    assert capsys.readouterr().out.count("attempt") == 3
+    assert not (tmp_path / "out/_SUCCESS").exists()
+    assert len(rows_of(tmp_path / "out")) == 9
+    run(photos, tmp_path / "out", model)
+    assert len(rows_of(tmp_path / "out")) == 12
+
+
+def test_a_run_in_which_every_shard_fails_ends_early(shared_ray, photos, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "_ShardActor", MakesNothing)
+    with pytest.raises(ValueError, match=r"^10 shards failed and none was made") as failed:
+        run(photos, tmp_path / "out", model, "shard.images=1")
+    assert "an illegal access" in str(failed.value)
+    assert not (tmp_path / "out/data").exists()
+
+
+def test_a_run_whose_images_are_mostly_rejects_ends_early(shared_ray, model, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(600):
+        (folder / f"{number:03d}.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"^(\d+) of the first \1 images were rejected; the rejects folder says why"):
+        run(folder, tmp_path / "out", model, "shard.images=50")
+    assert 200 / 50 <= len(list((tmp_path / "out/rejects").iterdir())) < 12
+
+
+def test_a_pool_that_breaks_costs_each_unmade_shard_an_attempt():
+    count = _Count(tqdm(disable=True), 3)
+    record = json.dumps(asdict(Record("data/part-000000.parquet", 1, 0, 1, "", "", 1.0, None, None, None)))
+    count.take(pool._row(0, 1, record=record))
+    count.take(pool._row(failure="as the pool of actors broke: it did"))
+    assert count.to_repeat([0, 1, 2]) == [1, 2]
+    assert count.to_repeat([1, 2]) == [1, 2]
+    assert count.to_repeat([1, 2]) == []
+    with pytest.raises(
+        ValueError, match=r"^2 of 3 shards were set aside after 3 failures .*as the pool of actors broke"
+    ):
+        count.check()
 
 
 def test_reports_summed_up_lose_no_count():

@@ -26,7 +26,9 @@ from tests.faults import proxying
 from tests.s3 import forget_clients
 from tests.sources import keys_of, png, rejects_of, rows_of, save_model, save_spoiled
 
-COLUMNS = ["key", "draw", "scale", "time", "lr", "hr", "height", "width", "hr_sha256", "seed", "model_sha256"]
+COLUMNS = [
+    *("key", "draw", "scale", "time", "lr", "hr", "height", "width", "hr_sha256", "seed", "noise_seed", "model_sha256")
+]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -88,10 +90,26 @@ def test_every_photograph_becomes_a_row(photos, model, made):
         assert np.abs(lr.astype(int) - expected).max() <= 1
 
 
-def test_times_follow_the_models_rule(photos, tmp_path):
-    model = save_model(tmp_path / "inverse.safetensors", time="inverse")
-    for row in rows_of(make(photos, tmp_path / "out", model, "limit=2")).values():
-        assert row["time"] == pytest.approx((1 - 1 / row["scale"]) / 0.75, abs=1e-12)
+def test_a_row_is_the_draw_of_its_noise_seed(photos, tmp_path):
+    model = save_model(tmp_path / "draws.safetensors", draws=True)
+    words = ["scale.per_image=2", "limit=4", "seed=3"]
+    made = {
+        name: rows_of(make(photos, tmp_path / name, model, *words, *more))
+        for name, more in (("drawn", []), ("one by one", ["batch=1", "shard.images=1"]), ("mean", ["spread=0"]))
+    }
+    degrader, drawn = Degrader.load(model), made["drawn"]
+    assert len({row["noise_seed"] for row in drawn.values()}) == len(drawn) == 8
+    for (key, draw), row in drawn.items():
+        assert row["noise_seed"] == noise_seed_of(3, key, draw)
+        hr, scale = images.to_tensor(png(row["hr"]["bytes"]))[None], torch.tensor([row["scale"]]).double()
+        other = made["one by one"][key, draw]
+        assert (other["noise_seed"], other["scale"]) == (row["noise_seed"], row["scale"])
+        for found in (row, other):
+            expected = images.to_pixels(degrader(hr, scale, seed=torch.tensor([row["noise_seed"]])))[0]
+            assert np.abs(png(found["lr"]["bytes"]).astype(int) - expected).max() <= 1
+        mean = images.to_pixels(degrader(hr, scale, spread=0.0))[0]
+        assert np.abs(png(made["mean"][key, draw]["lr"]["bytes"]).astype(int) - mean).max() <= 1
+        assert np.abs(png(row["lr"]["bytes"]).astype(int) - mean).max() > 1
 
 
 @pytest.mark.parametrize("words", [["shard.images=2"], ["shard.images=100", "batch=1"], ["shard.images=7", "batch=8"]])
@@ -179,7 +197,7 @@ class Starved(Degrader):
 
 def test_an_image_too_large_for_the_memory_is_a_reject_and_leaves_the_others(photos, model, made, tmp_path):
     loaded = Degrader.load(model)
-    starved = Starved(loaded.autoencoder, loaded.velocity, loaded.levels)
+    starved = Starved(loaded.autoencoder, loaded.flow, loaded.levels)
     run = Run(load(SynthesizeConfig, [f"input={photos}", f"output={tmp_path}", "batch=9"]), starved)
     make_all(run, plan_of(photos, tmp_path))
     rejects, rows = rejects_of(tmp_path), rows_of(tmp_path)
@@ -198,7 +216,7 @@ def test_an_image_that_no_tile_of_fits_the_budget_is_a_reject(photos, model, tmp
     assert [key for key, _ in rows_of(output)] == ["small.png"]
     rejects = rejects_of(output)
     assert rejects["large.png"]["stage"] == "degrade"
-    assert re.fullmatch(r"memory=0\.154: 400 x 300 pixels need at least \d\.\d+ GB", rejects["large.png"]["error"])
+    assert re.fullmatch(r"memory=0\.154: needs at least \d\.\d+ GB for 400 x 300 pixels", rejects["large.png"]["error"])
 
 
 def test_an_unexpected_failure_is_not_a_reject(photos, model, tmp_path):
@@ -316,7 +334,8 @@ def test_the_plan_comes_back_as_it_was_written(photos, tmp_path):
         ("scale.high=-1", "scale.high=-1.0: must be a positive number"),
         ("precision=half", "precision=half: must be one of float32, float16, bfloat16"),
         ("solver.solver=dopri5", "solver.solver=dopri5: must be one of euler, midpoint, heun, rk4, rk5"),
-        ("solver.steps=0", "solver.steps=0: must be at least 1"),
+        ("solver.steps=-1", "solver.steps=-1: must not be negative"),
+        ("spread=1.5", r"spread=1.5: must lie in \[0, 1\]"),
         ("actors.min=0", "actors.min=0: must be at least 1"),
         ("actors.min=3 actors.max=2", "actors.max=2: must be 0 or at least actors.min=3"),
         ("actors.gpus=2", "actors.gpus=2: must be auto, 0 or 1"),

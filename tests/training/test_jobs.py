@@ -16,11 +16,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from degflow import Degrader, config, images
-from degflow.models import AutoencoderConfig, FlowMap, VelocityConfig
+from degflow.models import AutoencoderConfig, VelocityConfig
 from degflow.models.files import load_checkpoint, save_checkpoint
 from degflow.training.lfm import TrainLFMConfig
 from degflow.training.rae import TrainRAEConfig
-from degflow.trajectory import Timeline
+from degflow.training.residual import TrainResidualConfig
 from tests import ROOT
 from tests.captures import save_scenes
 from tests.jobs import run_job
@@ -173,7 +173,7 @@ def test_stage_2_leaves_one_degrader_file(tree, rae, lfm):
     stage1 = load_file(rae[0] / "rae.safetensors")
     assert all(torch.equal(tensor, stage1[name]) for name, tensor in degrader.autoencoder.state_dict().items())
     averaged = torch.load(output / "checkpoints/step-00000004.pt", weights_only=True)["ema"]
-    assert all(torch.equal(tensor, averaged[name]) for name, tensor in degrader.velocity.state_dict().items())
+    assert all(torch.equal(tensor, averaged[name]) for name, tensor in degrader.flow.network.state_dict().items())
 
 
 def test_a_killed_stage_1_ends_in_the_same_bytes(tree, rae, tmp_path):
@@ -213,19 +213,16 @@ def test_lpips_takes_part_and_half_precision_is_stored(tree, rae, lfm, tmp_path)
     changes = {
         "fit.steps": 1,
         "lpips_weight": 0.1,
-        "landing_samples": 1,
-        "landing": "integrated",
-        "pixel_weight": 2.0,
         "half": "true",
         "path": "linear",
         "fit.batch": 2,
     }
     keys = {**LFM, **changes, "scenes.data": tree, "rae": rae[0] / "rae.safetensors", "output": tmp_path}
     said = succeed("train_lfm", **keys)
-    assert re.search(r"^step 1 of 1: cfm [0-9.e-]+, lpips 0\.\d+, l1 0\.\d+, ", said, re.M)
+    assert re.search(r"^step 1 of 1: cfm [0-9.e-]+, lpips 0\.\d+, ", said, re.M)
     halved = load_file(tmp_path / "degrader.safetensors")
     assert {tensor.dtype for tensor in halved.values()} == {torch.float16}
-    assert Degrader.load(str(tmp_path / "degrader.safetensors")).velocity.head.weight.dtype == torch.float32
+    assert Degrader.load(str(tmp_path / "degrader.safetensors")).flow.network.head.weight.dtype == torch.float32
 
 
 def test_stage_2_goes_on_from_a_degrader_file(tree, lfm, tmp_path):
@@ -251,25 +248,6 @@ def test_stage_1_goes_on_from_a_degrader_file(tree, rae, lfm, tmp_path):
         torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-6)
 
 
-def test_stage_1_trains_the_decoder_alone_and_keeps_the_latents(tree, rae, tmp_path):
-    file = rae[0] / "rae.safetensors"
-    keys = {**RAE, "scenes.data": tree, "fit.start_from": file, "output": tmp_path, "fit.steps": 2, "blurred": 0.5}
-    succeed("train_rae", **keys, freeze_encoder="true")
-    before, after = load_file(file), load_file(tmp_path / "rae.safetensors")
-    for name, tensor in before.items():
-        assert torch.equal(after[name], tensor) == name.startswith("encoder."), name
-
-
-def test_stage_2_leaves_a_flow_map(tree, rae, tmp_path):
-    keys = {**LFM, "scenes.data": tree, "rae": rae[0] / "rae.safetensors", "output": tmp_path}
-    succeed("train_lfm", **keys, **{"velocity.flow_map": "true", "time": "inverse"})
-    degrader = Degrader.load(str(tmp_path / "degrader.safetensors"))
-    assert isinstance(degrader.velocity, FlowMap)
-    assert degrader.timeline == Timeline((1.0, 2.0, 4.0), "inverse")
-    assert degrader.velocity.spline.knots.tolist() == [0, 2 / 3, 1]
-    assert degrader(torch.rand(1, 3, 20, 24), torch.tensor([[1.5, 4.0]])).shape == (1, 2, 3, 20, 24)
-
-
 def test_a_finished_training_needs_the_file_that_it_started_from_no_more(tree, rae, lfm, tmp_path):
     start = tmp_path / "start.safetensors"
     start.write_bytes((lfm[0] / "degrader.safetensors").read_bytes())
@@ -280,20 +258,18 @@ def test_a_finished_training_needs_the_file_that_it_started_from_no_more(tree, r
     assert "resuming after step 1" in succeed("train_lfm", **keys)
 
 
-KINDS = ("_rae", "_decoder", "_flow", "_lfm")
-STAGES = [path.name for path in (ROOT / "configs").iterdir() if path.stem.endswith(KINDS)]
+STAGES = {"_rae": TrainRAEConfig, "_lfm": TrainLFMConfig, "_residual": TrainResidualConfig}
+FILES = [(path, schema) for end, schema in STAGES.items() for path in (ROOT / "configs").glob(f"*{end}.yaml")]
 
 
-@pytest.mark.parametrize("file", sorted(STAGES))
-def test_every_configuration_that_ships_is_one_of_its_job(file):
-    name = "train_rae" if file.endswith(("_rae.yaml", "_decoder.yaml")) else "train_lfm"
-    schema, keys = (TrainRAEConfig, []) if name == "train_rae" else (TrainLFMConfig, ["rae=z"])
-    keys += ["fit.start_from=z"] if file.endswith("_decoder.yaml") else []
-    loaded = config.load(schema, [f"config={ROOT}/configs/{file}", "scenes.data=x", "output=y", *keys])
-    assert loaded.scenes.levels == {"1": 1.0, "2": 2.0, "4": 4.0}
-    if file.startswith(("paper", "released")):  # the released networks' sizes
-        sizes = loaded.autoencoder if name == "train_rae" else loaded.velocity
-        assert sizes == (AutoencoderConfig() if name == "train_rae" else VelocityConfig())
+@pytest.mark.parametrize(("file", "schema"), FILES, ids=lambda value: getattr(value, "stem", ""))
+def test_every_configuration_that_ships_is_one_of_its_job(file, schema):
+    keys = [] if schema is TrainRAEConfig else ["rae=z"]
+    loaded = config.load(schema, [f"config={file}", "scenes.data=x", "output=y", *keys])
+    assert list(loaded.scenes.levels) == ["1", "2", "4"]
+    if file.stem.startswith(("paper", "released")):  # the released networks' sizes
+        sizes = loaded.autoencoder if schema is TrainRAEConfig else loaded.velocity
+        assert sizes == (AutoencoderConfig() if schema is TrainRAEConfig else VelocityConfig())
 
 
 @pytest.mark.parametrize(
@@ -309,18 +285,11 @@ def test_every_configuration_that_ships_is_one_of_its_job(file):
         ),
         ({"scenes.crop": 18}, 1, "scenes.crop=18: must be a multiple of 4 for these two networks"),
         ({"lpips_weight": 1, "lpips_weights": "TMP/w.pth"}, 1, "lpips_weights=.*w.pth: No such file or directory"),
-        (
-            {"velocity.flow_map": "true", "path": "linear"},
-            2,
-            "^error: path=linear: must be spline with velocity.flow_map=",
-        ),
         ({"lpips_weight": -1}, 2, "^error: lpips_weight=-1.0: must not be negative"),
-        ({"pixel_weight": -1}, 2, "^error: pixel_weight=-1.0: must not be negative"),
-        ({"landing_samples": 99}, 2, "^error: landing_samples=99: must not exceed fit.batch="),
         (
-            {"time": "inverse", "fit.start_from": "LFM/degrader.safetensors"},
-            1,
-            "^error: time=inverse: .*degrader.safetensors was trained with time=linear",
+            {"scenes.reductions": "[1.0,1.6]"},
+            2,
+            r"^error: scenes.reductions=\[1.0, 1.6\]: must be \[1\]",
         ),
         ({"fit.batch": 4, "fit.accumulate": 3}, 2, "fit.batch=4: must be a multiple of fit.accumulate=3"),
     ],
@@ -338,11 +307,8 @@ def test_what_does_not_fit_stage_1_is_named(tree, rae, tmp_path):
     keys = {**RAE, "scenes.data": tree, "output": tmp_path / "none"}
     code, words = fails("train_rae", **{**keys, "scenes.crop": 17})
     assert (code, words) == (2, "error: scenes.crop=17: must be a multiple of the autoencoder's r = 2")
-    code, words = fails("train_rae", **{**keys, "blurred": 1})
-    assert (code, words) == (2, "error: blurred=1.0: must lie in [0, 1)")
-    code, words = fails("train_rae", **{**keys, "freeze_encoder": "true"})
-    assert code == 2
-    assert words == "error: freeze_encoder=True: needs fit.start_from, the autoencoder whose encoder is kept"
+    code, words = fails("train_rae", **{**keys, "scenes.reductions": "[1.0,1.6]"})
+    assert (code, words) == (2, "error: scenes.reductions=[1.0, 1.6]: must be [1] with skips=hr")
     code, words = fails("train_rae", **{**keys, "output": rae[0], "fit.learning_rate": 1e-3})
     assert re.search(r"step-00000024.pt: was made with another fit.learning_rate \(0.003 then, 0.001 now\)", words)
     assert code == 1

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from degflow.models import AutoencoderConfig, ResidualAutoencoder
-from degflow.models.dropout import SampleDropout, sample_keys
+from degflow.models.counter import sample_keys
+from degflow.models.dropout import SampleDropout
 from degflow.objectives import Losses, RAEObjective
 from degflow.training.loop import RankSampler, Validation, fit, learning_rate
 from degflow.training.settings import FitConfig
@@ -86,8 +87,8 @@ class Crops(torch.utils.data.Dataset):
         if index == self.bad:
             raise self.how
         random = np.random.default_rng((7, index))
-        images = random.integers(0, 256, (3, 3, 16, 16), np.uint8)
-        return {"images": torch.from_numpy(images), "draw": torch.tensor(random.random())}
+        target, guide = random.integers(0, 256, (2, 3, 16, 16), np.uint8)
+        return {"target": torch.from_numpy(target), "guide": torch.from_numpy(guide)}
 
 
 def rae_objective():

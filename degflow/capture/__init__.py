@@ -1,0 +1,1 @@
+"""Where pairs of HR and LR images come from: cameras, scenes, and the optics between their levels."""

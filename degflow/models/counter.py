@@ -1,0 +1,61 @@
+"""Random numbers that are functions of where they stand: of a key and a position, and of nothing that was drawn before.
+
+A generator's state ties a number to the process that draws it. A hash of the position gives the same bits whatever the
+batch, the tiles, the processes or the interruptions. Integer arithmetic makes the bits the same on every device, in
+eager mode and under torch.compile.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+_NOISE = 0x6E6F6973  # keeps the keys of noise apart from those of dropout
+
+
+def sample_keys(seed: int, number: Tensor) -> Tensor:
+    """Hash a seed and numbers to keys.
+
+    Args:
+        seed: not negative.
+        number: int64 "B", not negative, e.g. a sample's place in the endless sequence of a training.
+
+    Returns:
+        int64 "B" in [0, 2^32).
+    """
+    key = torch.zeros_like(number)
+    for word in (seed & _WORD, (seed >> 32) & _WORD, number & _WORD, number >> 32):
+        key = mix(step(key, word))
+    return key
+
+
+def gaussian(seed: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """Standard normal numbers by Box and Muller's method.
+
+    Args:
+        seed: int64 "B" in [0, 2^63), one for each image.
+        channels, height, width: of the result. A number depends on its seed, channel, row and column alone.
+
+    Returns:
+        float32 "B C H W".
+    """
+    key = sample_keys(_NOISE, seed)
+    for count in (channels + channels % 2, height, width):
+        key = mix(step(key[..., None], torch.arange(count, device=seed.device)))
+    radius, angle = ((key.unflatten(1, (-1, 2)) + 0.5) * 2.0**-32).float().unbind(2)
+    radius = (-2 * radius.log()).sqrt()
+    pair = torch.stack((radius * (2 * math.pi * angle).cos(), radius * (2 * math.pi * angle).sin()), 2)
+    return pair.flatten(1, 2)[:, :channels]
+
+
+def step(key: Tensor, word: Tensor | int) -> Tensor:
+    """Add a word to a key; `mix` must follow."""
+    return ((key ^ word) + 0x9E3779B9) & _WORD
+
+
+def mix(x: Tensor) -> Tensor:
+    """A 32-bit hash (xor-shift and multiply; constants by C. Wellons), in int64 that never overflows."""
+    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _WORD
+    x = ((x ^ (x >> 15)) * 0x735A2D97) & _WORD
+    return x ^ (x >> 15)

@@ -1,0 +1,254 @@
+"""What a captured LR image adds to the optics' image of HR: a distribution of latent residuals, and a flow to draw it.
+
+For one image and scale: S = K_s HR is the image after the optics (`capture.optics`), z_S = E(S), z_HR = E(HR). The
+residual E(captured LR) - z_S holds noise, demosaicing patterns, sharpening and JPEG. It is written as
+
+    residual = gain * deviation_t * y
+
+    gain         how strong residuals are at a latent pixel: the root of the detail that the optics took there
+    deviation_t  a number for each latent channel, at the time t of the scale
+    y            "whitened": unit variance in each channel, over all places
+
+`Spread` is a Gaussian for y with the captured covariance. `ResidualNetwork` is the velocity that carries its samples to
+captured ones: conditional flow matching from one distribution to the other, given z_S, z_HR and t (compare Stochastic
+Flow Matching, arXiv 2410.19814).
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from degflow.config import option
+from degflow.flow import Draw, See, Seen, integrate
+from degflow.models.autoencoder import ChannelNorm
+from degflow.models.counter import gaussian
+
+FLOOR = 0.25 / 127.5  # of the lost detail: a quarter of an 8-bit level in [-1, 1]
+AROUND = 3  # latent pixels along the side of the square that the lost detail is measured in
+
+
+@dataclass(frozen=True)
+class ResidualConfig:
+    """Size of a `ResidualNetwork`."""
+
+    latent_channels: int = option(4, "C_z, channels of the latent")
+    width: int = option(128, "channels inside")
+    blocks: int = option(8, "residual blocks; 0: no network, residuals are drawn from the Gaussian alone")
+    expansion: int = option(3, "channels inside a block / width")
+
+    def __post_init__(self):
+        for name, least in (("latent_channels", 1), ("width", 8), ("blocks", 0), ("expansion", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"residual.{name}={getattr(self, name)}: must be at least {least}")
+        if self.width % 2:
+            raise ValueError(f"residual.width={self.width}: must be even")
+
+    @property
+    def working_channels(self) -> float:
+        """Numbers alive at the peak of an evaluation without gradients, per latent pixel."""
+        return 4 * self.latent_channels + (3 + 2 * self.expansion) * self.width
+
+
+class Guide(NamedTuple):
+    """What is known of a captured latent before it is drawn."""
+
+    optics: Tensor  # z_S, "B C_z h w"
+    source: Tensor  # z_HR, "B C_z h w"
+    gain: Tensor  # "B 1 h w"
+    time: Tensor  # of the scale, "B"
+
+
+def lost_detail(hr: Tensor, skeleton: Tensor, compression: int) -> Tensor:
+    """The gain: the root of the rms of HR - S in the 3 x 3 latent pixels around each.
+
+    The variance of captured residuals follows the rms of what the optics took, not its square.
+
+    Args:
+        hr, skeleton: "B 3 H W" in [-1, 1], H and W multiples of the compression.
+        compression: image pixels along a latent pixel.
+
+    Returns:
+        "B 1 h w".
+    """
+    square = F.avg_pool2d((hr - skeleton).square().mean(1, keepdim=True), compression)
+    around = F.avg_pool2d(square, AROUND, 1, AROUND // 2, count_include_pad=False)
+    return (around.sqrt() + FLOOR).sqrt()
+
+
+class Spread(nn.Module):
+    """The Gaussian of captured residuals: a covariance of the latent channels at some times, linear between them.
+
+    Args:
+        channels: C_z.
+        times: "K" increasing from 0 to 1; there is no residual at time 0, which is HR itself.
+    """
+
+    times: Tensor
+    factors: Tensor
+
+    def __init__(self, channels: int, times: tuple[float, ...]):
+        super().__init__()
+        if len(times) < 2 or times[0] != 0 or not all(a < b for a, b in pairwise(times)):
+            raise ValueError(f"times={list(times)}: at least two, the first 0, increasing")
+        self.register_buffer("times", torch.tensor(times, dtype=torch.float32))
+        self.register_buffer("factors", torch.zeros(len(times), channels, channels))  # A_t, A_t A_t^T the covariance
+
+    @torch.no_grad()
+    def fit(self, covariances: Tensor) -> None:
+        """Take the covariances "K-1 C C" of residual / gain at all times but the first."""
+        scale = covariances.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+        ridge = 1e-5 * scale * torch.eye(covariances.shape[-1], dtype=covariances.dtype)
+        self.factors[1:] = torch.linalg.cholesky(covariances + ridge).to(self.factors)
+
+    def at(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        """The factor of y's covariance, "B C C", and the deviation of each channel, "B C 1 1", at the times "B"."""
+        after = torch.searchsorted(self.times, time.to(self.times).contiguous(), right=True).clamp(
+            1, len(self.times) - 1
+        )
+        start, end = self.times[after - 1], self.times[after]
+        weight = ((time.to(start) - start) / (end - start)).clamp(0, 1)[:, None, None]
+        factor = torch.lerp(self.factors[after - 1], self.factors[after], weight)
+        deviation = factor.square().sum(2).sqrt().clamp(min=1e-12)
+        return factor / deviation[:, :, None], deviation[:, :, None, None]
+
+
+def correlated(factor: Tensor, noise: Tensor) -> Tensor:
+    """Independent normal numbers "B C h w" -> the same with the covariance F F^T, for F = `factor` "B C C".
+
+    Without a matrix product, which autocast would round to half precision.
+    """
+    return (factor[..., None, None] * noise[:, None].to(factor)).sum(2)
+
+
+class _Block(nn.Module):
+    """x + gated MLP of a normalised 5 x 5 depthwise convolution, scaled and shifted by the two times."""
+
+    def __init__(self, config: ResidualConfig):
+        super().__init__()
+        width = config.width
+        self.mix = nn.Conv2d(width, width, 5, padding=2, groups=width)
+        self.norm = ChannelNorm(width)
+        self.modulate = nn.Linear(width, 3 * width)
+        self.widen = nn.Conv2d(width, config.expansion * width, 1)
+        self.narrow = nn.Conv2d(config.expansion * width, width, 1)
+        nn.init.zeros_(self.modulate.weight)
+        nn.init.zeros_(self.modulate.bias)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """ "B C H W" and "B C" -> "B C H W"."""
+        scale, shift, gate = self.modulate(embedding)[:, :, None, None].chunk(3, 1)
+        y = self.norm(self.mix(x)) * (1 + scale) + shift
+        return x + (0.5 + gate) * self.narrow(F.gelu(self.widen(y)))
+
+
+class ResidualNetwork(nn.Module):
+    """dy/dtau of the flow from the Gaussian (tau 0) to captured residuals (tau 1).
+
+    Convolutions and per-pixel norms alone, so that a place depends on its surroundings and not on the image's size.
+
+    Args:
+        config: widths and depths.
+    """
+
+    def __init__(self, config: ResidualConfig = ResidualConfig()):
+        super().__init__()
+        self.config = config
+        self.stem = nn.Conv2d(3 * config.latent_channels + 1, config.width, 3, padding=1)
+        self.embed = nn.Sequential(nn.Linear(2 * 16, config.width), nn.SiLU(), nn.Linear(config.width, config.width))
+        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.blocks))
+        self.norm = ChannelNorm(config.width)
+        self.head = nn.Conv2d(config.width, config.latent_channels, 3, padding=1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
+        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+    def forward(self, y: Tensor, tau: Tensor, guide: Guide) -> Tensor:
+        """Velocity.
+
+        Args:
+            y: whitened residuals, "B C_z h w".
+            tau: place along the flow, "B" in [0, 1].
+            guide: what is known.
+
+        Returns:
+            dy/dtau, "B C_z h w".
+        """
+        seen = torch.cat((y, guide.optics, guide.source - guide.optics, guide.gain.log()), 1)
+        x = self.stem(seen.contiguous(memory_format=torch.channels_last))
+        embedding = F.silu(self.embed(torch.cat((_waves(tau), _waves(guide.time)), 1).to(x.dtype)))
+        for block in self.blocks:
+            x = block(x, embedding)
+        return self.head(F.gelu(self.norm(x)))
+
+
+class ResidualFlow(nn.Module):
+    """Draws captured latents: the optics' latent, plus a residual carried from the Gaussian to captured ones.
+
+    Velocities of straight paths from independent pairs have an exact property at tau = 0: x_0 + v(x_0, 0) is the mean
+    of what is captured. So `spread` 0 costs one evaluation.
+
+    Args:
+        optics: (hr "B 3 H W", scale "B") -> S, of the same shape.
+        spread: fitted.
+        network: a `ResidualNetwork`; without one (blocks=0) residuals are drawn from the Gaussian.
+        compression: image pixels along a latent pixel.
+    """
+
+    multiple = 1
+    solver = ("heun", 4)  # 8 evaluations
+    images = 2
+
+    def __init__(self, optics: nn.Module, spread: Spread, network: ResidualNetwork, compression: int):
+        super().__init__()
+        self.optics, self.spread, self.network, self.compression = optics, spread, network, compression
+        self.has_solver = network.config.blocks > 0
+        self.latent_channels, self.working_channels = network.config.latent_channels, network.config.working_channels
+        self.optics_channels: float = cast(Any, optics).working_channels
+
+    def guide(self, hr: Tensor, scale: Tensor) -> Tensor:
+        """HR after the optics."""
+        return self.optics(hr, scale)
+
+    def carry(self, see: See, hr: Tensor, draw: Draw) -> Iterator[tuple[Tensor, Seen]]:
+        """See `Flow`; each scale has an image after the optics, and an integration, of its own."""
+        source = see(hr, False)
+        for n in range(draw.scale.shape[1]):
+            seen = see(self.optics(hr, draw.scale[:, n]), True)
+            gain = lost_detail(source.image, seen.image, self.compression)
+            guide = Guide(seen.latent, source.latent, gain, draw.time[:, n])
+            yield self.latent(guide, draw.seed[:, n], draw.spread, draw.steps, draw.solver), seen
+
+    def latent(self, guide: Guide, seed: Tensor, spread: float, steps: int, solver: str) -> Tensor:
+        """Draw one latent "B C_z h w" for each guide.
+
+        Args:
+            guide: what is known.
+            seed: int64 "B".
+            spread: 1 gives draws, 0 their mean; between them, what lies in proportion between the two.
+            steps, solver: of `integrate`, from tau 0 to 1.
+        """
+        y, (factor, deviation) = guide.optics.new_zeros(guide.optics.shape), self.spread.at(guide.time)
+
+        def velocity(y: Tensor, tau: Tensor) -> Tensor:
+            return self.network(y, tau, guide).to(y.dtype)
+
+        if self.has_solver and spread < 1:
+            y = velocity(y, guide.time.new_zeros(len(y)))
+        if spread > 0:
+            drawn = correlated(factor, gaussian(seed, *y.shape[1:]))
+            if self.has_solver:
+                drawn = integrate(velocity, drawn, guide.time.new_ones(len(y)), steps=steps, solver=solver)
+            y = torch.lerp(y, drawn, spread)
+        return guide.optics + guide.gain * deviation * y
+
+
+def _waves(time: Tensor) -> Tensor:
+    """Smooth features "B 16" of times "B" in [0, 1]."""
+    angles = time.float()[:, None] * math.pi * torch.arange(1, 9, device=time.device)
+    return torch.cat((angles.sin(), angles.cos()), 1)

@@ -1,0 +1,139 @@
+"""Stage 2 for draws: fit the spread of captured latents, and train the flow that draws them, the autoencoder frozen."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from degflow import evaluation
+from degflow.capture.scenes import ResidualCrops, SceneConfig, SceneImages
+from degflow.capture.skeletons import Stack, stacks_of
+from degflow.config import option, required
+from degflow.degrader import Degrader
+from degflow.models import ResidualAutoencoder, ResidualConfig, ResidualFlow, ResidualNetwork, Spread
+from degflow.objectives import ResidualObjective, residuals
+from degflow.training.lfm import provenance
+from degflow.training.loop import Validation, fit
+from degflow.training.processes import is_main_process, local_share
+from degflow.training.rae import load_stage1
+from degflow.training.settings import FitConfig
+from degflow.trajectory import Timeline
+
+
+@dataclass(frozen=True)
+class TrainResidualConfig:
+    """Keys of train_residual."""
+
+    scenes: SceneConfig = option(SceneConfig(reductions=(1.0, 8 / 7, 4 / 3, 1.6)))
+    validation: str = option(
+        "", "another split of the tree, for validation; empty: central crops of the training scenes"
+    )
+    rae: str = required("file of stage 1, trained with skips=optics")
+    output: str = required("folder or URI for checkpoints, previews and degrader.safetensors")
+    residual: ResidualConfig = option(ResidualConfig())
+    half: bool = option(False, "store the degrader in float16 (computed in float32 all the same)")
+    fit: FitConfig = option(FitConfig(steps=100_000, batch=32, learning_rate=2e-4))
+
+
+def train_residual(config: TrainResidualConfig) -> None:
+    """Train, then write degrader.safetensors.
+
+    Raises:
+        ValueError, OSError: scenes, configuration, stage 1 or storage that will not do; the message says which.
+    """
+    autoencoder, optics = load_stage1(config.rae, config.scenes.levels)
+    if not optics:
+        raise ValueError(f"rae={config.rae}: holds no optics; train_rae makes them with skips=optics")
+    r = autoencoder.config.compression
+    if config.scenes.crop % r:
+        raise ValueError(f"scenes.crop={config.scenes.crop}: must be a multiple of the autoencoder's r = {r}")
+    main = is_main_process()
+    scenes = SceneImages(config.scenes, quiet=not main, share=local_share())
+    if main:
+        print(scenes.describe())
+    watched = SceneImages(replace(config.scenes, data=config.validation), quiet=True) if config.validation else scenes
+    crops = evaluation.validation_crops(watched)
+    stacks = stacks_of(scenes, optics, config.scenes.reductions, quiet=not main)
+    timeline = Timeline(tuple(config.scenes.levels.values()))
+    times = [tuple(timeline.time(scale) for scale in stack.scales) for stack in stacks]
+    torch.manual_seed(config.fit.seed)
+    network = ResidualNetwork(replace(config.residual, latent_channels=autoencoder.config.latent_channels))
+    spread = fit_spread(autoencoder, stacks, times, config.scenes.crop, quiet=not main)
+    objective = ResidualObjective(autoencoder, ResidualFlow(optics, spread, network, r), config.fit.seed)
+
+    def degrader(network: nn.Module) -> Degrader:
+        device = next(network.parameters()).device
+        flow = ResidualFlow(optics, spread, cast(ResidualNetwork, network), r)
+        return Degrader(autoencoder, flow, config.scenes.levels).to(device)
+
+    def validate(network: nn.Module) -> Validation:
+        return Validation(*evaluation.generation(degrader(network), crops, list(config.scenes.levels)))
+
+    trained: nn.Module | None = network if main else None
+    if config.residual.blocks:
+        samples = ResidualCrops([stack.pixels for stack in stacks], times, config.scenes.crop, config.fit.seed)
+        result = fit(objective, samples, config.fit, config.output, config, validate)
+        trained = result.network if result else None
+    if trained:
+        file = f"{config.output}/degrader.safetensors"
+        degrader(trained).save(file, provenance(config, scenes), half=config.half)
+        print(f"degrader: {file}")
+
+
+@torch.no_grad()
+def fit_spread(
+    autoencoder: ResidualAutoencoder,
+    stacks: Sequence[Stack],
+    times: Sequence[Sequence[float]],
+    crop: int,
+    batches: int = 12,
+    batch: int = 16,
+    quiet: bool = False,
+) -> Spread:
+    """The Gaussian of captured residuals at every time that the stacks have.
+
+    For residuals of variance gain^2 C it is the maximum of the likelihood: C = mean of residual residual^T / gain^2.
+
+    Args:
+        autoencoder: the trained autoencoder.
+        stacks, times: as `ResidualCrops` takes them.
+        crop: side of the crops that it is fitted on, in pixels.
+        batches, batch: crops for each time.
+        quiet: no progress bar.
+    """
+    found = sorted({round(time, 6) for each in times for time in each})
+    channels = autoencoder.config.latent_channels
+    spread, unit = Spread(channels, (0.0, *found)), Spread(channels, (0.0, 1.0))
+    unit.fit(torch.eye(channels)[None])
+    unit.factors[0] = unit.factors[1]  # deviation 1 everywhere: the residual divided by its gain alone
+    covariances = []
+    for time in tqdm(found, "fitting the spread", disable=quiet):
+        places = [(n, k) for n, each in enumerate(times) for k, at in enumerate(each) if round(at, 6) == time]
+        total = torch.zeros(channels, channels, dtype=torch.float64)
+        for number in range(batches):
+            hr, skeleton, lr = _crops(stacks, places, crop, batch, np.random.default_rng((number, round(1e6 * time))))
+            _, residual = residuals(autoencoder, unit, hr, skeleton, lr, torch.full((batch,), time))
+            flat = residual.transpose(0, 1).flatten(1).double()
+            total += flat @ flat.T / flat.shape[1] / batches
+        covariances.append(total)
+    spread.fit(torch.stack(covariances))
+    return spread
+
+
+def _crops(
+    stacks: Sequence[Stack], places: Sequence[tuple[int, int]], crop: int, batch: int, random: np.random.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """HR, its image after the optics and LR, uint8 "B 3 crop crop", from random places of (stack, LR level)."""
+    samples = []
+    for _ in range(batch):
+        n, k = places[int(random.integers(len(places)))]
+        pixels = stacks[n].pixels
+        top, left = (int(random.integers(side - crop + 1)) for side in pixels.shape[1:3])
+        window = pixels[[0, len(stacks[n].scales) + 1 + k, 1 + k], top : top + crop, left : left + crop]
+        samples.append(torch.from_numpy(window.transpose(0, 3, 1, 2)))
+    hr, skeleton, lr = torch.stack(samples, 1).unbind(0)
+    return hr, skeleton, lr

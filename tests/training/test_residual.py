@@ -1,0 +1,250 @@
+"""Stage 1 with skips=optics, then train_residual, as jobs on a small simulated tree; and the fit of the spread."""
+
+import hashlib
+import re
+import signal
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from degflow import Degrader, images
+from degflow.capture.optics import Optics
+from degflow.capture.scenes import SceneConfig, SceneImages
+from degflow.capture.skeletons import Stack, stacks_of
+from degflow.models import ResidualFlow
+from degflow.models.files import load_checkpoint
+from degflow.models.residual import lost_detail
+from degflow.training.rae import load_stage1
+from degflow.training.residual import fit_spread
+from tests.captures import save_scenes
+from tests.training.test_jobs import LFM, RAE, fails, start, succeed
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+LEVELS = {"1": 1.0, "2": 2.0, "4": 4.0}
+OPTICS_RAE = {**RAE, "skips": "optics", "scenes.crop": 32, "scenes.reductions": "[1.0,1.6]", "fit.steps": 8}
+OPTICS_RAE |= {"fit.validate_every": 4}
+RESIDUAL = {
+    "scenes.crop": 32,
+    "scenes.reductions": "[1.0,1.6]",
+    "residual.width": 16,
+    "residual.blocks": 1,
+    "fit.steps": 12,
+    "fit.batch": 2,
+    "fit.learning_rate": 1e-3,
+    "fit.validate_every": 6,
+    "fit.save_every": 1,
+    "fit.log_every": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """Two photographs large enough for the optics, captured at two scales into a RealSR-like tree."""
+    data = pytest.importorskip("skimage.data")
+    photos = data.astronaut()[20:116, 180:300], data.coffee()[100:204, 200:296]
+    return save_scenes(tmp_path_factory.mktemp("scenes") / "Canon/Train", photos, ("2", "4"))
+
+
+@pytest.fixture(scope="module")
+def rae(tree, tmp_path_factory):
+    output = tmp_path_factory.mktemp("rae")
+    return output, succeed("train_rae", **OPTICS_RAE, **{"scenes.data": tree, "output": output})
+
+
+def keys_of(tree, rae, output, **changes):
+    return {**RESIDUAL, "scenes.data": tree, "rae": rae[0] / "rae.safetensors", "output": output, **changes}
+
+
+@pytest.fixture(scope="module")
+def residual(tree, rae, tmp_path_factory):
+    """An uninterrupted training."""
+    output = tmp_path_factory.mktemp("residual")
+    return output, succeed("train_residual", **keys_of(tree, rae, output))
+
+
+def test_stage_1_leaves_the_optics_beside_the_autoencoder(tree, rae):
+    output, said = rae
+    assert f"autoencoder: {output}/rae.safetensors" in said
+    tensors, description, _ = load_checkpoint(str(output / "rae.safetensors"), "autoencoder")
+    assert description["optics"] == {"scales": [1.0, 2.0, 4.0], "rings": 64}
+    autoencoder, optics = load_stage1(str(output / "rae.safetensors"), LEVELS)
+    scenes = SceneImages(SceneConfig(str(tree), LEVELS, crop=32), quiet=True)
+    assert torch.equal(optics.log_transfer, Optics.fit(scenes).log_transfer)
+    assert set(tensors) == {"optics.log_transfer", *autoencoder.state_dict()}
+    previews = sorted(file.name for file in (output / "previews").iterdir())
+    assert previews == ["step-00000004.png", "step-00000008.png"]
+
+
+def test_stage_2_leaves_one_degrader_file_that_degrades(tree, rae, residual):
+    output, said = residual
+    assert re.search(r"^2 scenes at levels 1, 2, 4 \(", said, re.M)
+    assert re.search(r"^step 12 of 12: cfm [0-9.e-]+, [0-9.]+ images/s$", said, re.M)
+    assert re.search(r"^step 12: .*x2 [0-9.-]+, x4 [0-9.-]+$", said, re.M)
+    assert f"degrader: {output}/degrader.safetensors" in said
+    degrader = Degrader.load(str(output / "degrader.safetensors"))
+    assert isinstance(degrader.flow, ResidualFlow)
+    assert degrader.levels == LEVELS
+    assert degrader.provenance["scenes"] == ["Canon_001", "Canon_002"]
+    assert degrader.provenance["config"]["residual"]["width"] == 16
+    assert degrader.flow.spread.times.tolist() == pytest.approx([0, 0.25 / 3, 1 / 3, 0.5, 1], abs=1e-6)
+    stage1 = load_file(rae[0] / "rae.safetensors")
+    assert all(torch.equal(tensor, stage1[name]) for name, tensor in degrader.autoencoder.state_dict().items())
+    assert torch.equal(degrader.flow.optics.log_transfer, stage1["optics.log_transfer"])
+    averaged = torch.load(output / "checkpoints/step-00000012.pt", weights_only=True)["ema"]
+    assert all(torch.equal(tensor, averaged[name]) for name, tensor in degrader.flow.network.state_dict().items())
+    photo = Image.open(tree / "2/Canon_001_HR.png")
+    draws = [degrader.degrade(photo, 2.7, seed=seed) for seed in (0, 1)]
+    assert all(draw.size == photo.size for draw in draws)
+    assert draws[0].tobytes() != draws[1].tobytes()
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM], ids=lambda stop: stop.name)
+def test_a_stopped_training_ends_in_the_same_bytes(tree, rae, residual, tmp_path, stop):
+    keys = keys_of(tree, rae, tmp_path)
+    process = start("train_residual", **keys)
+    end = time.monotonic() + 180
+    while not list(tmp_path.glob("checkpoints/step-*.pt")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    process.send_signal(stop)
+    process.communicate(timeout=120)
+    assert process.returncode == (75 if stop == signal.SIGTERM else -signal.SIGKILL)
+    assert not (tmp_path / "degrader.safetensors").exists()
+    assert re.search(r"resuming after step \d+ ", succeed("train_residual", **keys))
+    assert digest(tmp_path) == digest(residual[0])
+
+
+def digest(output):
+    """Of the degrader, but for the folder's name in its provenance."""
+    tensors, description, _ = load_checkpoint(str(output / "degrader.safetensors"))
+    description["provenance"]["config"].pop("output")
+    found = hashlib.sha256(repr(sorted(description.items())).encode())
+    for name in sorted(tensors):
+        found.update(name.encode() + tensors[name].numpy().tobytes())
+    return found.hexdigest()
+
+
+def test_a_training_goes_on_from_a_degrader_file(tree, residual, tmp_path):
+    file = residual[0] / "degrader.safetensors"
+    still = {"fit.steps": 1, "fit.learning_rate": 1e-12, "fit.final_learning_rate": 1e-12, "fit.start_from": file}
+    succeed("train_residual", **{**RESIDUAL, **still}, **{"scenes.data": tree, "rae": file, "output": tmp_path})
+    before, after = load_file(file), load_file(tmp_path / "degrader.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_stage_1_goes_on_from_a_file_with_optics(tree, rae, residual, tmp_path):
+    still = {"fit.steps": 1, "fit.learning_rate": 1e-12, "fit.final_learning_rate": 1e-12}
+    before = load_file(rae[0] / "rae.safetensors")
+    rescaled = ("encoder.head.weight", "encoder.head.bias", "decoder.stem.weight")  # the latent's unit is measured anew
+    for file in (rae[0] / "rae.safetensors", residual[0] / "degrader.safetensors"):
+        output = tmp_path / file.stem
+        succeed("train_rae", **{**OPTICS_RAE, **still, "scenes.data": tree, "output": output, "fit.start_from": file})
+        after = load_file(output / "rae.safetensors")
+        assert before.keys() == after.keys()
+        for name in before.keys() - rescaled:
+            torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-6)
+
+
+def test_without_blocks_the_gaussian_is_fitted_and_nothing_is_trained(tree, rae, residual, tmp_path):
+    said = succeed("train_residual", **keys_of(tree, rae, tmp_path, **{"residual.blocks": 0}))
+    assert "step 1" not in said
+    degrader, trained = (Degrader.load(str(folder / "degrader.safetensors")) for folder in (tmp_path, residual[0]))
+    assert degrader.flow.network.config.blocks == 0
+    assert torch.equal(degrader.flow.spread.factors, trained.flow.spread.factors)
+    hr = torch.rand(1, 3, 40, 40) * 2 - 1
+    draws = [degrader(hr, torch.tensor([3.0]), seed=seed) for seed in (0, 1)]
+    assert not torch.equal(*draws)
+
+
+def test_half_precision_is_stored_on_request(tree, rae, tmp_path):
+    succeed("train_residual", **keys_of(tree, rae, tmp_path, half="true", **{"fit.steps": 1}))
+    stored = load_file(tmp_path / "degrader.safetensors")
+    assert stored["flow.network.stem.weight"].dtype == torch.float16
+    assert stored["flow.spread.factors"].dtype == torch.float32
+
+
+def test_each_stage_2_takes_its_own_kind_of_stage_1_alone(tree, rae, residual, tmp_path):
+    plain = {**RAE, "fit.steps": 1, "scenes.data": tree, "output": tmp_path / "rae"}
+    succeed("train_rae", **plain)
+    file = tmp_path / "rae/rae.safetensors"
+    code, words = fails("train_residual", **{**keys_of(tree, rae, tmp_path / "none"), "rae": file})
+    assert code == 1
+    assert f"error: rae={file}: holds no optics; train_rae makes them with skips=optics" in words
+    for file in (rae[0] / "rae.safetensors", residual[0] / "degrader.safetensors"):
+        code, words = fails("train_lfm", **LFM, **{"scenes.data": tree, "rae": file, "output": tmp_path / "none"})
+        assert code == 1
+        assert f"error: rae={file}: trained with skips=optics, which the published flow does not use" in words
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "said"),
+    [
+        ({"rae": "none.safetensors"}, 1, r"none.safetensors: no such file"),
+        ({"scenes.levels": "{1: 1.0, 2: 2.1, 4: 3.75}"}, 1, r"scenes.levels=.*2.1.*: .* was trained on .*'2': 2.0"),
+        ({"scenes.crop": 33}, 1, r"scenes.crop=33: must be a multiple of the autoencoder's r = 2"),
+        ({"scenes.crop": 98}, 1, r"Canon_001_HR.png: 120 x 96 pixels, smaller than crop=98"),
+        ({"scenes.crop": 64}, 1, r"scenes.reductions=\[1.0, 1.6\]: reduced by 1.6, no scene is left .*scenes.crop=64"),
+        ({"scenes.reductions": "[2.0]"}, 1, r"scenes.reductions=\[2.0\]: .*has all levels above scale 1"),
+        ({"residual.width": 9}, 2, r"residual.width=9: must be even"),
+    ],
+)
+def test_what_does_not_fit_is_named_before_it_starts(changes, code, said, tree, rae, tmp_path):
+    found, words = fails("train_residual", **{**keys_of(tree, rae, tmp_path / "none"), **changes})
+    assert re.search(said, words), words
+    assert found == code
+    assert not (tmp_path / "none").exists()
+
+
+# The fit of the spread
+
+
+class Identity:
+    """An encoder whose latents are the image, so that images of given latents are known."""
+
+    config = SimpleNamespace(latent_channels=3, compression=1)
+
+    def encode(self, image):
+        return image, ()
+
+
+def known_stack(root, random, side=128):
+    """A scene whose captured latents are the optics' and gain times Gaussian noise of the covariance root root^T."""
+    hr, skeleton = random.integers(100, 156, (2, side, side, 3), dtype=np.uint8)
+    image = images.to_tensor(np.stack((hr, skeleton)))
+    noise = torch.from_numpy(random.standard_normal((3, side, side))).float()
+    lr = image[1:] + lost_detail(image[:1], image[1:], 1) * torch.einsum("ij,jhw->ihw", root, noise)
+    return Stack(np.stack((hr, images.to_pixels(lr)[0], skeleton)), (2.0,))
+
+
+def test_the_spread_is_fitted_to_the_captured_covariance_at_every_time():
+    early = torch.tensor([[0.10, 0.04, 0.0], [0.04, 0.05, -0.02], [0.0, -0.02, 0.03]], dtype=torch.float64)
+    late = early.flip(0, 1)
+    random, stacks = np.random.default_rng(0), []
+    for covariance in (early, late):
+        stacks += [known_stack(torch.linalg.cholesky(covariance).float(), random) for _ in range(4)]
+    spread = fit_spread(Identity(), stacks, [(0.4,)] * 4 + [(1.0,)] * 4, crop=64, quiet=True)
+    roots = spread.factors.double()
+    assert spread.times.tolist() == pytest.approx([0, 0.4, 1])
+    torch.testing.assert_close(roots @ roots.mT, torch.stack((0 * early, early, late)), rtol=0.05, atol=1e-3)
+
+
+def test_a_fit_of_the_spread_repeats_and_keeps_times_apart(tree, rae):
+    autoencoder, optics = load_stage1(str(rae[0] / "rae.safetensors"), LEVELS)
+    scenes = SceneImages(SceneConfig(str(tree), LEVELS, crop=32), quiet=True)
+    stacks = stacks_of(scenes, optics, (1.0, 1.6), quiet=True)
+    times = [tuple((scale - 1) / 3 for scale in stack.scales) for stack in stacks]
+    one, again = (fit_spread(autoencoder, stacks, times, 32, batches=2, batch=4, quiet=True) for _ in range(2))
+    assert torch.equal(one.factors, again.factors)
+    assert one.times.tolist() == pytest.approx([0, 0.25 / 3, 1 / 3, 0.5, 1], abs=1e-6)
+    plain = [(stack, at) for stack, at in zip(stacks, times, strict=True) if stack.scales == (2.0, 4.0)]
+    alone = fit_spread(autoencoder, *map(list, zip(*plain, strict=True)), 32, batches=2, batch=4, quiet=True)
+    torch.testing.assert_close(alone.factors[1:], one.factors[[2, 4]])
