@@ -13,7 +13,8 @@ they should be. All on Y in 16..235 with 4 pixels shaved, unless said otherwise.
   are calibrated; captures beyond all draws betray draws that vary too little.
 """
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -87,15 +88,14 @@ def _scores(degrader: Degrader, hr: Tensor, lr: Tensor, scale: float, count: int
     made = _rounded(degrader(hr, scales)[0])
     mean = _rounded(degrader(hr, scales[:, :1], spread=0.0)[0])
     optics = _rounded(degrader.flow.guide(hr, scales[0, :1]))
-    noises = [(flat_noise(image, hr)[name] for image in (lr, made[:1])) for name in BRIGHTNESS]
-    captured, drawn = zip(*noises, strict=True)
+    captured, drawn = (flat_noise(image, hr) for image in (lr, made[:1]))
     together = ranks(made, lr)
     return (
         float(psnr(made, lr.expand_as(made)).mean()),
         float(psnr(mean, lr)),
         float(psnr(optics, lr)),
-        *(part.level for pair in zip(captured, drawn, strict=True) for part in pair),
-        *(float(np.nanmean([part.correlation for part in parts])) for parts in (captured, drawn)),
+        *(noises[name].level for name in BRIGHTNESS for noises in (captured, drawn)),
+        *(_mean([part.correlation for part in noises.values()]) for noises in (captured, drawn)),
         *(float(comb(image, period)[0]) for period in (8, 4) for image in (lr, made[:1])),
         *(gray_chroma(image, hr)[0] for image in (lr, made[:1])),
         energy_score(made, lr),
@@ -103,6 +103,12 @@ def _scores(degrader: Degrader, hr: Tensor, lr: Tensor, scale: float, count: int
         rank_error(together[0]),
         float(np.mean([rank_error(shares) for shares in together])),
     )
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Mean without NaN; NaN where there is nothing else."""
+    known = [value for value in values if not math.isnan(value)]
+    return float(np.mean(known)) if known else math.nan
 
 
 def _rounded(image: Tensor) -> Tensor:
@@ -130,7 +136,7 @@ def comb(image: Tensor, period: int) -> Tensor:
     """Power of the lines at multiples of 1/period over that of the lines beside them, "B 3 H W" -> "B" in dB.
 
     Of the 1-D spectra along rows and along columns, the mean of both; 0 for an image without a weave. NaN for an image
-    of less than 66 pixels.
+    of less than 72 pixels.
     """
     y = shaved_luma(image, 1)
     if min(y.shape[1:]) < 64:

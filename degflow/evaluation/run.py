@@ -30,10 +30,10 @@ REALISM = (
 
 DRAWS = (
     "Means of the scenes. PSNR-Y of draws, of their mean (spread 0) and of the optics alone. Then captured / drawn: "
-    "noise in flat blocks by brightness, and the correlation of neighbours there; comb, the power at multiples of 1/8 "
-    "and 1/4 cycles per pixel above that beside them, in dB; the mean colour of gray. Energy score of the draws, and "
-    "of the mean in their place; lower is better. Rank error: how far the captured pixel's ranks among the draws are "
-    "from even, in the finest band of frequency and in all; 0 is calibrated."
+    "noise in flat blocks by brightness (medians), and the correlation of neighbours there; comb, the power at "
+    "multiples of 1/8 and 1/4 cycles per pixel above that beside them, in dB; the mean colour of gray. Energy score of "
+    "the draws, and of the mean in their place; lower is better. Rank error: how far the captured pixel's ranks among "
+    "the draws are from even, in the finest band of frequency and in all; 0 is calibrated."
 )
 
 

@@ -158,14 +158,16 @@ def _markdown(titles: Sequence[Any], rows: Iterable[Sequence[str]]) -> str:
 
 
 def draws_table(scores: Sequence[DrawScore]) -> str:
-    """A row per level: means over the scenes of `DrawScore`, captured / drawn."""
+    """A row per level: medians over the scenes of the noises, means of the rest of `DrawScore`; captured / drawn."""
     header = ("scale", "draws", "mean", "optics", "dark", "middle", "bright", "correlation", "comb 8", "comb 4")
     header += ("gray's colour", "energy score, of the mean", "rank error, fine, all")
     rows = []
     for label in dict.fromkeys(score.label for score in scores):
         values = np.array([score[2:] for score in scores if score.label == label])
+        averages = [np.median if 3 <= n < 9 else np.mean for n in range(values.shape[1])]
         means = [
-            float(np.mean(column[~np.isnan(column)])) if not np.isnan(column).all() else math.nan for column in values.T
+            float(average(known)) if len(known := column[~np.isnan(column)]) else math.nan
+            for average, column in zip(averages, values.T, strict=True)
         ]
         pairs = [f"{a:.2f} / {b:.2f}" for a, b in zip(means[3:-4:2], means[4:-4:2], strict=True)]
         last = (f"{means[-4]:.3f}, {means[-3]:.3f}", f"{means[-2]:.3f}, {means[-1]:.3f}")
