@@ -78,7 +78,11 @@ class SynthesizeConfig:
         "auto", "rows hold HR as PNG (embed) or as the source's URI (reference); auto: embed if scale.per_image=1"
     )
     max_pixels: int = option(images.MAX_PIXELS, "images with more pixels are rejected")
-    memory: float = option(4.0, "GB for one forward pass, besides weights and images; larger images are cut into tiles")
+    memory: float = option(
+        0.0,
+        "GB for one forward pass, besides weights and images; larger images are cut into tiles; 0: 3/4 of a GPU's "
+        "memory, 4 GB on CPUs",
+    )
     precision: str = option("float32", f"of the networks: {', '.join(PRECISIONS)}; float16 is for GPUs")
     batch: int = option(4, "images in each stage at a time; those of equal size share a forward pass")
     actors: ActorsConfig = option(ActorsConfig())
@@ -98,7 +102,7 @@ class SynthesizeConfig:
             ("size", self.size in ("same", "scaled"), "must be same or scaled"),
             ("hr", self.hr in ("auto", "embed", "reference"), "must be auto, embed or reference"),
             ("max_pixels", self.max_pixels >= images.SMALLEST_SIDE**2, f"must be at least {images.SMALLEST_SIDE**2}"),
-            ("memory", self.memory > 0, "must be above 0"),
+            ("memory", self.memory >= 0, "must not be negative"),
             ("precision", self.precision in PRECISIONS, f"must be one of {', '.join(PRECISIONS)}"),
             ("batch", self.batch >= 1, "must be at least 1"),
             ("max_reject_rate", 0 <= self.max_reject_rate <= 1, "must lie in [0, 1]"),

@@ -14,10 +14,14 @@ import torch
 from degflow import images
 from degflow.dataset.layout import Reject
 from degflow.dataset.scales import noise_seed_of
-from degflow.degrader import Degrader
+from degflow.degrader import MEMORY, Degrader
 from degflow.synthesis.codec import Draw, Handle, Loaded
 
 FORWARD_PIXELS = 1 << 20
+_FULL = (  # how PyTorch, cuDNN, cuBLAS and CUDA say that memory ran out
+    *("DefaultCPUAllocator", "not enough memory", "CUDA error: out of memory", "CUDA out of memory"),
+    *("CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED"),
+)
 
 
 class Item(NamedTuple):
@@ -34,7 +38,7 @@ class WindowDegrader:
 
     Args:
         degrader: on the device that computes.
-        memory: GB for one forward pass; see `Degrader.forward`.
+        memory: GB for one forward pass; see `Degrader.forward`. 0: `usual_memory` of the device.
         precision: of the networks.
         steps: of the solver; 0: the model's own number.
         solver: its name; "": the model's own.
@@ -74,33 +78,50 @@ class WindowDegrader:
     def _noise_seeds(self, item: Item) -> list[int]:
         return [noise_seed_of(self.seed, item.loaded.key, draw) for draw in range(len(item.scales))]
 
-    def _degrade_batch(self, batch: Sequence[Item]) -> list[np.ndarray | Reject]:
-        """One forward pass over images of equal size; image by image if the batch does not fit the memory."""
+    def _degrade_batch(self, batch: Sequence[Item], memory: float = 0.0) -> list[np.ndarray | Reject]:
+        """One forward pass over images of equal size, within `memory` GB (0: what the run has).
+
+        A pass that runs out of memory is repeated image by image, then with half the memory, as long as there are tiles
+        small enough. It is repeated outside of `except`, whose traceback would keep the failed pass's tensors alive.
+        """
+        memory = memory or self.memory or usual_memory(self._device)
         height, width, _ = batch[0].loaded.pixels.shape
         try:
-            self.degrader.plan(height, width, self.memory)
+            self.degrader.plan(height, width, memory)
         except ValueError as error:
             return [Reject(item.loaded.key, "degrade", str(error)) for item in batch]
         try:
-            pixels, finite = self._forward(batch)
+            pixels, finite = self._forward(batch, memory)
         except (MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
-            if len(batch) > 1:
-                return [result for item in batch for result in self._degrade_batch([item])]
-            reason = f"{width} x {height} pixels: out of memory on {self._device}"
-            return [Reject(batch[0].loaded.key, "degrade", reason)]
+            pixels, finite = None, []
+        if pixels is None:
+            return self._again(batch, memory)
         return [
             image if good else Reject(item.loaded.key, "degrade", "the result is not finite")
             for item, image, good in zip(batch, pixels, finite, strict=True)
         ]
 
-    def _forward(self, batch: Sequence[Item]) -> tuple[np.ndarray, list[bool]]:
+    def _again(self, batch: Sequence[Item], memory: float) -> list[np.ndarray | Reject]:
+        """Repeat a forward pass that ran out of memory."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(batch) > 1:
+            return [result for item in batch for result in self._degrade_batch([item], memory)]
+        (result,) = self._degrade_batch(batch, memory / 2)
+        if isinstance(result, Reject) and "needs at least" in result.error:
+            height, width, _ = batch[0].loaded.pixels.shape
+            reason = f"{width} x {height} pixels: out of memory on {self._device} with memory={memory:.3g}"
+            return [result._replace(error=reason)]
+        return [result]
+
+    def _forward(self, batch: Sequence[Item], memory: float) -> tuple[np.ndarray, list[bool]]:
         """LR images, uint8 "B N H W 3", and whether all values of each image's are finite."""
         hr = images.to_tensor(np.stack([item.loaded.pixels for item in batch]), self._device)
         scale = torch.tensor([item.scales for item in batch], dtype=torch.float64)
         seed = torch.tensor([self._noise_seeds(item) for item in batch])
-        how = {"memory": self.memory, "precision": self.precision, "steps": self.steps, "solver": self.solver}
+        how = {"memory": memory, "precision": self.precision, "steps": self.steps, "solver": self.solver}
         lr = self.degrader(hr, scale, seed=seed, spread=self.spread, **how)
         return images.to_pixels(lr), lr.isfinite().flatten(1).all(1).tolist()
 
@@ -109,7 +130,17 @@ class WindowDegrader:
         return next(self.degrader.parameters()).device
 
 
+def usual_memory(device: torch.device) -> float:
+    """GB for one forward pass where none are asked for: 3/4 of a GPU's memory, 4 GB on a CPU.
+
+    Of all its memory, not of what is free now, so that equal GPUs cut an image into equal tiles.
+    """
+    if device.type == "cuda":
+        return 0.75 * torch.cuda.get_device_properties(device).total_memory / 1e9
+    return MEMORY
+
+
 def _out_of_memory(error: Exception) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return any(words in str(error) for words in ("DefaultCPUAllocator", "not enough memory"))
+    return any(words in str(error) for words in _FULL)
