@@ -15,7 +15,7 @@ from degflow.synthesis.settings import SynthesizeConfig
 FREE = (
     *("actors.min", "actors.max", "actors.gpus", "actors.threads", "actors.compile"),
     *("memory", "batch"),  # tiles and batches of another size change pixels by float rounding alone
-    *("output", "model", "max_reject_rate", "dry_run", "overwrite", "extend", "retry_rejects"),
+    *("output", "model", "limit", "max_reject_rate", "dry_run", "overwrite", "extend", "retry_rejects"),
 )
 SOURCES = ("input", "root")  # in a shard's digest the planned files stand for these
 

@@ -263,6 +263,22 @@ def test_what_a_run_refuses(shared_ray, photos, model, tmp_path, words, message)
     assert sorted(path.name for path in (tmp_path / "texts").iterdir()) == ["notes.txt"]
 
 
+def test_a_first_try_with_a_limit_is_extended_to_all(photos, model, tmp_path, capsys):
+    synthesize_here(photos, tmp_path / "out", model, "limit=4", "shard.images=2")
+    first = rows_of(tmp_path / "out")
+    assert len(first) == 4
+    synthesize_here(photos, tmp_path / "out", model, "limit=7", "shard.images=2")
+    assert "3 new in" in capsys.readouterr().out
+    assert rows_of(tmp_path / "out") == first
+    synthesize_here(photos, tmp_path / "out", model, "limit=7", "shard.images=2", "extend=true")
+    assert len(rows_of(tmp_path / "out")) == 7
+    synthesize_here(photos, tmp_path / "out", model, "shard.images=2", "extend=true")
+    rows, whole = rows_of(tmp_path / "out"), tmp_path / "whole"
+    assert {key: rows[key] for key in first} == first
+    synthesize_here(photos, whole, model, "shard.images=2")
+    assert {key: row["lr"] for key, row in rows.items()} == {key: row["lr"] for key, row in rows_of(whole).items()}
+
+
 @pytest.mark.parametrize("word", ["solver.steps=2", "solver.solver=euler"])
 def test_a_solver_is_refused_for_a_model_that_has_none(photos, tmp_path, word):
     model = save_model(tmp_path / "gaussian.safetensors", draws=True, blocks=0)
