@@ -152,9 +152,8 @@ class Degrader(nn.Module):
         """Pad and encode an image, tile by tile; skips are merged, and there are none unless needed and kept."""
         padded = pad(image, self.multiple)
         if padded is image and not image.is_inference():
-            padded = (
-                image.clone()
-            )  # compiled networks tell inference mode's tensors, as padding makes them, from others
+            # Compiled networks tell inference mode's tensors, as padding makes them, from others.
+            padded = image.clone()
         config, decoder, (height, width) = self.autoencoder.config, self.autoencoder.decoder, padded.shape[-2:]
         r, keep, grid = config.compression, plan.keep and needs_skips, plan.grid
         if grid.whole:

@@ -109,12 +109,13 @@ class WindowDegrader:
             torch.cuda.empty_cache()
         if len(batch) > 1:
             return [result for item in batch for result in self._degrade_batch([item], memory)]
-        (result,) = self._degrade_batch(batch, memory / 2)
-        if isinstance(result, Reject) and "needs at least" in result.error:
-            height, width, _ = batch[0].loaded.pixels.shape
+        key, (height, width, _) = batch[0].loaded.key, batch[0].loaded.pixels.shape
+        try:
+            self.degrader.plan(height, width, memory / 2)
+        except ValueError:
             reason = f"{width} x {height} pixels: out of memory on {self._device} with memory={memory:.3g}"
-            return [result._replace(error=reason)]
-        return [result]
+            return [Reject(key, "degrade", reason)]
+        return self._degrade_batch(batch, memory / 2)
 
     def _forward(self, batch: Sequence[Item], memory: float) -> tuple[np.ndarray, list[bool]]:
         """LR images, uint8 "B N H W 3", and whether all values of each image's are finite."""
