@@ -36,9 +36,9 @@ from degflow.synthesis.settings import ActorsConfig
 from degflow.synthesis.shard import Progress, ShardMaker
 
 ATTEMPTS = 3  # of a shard
-HOPELESS = 10  # failures in a row, with nothing made, end the run
+HOPELESS = 10  # failures end the run as long as no shard is made
 _OF_ONE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # errors of its disk; those of storage end the run
-JUDGED = 200  # images after which a run ends early if most of them are rejects
+JUDGED = 200  # images in made shards, after which a run ends if most of them are rejects
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
 
 
@@ -66,8 +66,8 @@ class Pool:
 
         Raises:
             OSError: storage that failed.
-            ValueError: shards that were set aside, when all others are made; or nearly every shard failed, or most of
-                the images were rejected, so that going on makes no sense.
+            ValueError: shards that were set aside, when all others are made; or going on makes no sense, because
+                `HOPELESS` shards failed and none was made, or most images were rejected.
         """
         total, ray_maker = plan.images(pending), ray.put(maker)
         with _quiet_ray_data(), tqdm(total=total, desc="degrading", unit="image", mininterval=_interval()) as bar:
