@@ -14,7 +14,7 @@ import os
 import re
 import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -178,15 +178,7 @@ class SceneImages:
         root = self.place.fs.unstrip_protocol(self.place.root)
         identity = "\n".join((root, str(self.config.resize_lr), *map(self._version, scene.files)))
         path = Path(self.config.cache) / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npy"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(f".{uuid.uuid4().hex}.npy")
-            try:
-                np.save(temporary, self._decode(scene))
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        return kept(path, lambda: self._decode(scene))
 
     def _version(self, key: str) -> str:
         info = self.place.fs.info(self.place.path(key))
@@ -214,6 +206,19 @@ class SceneImages:
         if pixels.shape[0] > height or pixels.shape[1] > width:
             raise ValueError(f"{self.place.uri_of(key)}: {size}; resize_lr=true takes smaller LR images only")
         return images.resize(pixels, height, width)
+
+
+def kept(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """The array of a cache's file, memory-mapped; made first where there is none, and never seen half written."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{uuid.uuid4().hex}.npy")
+        try:
+            np.save(temporary, make())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 class Crops(Dataset[dict[str, Tensor]]):

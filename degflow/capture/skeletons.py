@@ -7,8 +7,6 @@ account for it (`Optics`, `reduction`).
 """
 
 import hashlib
-import os
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +17,7 @@ from tqdm import tqdm
 
 from degflow import images
 from degflow.capture.optics import Optics
-from degflow.capture.scenes import SceneImages
+from degflow.capture.scenes import SceneImages, kept
 
 
 class Stack(NamedTuple):
@@ -68,14 +66,7 @@ def _stack(scenes: SceneImages, n: int, optics: Optics, factor: float, scales: t
     for name, tensor in optics.state_dict().items():
         digest.update(name.encode() + tensor.numpy().tobytes())
     path = Path(scenes.config.cache) / f"{digest.hexdigest()[:24]}-{factor:.6f}.npy"
-    if not path.exists():
-        temporary = path.with_suffix(f".{uuid.uuid4().hex}.npy")
-        try:
-            np.save(temporary, _made(scenes.pixels[n], optics, factor, scales))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    return kept(path, lambda: _made(scenes.pixels[n], optics, factor, scales))
 
 
 def _made(pixels: np.ndarray, optics: Optics, factor: float, scales: tuple[float, ...]) -> np.ndarray:
