@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -263,8 +264,9 @@ class _Count:
 
     def __init__(self, bar: tqdm, shards: int):
         self.bar, self.shards = bar, shards
-        self.images: dict[int, int] = {}
-        self.rejects: dict[int, int] = {}
+        self.open: dict[int, Counter[str]] = {}  # images and rejects of each shard that is being made
+        self.whole: Counter[str] = Counter()  # of all shards that are made
+        self.rejects = 0
         self.failures: dict[int, list[str]] = {}
         self.made: set[int] = set()
         self.failed: set[int] = set()  # in this round
@@ -282,18 +284,20 @@ class _Count:
         if report["failure"]:
             self._failed(number, report["failure"])
             return
-        self.images[number] = self.images.get(number, 0) + report["images"]
-        self.rejects[number] = self.rejects.get(number, 0) + report["rejects"]
-        self.bar.set_postfix(rejects=sum(self.rejects.values()), refresh=False)
+        shard = self.open.setdefault(number, Counter())
+        shard.update(images=report["images"], rejects=report["rejects"])
+        self.rejects += report["rejects"]
+        self.bar.set_postfix(rejects=self.rejects, refresh=False)
         self.bar.update(report["images"])
         if report["record"]:
             self.made.add(number)
+            self.whole.update(self.open.pop(number))
             self.bar.write(_log_line(Record(**json.loads(report["record"]))))
             self._judge()
 
     def _judge(self) -> None:
         """End a run that mostly makes rejects. Shards that are made count alone: their rejects can be read."""
-        images, rejects = (sum(counts[n] for n in self.made) for counts in (self.images, self.rejects))
+        images, rejects = self.whole["images"], self.whole["rejects"]
         if images >= JUDGED and rejects > images / 2:
             raise ValueError(f"{rejects} of the first {images} images were rejected; the rejects folder says why")
 
@@ -301,15 +305,16 @@ class _Count:
         if number < 0:
             self.broke = why
             return
-        self.bar.update(-self.images.pop(number, 0))
-        self.rejects.pop(number, None)
+        lost = self.open.pop(number, Counter())
+        self.bar.update(-lost["images"])
+        self.rejects -= lost["rejects"]
         self.failed.add(number)
         times = self.failures.setdefault(number, [])
         times.append(why)
         last = why.strip().splitlines()[-1]
         self.bar.write(f"shard {number} failed {why.partition(':')[0]}, attempt {len(times)} of {ATTEMPTS}: {last}")
         if not self.made and sum(map(len, self.failures.values())) >= HOPELESS:
-            raise ValueError(f"{HOPELESS} shards failed and none was made; the last one {why}")
+            raise ValueError(f"{HOPELESS} attempts failed and no shard was made; the last one {why}")
 
     def to_repeat(self, tried: list[int]) -> list[int]:
         """The shards of the last round that are to be tried again."""

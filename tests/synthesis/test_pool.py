@@ -237,7 +237,7 @@ def test_a_shard_that_always_fails_is_set_aside_and_tried_by_the_same_command(
 
 def test_a_run_in_which_every_shard_fails_ends_early(shared_ray, photos, model, tmp_path, monkeypatch):
     monkeypatch.setattr(pool, "_ShardActor", MakesNothing)
-    with pytest.raises(ValueError, match=r"^10 shards failed and none was made") as failed:
+    with pytest.raises(ValueError, match=r"^10 attempts failed and no shard was made") as failed:
         run(photos, tmp_path / "out", model, "shard.images=1")
     assert "an illegal access" in str(failed.value)
     assert not (tmp_path / "out/data").exists()
@@ -252,6 +252,15 @@ def test_a_run_whose_images_are_mostly_rejects_ends_early(shared_ray, model, tmp
         run(folder, tmp_path / "out", model, "shard.images=50")
     # The whole shards whose rejects can be read; a run that judged sooner would leave none of them.
     assert 200 / 50 <= len(list((tmp_path / "out/rejects").iterdir())) < 1500 / 50
+
+
+def test_what_a_failed_attempt_had_counted_is_taken_back():
+    count = _Count(tqdm(disable=True), 2)
+    for report in ((0, 3, 1), (1, 4, 0), (0, 2, 0)):
+        count.take(pool._row(*report))
+    assert (count.rejects, count.open) == (1, {0: {"images": 5, "rejects": 1}, 1: {"images": 4, "rejects": 0}})
+    count.take(pool._row(0, failure="on a machine: it did"))
+    assert (count.rejects, count.open) == (0, {1: {"images": 4, "rejects": 0}})
 
 
 def test_a_pool_that_breaks_costs_each_unmade_shard_an_attempt():
