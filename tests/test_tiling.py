@@ -222,7 +222,7 @@ from pathlib import Path
 from degflow import Degrader
 torch.set_num_threads(1)
 degrader = Degrader.load(sys.argv[1])
-hr = torch.zeros(1, 3, 1024, 1024)
+hr = torch.zeros(1, 3, 1280, 1280)
 degrader(hr[..., :64, :64], torch.tensor([2.0]))
 def peak():
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
@@ -241,18 +241,18 @@ def test_the_memory_asked_for_is_not_exceeded(kind, tmp_path):
     degrader.save(str(tmp_path / "model"), {})
     budget = [memory / 100 for memory in range(16, 99)]
     whole = next(memory for memory in budget if fits(degrader, memory) and fits(degrader, memory).grid.whole)
-    tiled = whole - 0.13
+    tiled = 0.55 * whole
     command = [sys.executable, "-c", PEAK, str(tmp_path / "model"), str(tiled), str(whole)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     in_tiles, at_once = map(float, done.stdout.split())
     assert in_tiles < tiled
     assert 0.4 * whole < at_once < whole  # a budget holds 0.15 GB that a running process has taken before
-    assert at_once > 1.3 * in_tiles  # without tiles the same image needs more
+    assert at_once > 1.2 * in_tiles  # without tiles the same image needs more; the allocator varies by 15%
 
 
 def fits(degrader, memory):
-    """The plan for 1024 x 1024 pixels, or None."""
+    """The plan for 1280 x 1280 pixels, or None."""
     try:
-        return degrader.plan(1024, 1024, memory)
+        return degrader.plan(1280, 1280, memory)
     except ValueError:
         return None
