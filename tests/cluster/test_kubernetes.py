@@ -253,7 +253,7 @@ def test_the_network_policy_covers_the_ray_cluster_alone():
 
 
 def test_the_readme_names_each_field_that_is_to_be_changed():
-    readme = (FOLDER / "README.md").read_text()
+    readme = (ROOT / "docs/kubernetes.md").read_text()
     for file in FOLDER.rglob("*.yaml"):
         if "CHANGE" in file.read_text():
             assert f"`{file.name}`" in readme

@@ -1,4 +1,4 @@
-"""cluster/ray: cluster/README.md's submission command on a real Ray with its dashboard, and the launcher's YAML."""
+"""cluster/ray: docs/clusters.md's submission command on a real Ray with its dashboard, and the launcher's YAML."""
 
 import contextlib
 import copy
