@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from degflow.dataset.pairs import SynthesizedPairs
     from degflow.degrader import Degrader
 
+__version__ = "0.1.0"
 __all__ = ["Degrader", "SynthesizedPairs"]
 
 # On CPUs the kernel's handing out of fresh 4 KiB pages costs a third of the time of a megapixel image; PyTorch asks for

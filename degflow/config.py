@@ -7,13 +7,15 @@ import sys
 import textwrap
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 T = TypeVar("T")
-_HELP = {"--help", "-h", "help"}
+HELP = {"--help", "-h", "help"}
+_KEYS = "Keys are given as key=value. They override those of config=FILE, a YAML file or the name of one that ships."
 
 
 class Key(NamedTuple):
@@ -55,7 +57,7 @@ def load(schema: type[T], arguments: Sequence[str]) -> T:
 
     Args:
         schema: a dataclass whose fields were made by `option` or `required`.
-        arguments: `key=value` words; `config=FILE` names a YAML file that they override.
+        arguments: `key=value` words; `config=FILE` names a YAML file that they override, `config=NAME` one that ships.
 
     Raises:
         ValueError: unknown key, value of the wrong type, broken rule, missing required key or file.
@@ -104,8 +106,8 @@ def run(main: Callable[[T], None], schema: type[T], about: str | None, arguments
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if _HELP & set(words):
-            given = [word for word in words if word not in _HELP | {"all"}]
+        if HELP & set(words):
+            given = [word for word in words if word not in HELP | {"all"}]
             print(usage(schema, about or "", given, everything="all" in words))
             return
         config = load(schema, words)
@@ -138,7 +140,7 @@ def usage(schema: type, about: str, arguments: Sequence[str] = (), *, everything
         value = "(required)" if key.required and not key.value else _short(key.value)
         lines = groups.setdefault("Required" if key.required else key.group, [])
         lines += [f"  {key.name}={value}", textwrap.indent(textwrap.fill(key.meaning, 110), " " * 6)]
-    parts = [about.strip(), "Keys are given as key=value; config=FILE reads a YAML file first, which they override."]
+    parts = [about.strip(), _KEYS]
     parts += ["\n".join([f"{group}:", *lines]) for group, lines in groups.items()]
     if len(shown) < len(keys):
         parts.append(f"{len(keys) - len(shown)} more keys: --help all")
@@ -228,11 +230,28 @@ def _word(schema: type, word: str) -> dict[str, Any]:
     return values
 
 
-def _file(file: str) -> dict[str, Any]:
-    if not os.path.isfile(file):
+def shipped() -> dict[str, Path]:
+    """Name -> file of the configurations that ship: beside this file in a wheel, at the root of a clone."""
+    here = Path(__file__).parent
+    folder = next((f for f in (here / "configs", here.parent / "configs") if f.is_dir()), here)
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def _found(file: str) -> Path:
+    """The file that `config=` names; where no file has this name, the configuration that ships under it."""
+    if os.path.isfile(file):
+        return Path(file)
+    if os.sep in file:
         raise ValueError(f"config={file}: no such file")
+    if file not in (ships := shipped()):
+        raise ValueError(f"config={file}: no such file, and none of those that ship: {', '.join(ships)}")
+    return ships[file]
+
+
+def _file(file: str) -> dict[str, Any]:
+    path = _found(file)
     try:
-        values = OmegaConf.to_container(OmegaConf.load(file))
+        values = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # the YAML parser's own, a broken encoding, an unreadable file
         raise ValueError(f"config={file}: {_line(error)}") from None
     if not isinstance(values, dict):

@@ -15,7 +15,7 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 Solver = Literal["euler", "midpoint", "heun", "rk4", "rk5"]
 SOLVERS: tuple[str, ...] = get_args(Solver)
 SOLVER: Solver = "rk5"
-STEPS = 3  # of SOLVER: 18 evaluations; jobs/benchmark.py (accuracy) compares them with the exact solution
+STEPS = 3  # of SOLVER: 18 evaluations; `degflow benchmark` (accuracy) compares them with the exact solution
 
 # Explicit Runge-Kutta methods: rows of the stages after the first, then weights. A stage's time is its row's sum.
 _METHODS: dict[str, tuple[tuple[tuple[float, ...], ...], tuple[float, ...]]] = {

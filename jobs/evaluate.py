@@ -1,14 +1,6 @@
-"""How close a degrader's LR images come to captured ones, at seen and unseen scales, beside simple baselines.
+"""`degflow evaluate` as a file that other commands start."""
 
-    python jobs/evaluate.py data=runs/scenes/Canon/Test output=runs/fidelity
-
-writes output/table.md (means over the scenes), measurements.parquet (every image), sweep.parquet (PSNR of every scene
-over a fine grid of scales, against HR and each captured level), best_times.parquet and figure.png (captured levels
-above generated images at even steps of t).
-"""
-
-from degflow.config import run
-from degflow.evaluation.run import EvaluateConfig, evaluate
+from degflow.__main__ import evaluate, start
 
 if __name__ == "__main__":
-    run(evaluate, EvaluateConfig, __doc__)
+    start(evaluate)

@@ -1,13 +1,6 @@
-"""Photographs -> RealSR-like scene folders, captured by simulated cameras at several scales.
+"""`degflow simulate-scenes` as a file that other commands start."""
 
-    python jobs/simulate_scenes.py input=photos output=runs/scenes cameras=[canon]
-
-writes output/Canon/Train/2/Canon_001_HR.png, Canon_001_LR2.png, output/Canon/Test/1.532/Canon_003_LR1.532.png, ...
-Each photograph goes to one camera only, and to either Train or Test.
-"""
-
-from degflow.capture.simulate import SimulateConfig, simulate_scenes
-from degflow.config import run
+from degflow.__main__ import simulate_scenes, start
 
 if __name__ == "__main__":
-    run(simulate_scenes, SimulateConfig, __doc__)
+    start(simulate_scenes)

@@ -16,6 +16,7 @@ GROUPS = {
         "tests/cluster/test_ray.py",
         "tests/benchmarking/test_benchmark.py",
         "tests/protocol/test_protocol.py",
+        "tests/test_wheel.py",
     ),
     "processes": (  # trainings of several processes, whose launchers open ports
         "tests/cluster/test_slurm.py",

@@ -10,11 +10,13 @@ from graphlib import CycleError, TopologicalSorter
 
 import pytest
 
+from degflow.__main__ import COMMANDS
 from tests import ROOT
 from tests.conftest import GROUPS, group_of
 
 FLOORS = (  # from the top down; a room may import the rooms on lower floors only
     {"jobs"},
+    {"__main__"},
     {"protocol", "benchmarking"},
     {"restoration"},
     {"training"},
@@ -40,7 +42,7 @@ APART = {"training", "restoration"}, "synthesis"  # they share checkpoint files,
 TORCH_ONLY = {"trajectory", "flow", "tiling"}
 SLOW = ("ray", "accelerate", "lpips", "torchvision", "pyarrow", "tensorboard", "datasets", "s3fs", "skimage", "scipy")
 SLOW += ("spandrel",)
-MOST_MODULES, MOST_FOLDERS = 10, 9  # directly in degflow/
+MOST_MODULES, MOST_FOLDERS = 10, 9  # directly in degflow/, beside __main__, which is a door as jobs/ is
 
 
 def room_of(path):
@@ -80,7 +82,7 @@ def offences(room, source):
             yield f"{room} imports {name}: only {sorted(FENCES[package])} may"
         if room in TORCH_ONLY and package not in {"torch", "degflow"} | sys.stdlib_module_names:
             yield f"{room} imports {name}: it may import torch only"
-        if package != "degflow" or room == "__init__":
+        if package != "degflow" or room == "__init__" or name == "degflow.__version__":
             continue
         other = rest[0] if rest else "__init__"
         if other == room:
@@ -124,6 +126,8 @@ def test_a_module_imports_only_what_its_floor_allows(path):
         ("config", "from degflow import degrader"),
         ("degrader", "from degflow import Degrader"),
         ("capture", "import jobs.simulate_scenes\nimport degflow"),
+        ("protocol", "from degflow.__main__ import COMMANDS"),
+        ("__main__", "def train():\n    import accelerate"),
         ("flow", "import numpy as np"),
         ("trajectory", "from degflow import images"),
         ("storage", "from degflow.models.files import load_checkpoint"),
@@ -144,6 +148,7 @@ def test_each_kind_of_forbidden_import_is_seen(room, line):
         ),
         ("jobs", "from degflow.training.loop import fit\nfrom degflow import evaluation"),
         ("evaluation", "from degflow.degrader import Degrader"),
+        ("__main__", "from degflow import config\nfrom degflow.protocol.run import run_protocol"),
         ("dataset", "import pyarrow\nfrom degflow.storage import Place"),
     ],
 )
@@ -198,7 +203,8 @@ def test_a_circle_inside_a_room_is_seen(sources):
 
 def rooms_in(folder):
     """The modules directly in a folder, and its folders that hold modules."""
-    return sorted(folder.glob("*.py")), sorted({path.parent for path in folder.glob("*/*.py")})
+    modules = sorted({*folder.glob("*.py")} - {folder / "__main__.py"})
+    return modules, sorted({path.parent for path in folder.glob("*/*.py")})
 
 
 def is_small(folder):
@@ -215,7 +221,12 @@ def test_degflow_has_few_modules_and_folders_at_its_root():
 
 @pytest.mark.parametrize(("modules", "folders", "small"), [(10, 9, True), (11, 9, False), (10, 10, False)])
 def test_a_module_or_folder_too_many_is_seen(tmp_path, modules, folders, small):
-    files = [f"m{n}.py" for n in range(modules)] + [f"f{n}/__init__.py" for n in range(folders)] + ["data/weights"]
+    files = (
+        ["__main__.py"]
+        + [f"m{n}.py" for n in range(modules)]
+        + [f"f{n}/__init__.py" for n in range(folders)]
+        + ["data/weights"]
+    )
     for file in files:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).touch()
@@ -244,7 +255,7 @@ def test_the_page_s_arrows_are_the_imports():
     imports = {}
     for path in MODULES:
         names = {name.split(".")[1] for name in imports_of(path.read_text()) if name.startswith("degflow.")}
-        imports.setdefault(room_of(path), set()).update(names - {room_of(path)})
+        imports.setdefault(room_of(path), set()).update(names - {room_of(path), "__version__"})
     del imports["__init__"]
     assert reachable({room: set(others.split(" & ")) for room, others in arrows}) == reachable(imports)
 
@@ -278,7 +289,7 @@ def test_a_file_is_a_group_unless_groups_has_it():
 def test_a_wheel_holds_every_room():
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = {path.parent.relative_to(ROOT) for path in MODULES} - {(ROOT / "jobs").relative_to(ROOT)}
-    assert sorted(packages) == sorted(".".join(folder.parts) for folder in folders)
+    assert sorted(packages) == sorted([*(".".join(folder.parts) for folder in folders), "degflow.configs"])
 
 
 def test_no_room_is_a_drawer():
@@ -286,10 +297,11 @@ def test_no_room_is_a_drawer():
     assert not names & {"utils", "util", "misc", "helpers", "helper", "common", "tools"}
 
 
-def test_jobs_are_scripts():
-    assert not (ROOT / "jobs/__init__.py").exists()
-    for path in ROOT.glob("jobs/*.py"):
-        assert '__name__ == "__main__"' in path.read_text(), path
+def test_jobs_are_scripts_that_start_the_command_of_their_name():
+    jobs = {path.stem: path.read_text() for path in ROOT.glob("jobs/*.py")}
+    assert sorted(jobs) == sorted(name.replace("-", "_") for name in COMMANDS)
+    for name, text in jobs.items():
+        assert f'if __name__ == "__main__":\n    start({name})\n' in text, name
 
 
 def test_codec_processes_need_no_torch():
@@ -300,7 +312,8 @@ def test_codec_processes_need_no_torch():
     assert done.stdout.strip() == "[]"
 
 
-def test_import_degflow_is_light():
-    script = f"import sys\nimport degflow\nprint([name for name in {SLOW} if name in sys.modules])"
+@pytest.mark.parametrize("use", ["", "from degflow.__main__ import main\nmain(['--help'])\n"])
+def test_import_degflow_and_the_list_of_commands_are_light(use):
+    script = f"import sys\nimport degflow\n{use}print([name for name in {SLOW} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.splitlines()[-1] == "[]"

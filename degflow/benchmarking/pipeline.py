@@ -20,8 +20,6 @@ from degflow.benchmarking.measure import Table, alternate
 from degflow.dataset.layout import MANIFEST
 from degflow.degrader import Degrader
 
-ROOT = Path(__file__).parents[2]
-
 
 def codecs(photographs: Sequence[np.ndarray], repeats: int) -> Table:
     """Megabytes of pixels per second and core, and bytes per pixel, of lossless encoders and of decoding."""
@@ -97,7 +95,7 @@ def job(degrader: Degrader, model: str, photographs: Sequence[np.ndarray], repea
             output = f"{folder}/out{repeat}"
             words = [f"input={source}", f"output={output}", f"model={model}", "scale.distribution=list", at, "batch=1"]
             words += [f"actors.threads={threads}", "actors.max=1", "actors.gpus=0", f"shard.images={len(photographs)}"]
-            _run_job([str(ROOT / "jobs/synthesize.py")], words)
+            _run_job(["-m", "degflow", "synthesize"], words)
             shards.append(_rate(Path(output, MANIFEST)))
     share = statistics.median(b / a for a, b in zip(bare, shards, strict=True))
     cost = _cpu_seconds(photographs)
@@ -126,13 +124,8 @@ def _cpu_seconds(photographs: Sequence[np.ndarray]) -> float:
 
 def _run_job(command: Sequence[str], words: Sequence[str], **environment: str) -> None:
     inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    path = os.pathsep.join(filter(None, (str(ROOT), inherited.get("PYTHONPATH"))))
     done = subprocess.run(
-        [sys.executable, *command, *words],
-        env=inherited | {"PYTHONPATH": path} | environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
+        [sys.executable, *command, *words], env=inherited | environment, capture_output=True, text=True
     )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-2000:]}")

@@ -35,7 +35,7 @@ configs:
 # {rows:,} LR images of {files:,} photographs, at sampled degradation scales
 
 Low-resolution images made from high-resolution photographs by the latent flow of
-[DegFlow](https://arxiv.org/abs/2602.04193), with `jobs/synthesize.py` of degflow. A scale is the strength of the
+[DegFlow](https://arxiv.org/abs/2602.04193), with `degflow synthesize`. A scale is the strength of the
 degradation, not a resize{resize}
 
 ![HR crops beside their LR images](preview.png)

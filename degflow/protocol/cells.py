@@ -33,21 +33,20 @@ def finished(cell: Cell, place: Place) -> bool:
     return True
 
 
-def perform(cell: Cell, place: Place, jobs: Path, launch: Sequence[str]) -> float:
+def perform(cell: Cell, place: Place, launch: Sequence[str]) -> float:
     """Run a cell; returns its seconds.
 
     Args:
         cell: what to run.
         place: the experiment's output.
-        jobs: folder of the jobs' scripts.
-        launch: command that starts a training's script; empty: this Python.
+        launch: command that starts a training, as `python` would: it gets `-m degflow` and words; empty: this Python.
 
     Raises:
         Stopped: SIGTERM or SIGUSR1 came; it was passed on to the job, which had time to save.
         ValueError: the job failed; the message has its last line.
     """
     start = [*launch] if launch and cell.job.startswith("train") else [sys.executable]
-    command = [*start, str(jobs / f"{cell.job}.py"), *cell.words]
+    command = [*start, "-m", "degflow", cell.job.replace("_", "-"), *cell.words]
     log, begun = Path(place.path(f"cells/{cell.name}.log")), time.monotonic()
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:

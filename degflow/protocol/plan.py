@@ -32,8 +32,8 @@ class ProtocolConfig:
         "for evaluate; scale.*, spread=... for synthesize; all others for stage 2",
         common=True,
     )
-    rae: list[str] = option(["config=configs/paper_rae.yaml", "skips=optics"], "words for train_rae")
-    lfm: list[str] = option(["config=configs/paper_lfm.yaml"], "words for train_lfm")
+    rae: list[str] = option(["config=paper_rae", "skips=optics"], "words for train_rae")
+    lfm: list[str] = option(["config=paper_lfm"], "words for train_lfm")
     residual: list[str] = option([], "words for train_residual")
     evaluate: list[str] = option(["levels={1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0}"], "words for evaluate")
     synthesize: list[str] = option(["scale.low=2", "scale.high=4"], "words for synthesize")
@@ -49,10 +49,12 @@ class ProtocolConfig:
         "name -> words for train_sr",
         common=True,
     )
-    sr: list[str] = option(["config=configs/paper_sr.yaml"], "words for train_sr, before the network's")
+    sr: list[str] = option(["config=paper_sr"], "words for train_sr, before the network's")
     seeds: dict[str, int] = option({}, "network -> how many seeds; one for those not named")
     launch: list[str] = option(
-        [], "command that starts trainings, e.g. [accelerate,launch,--multi_gpu]; empty: this Python", common=True
+        [],
+        "what starts trainings, before `-m degflow`, e.g. [accelerate,launch,--multi_gpu]; empty: this Python",
+        common=True,
     )
 
     def __post_init__(self):

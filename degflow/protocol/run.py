@@ -1,7 +1,5 @@
 """The experiment: every cell that is not finished, then the tables."""
 
-from pathlib import Path
-
 from degflow.config import dump
 from degflow.protocol.cells import finished, perform
 from degflow.protocol.plan import ProtocolConfig, cells
@@ -9,8 +7,8 @@ from degflow.protocol.tables import write_tables
 from degflow.storage import Place
 
 
-def run_protocol(config: ProtocolConfig, jobs: Path) -> None:
-    """Run what is not finished, and write the tables; `jobs` is the folder of the jobs' scripts."""
+def run_protocol(config: ProtocolConfig) -> None:
+    """Run what is not finished, and write the tables."""
     place = Place(config.output)
     if not place.local:
         raise ValueError(f"output={config.output}: must be a local folder")
@@ -22,7 +20,7 @@ def run_protocol(config: ProtocolConfig, jobs: Path) -> None:
         where = f"{number} of {len(planned)}: {cell.name}"
         if not finished(cell, place):
             print(f"{where} ...", flush=True)
-            print(f"{where}: {perform(cell, place, jobs, config.launch):.0f} s", flush=True)
+            print(f"{where}: {perform(cell, place, config.launch):.0f} s", flush=True)
             write_tables(config, place)
     write_tables(config, place)
     print(place.read("table.md").decode())

@@ -50,15 +50,14 @@ def loaded(*words):
 @pytest.mark.parametrize(
     "words",
     [
-        ("data=RealSR", "config=configs/paper_protocol.yaml"),
-        ("data=RealSR", "config=configs/paper_protocol.yaml", "resize_lr=true", "real=[Canon,Nikon]"),
-        ("data=RealSR", "config=configs/realsr_protocol.yaml"),
-        ("photographs=photos", "config=configs/small_protocol.yaml"),
-        ("photographs=photos", "config=configs/small_protocol_ablations.yaml"),
+        ("data=RealSR", "config=paper_protocol"),
+        ("data=RealSR", "config=paper_protocol", "resize_lr=true", "real=[Canon,Nikon]"),
+        ("data=RealSR", "config=realsr_protocol"),
+        ("photographs=photos", "config=small_protocol"),
+        ("photographs=photos", "config=small_protocol_ablations"),
     ],
 )
-def test_every_cell_of_the_configurations_that_ship_is_one_that_its_job_accepts(words, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_every_cell_of_the_configurations_that_ship_is_one_that_its_job_accepts(words):
     planned = cells(loaded(*words))
     assert len({cell.name for cell in planned}) == len(planned)
     outputs = set()
@@ -74,7 +73,7 @@ def test_every_cell_of_the_configurations_that_ship_is_one_that_its_job_accepts(
 
 
 def test_the_plan_is_the_papers():
-    planned = {cell.name: cell for cell in cells(loaded("data=R", "config=configs/paper_protocol.yaml"))}
+    planned = {cell.name: cell for cell in cells(loaded("data=R", "config=paper_protocol"))}
     assert [name for name in planned if name.startswith("rae")] == [
         "rae/DegFlow",
         "rae/no HR skips",
@@ -159,19 +158,20 @@ def place(tmp_path):
 
 
 def script(tmp_path, text):
+    """A stand-in for a training: the launch command that runs it in the training's place."""
     (tmp_path / "train_x.py").write_text(text)
-    return tmp_path
+    return [sys.executable, str(tmp_path / "train_x.py")]
 
 
 def test_a_cell_leaves_its_log_and_is_done_once(tmp_path, place):
-    jobs, cell = (
+    launch, cell = (
         script(tmp_path, "import sys\nprint('words', sys.argv[1:])"),
         Cell("a/b c", "train_x", [f"x={place.uri}/y"]),
     )
     assert not protocol.finished(cell, place)
-    protocol.perform(cell, place, jobs, [])
+    protocol.perform(cell, place, launch)
     assert protocol.finished(cell, place)
-    assert f"words ['x={place.uri}/y']" in (tmp_path / "out/cells/a/b c.log").read_text()
+    assert f"words ['-m', 'degflow', 'train-x', 'x={place.uri}/y']" in (tmp_path / "out/cells/a/b c.log").read_text()
     os.rename(tmp_path / "out", tmp_path / "moved")
     moved = Place(str(tmp_path / "moved"))
     assert protocol.finished(cell._replace(words=[f"x={moved.uri}/y"]), moved)
@@ -179,22 +179,28 @@ def test_a_cell_leaves_its_log_and_is_done_once(tmp_path, place):
         protocol.finished(cell._replace(words=["x=other"]), moved)
 
 
-def test_trainings_are_started_as_asked(tmp_path, place):
-    launch = [sys.executable, "-c", "import sys; print('launched', sys.argv[1:])"]
-    script(tmp_path, "")
-    (tmp_path / "evaluate.py").write_text("print('plain')")
-    protocol.perform(Cell("a", "train_x", ["k=v"]), place, tmp_path, launch)
-    protocol.perform(Cell("b", "evaluate", []), place, tmp_path, launch)
-    assert f"launched ['{tmp_path}/train_x.py', 'k=v']" in (tmp_path / "out/cells/a.log").read_text()
-    assert "plain" in (tmp_path / "out/cells/b.log").read_text()
+def test_trainings_are_started_as_asked_and_other_commands_by_this_python(tmp_path, place, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    protocol.perform(Cell("a", "train_rae", ["--help", "skips=optics"]), place, launch)
+    protocol.perform(Cell("b", "simulate_scenes", ["--help"]), place, launch)
+    log = (tmp_path / "out/cells/a.log").read_text()
+    assert "--num_processes 1 -m degflow train-rae --help skips=optics\n" in log
+    assert "  skips=optics\n" in log
+    log = (tmp_path / "out/cells/b.log").read_text()
+    assert log.startswith(f"$ {sys.executable} -m degflow simulate-scenes --help\n")
+    assert "\nPhotographs -> RealSR-like scene folders" in log
 
 
 def test_a_failed_cell_is_told_with_its_last_words_and_is_not_done(tmp_path, place):
-    jobs, cell = script(tmp_path, "print('before')\nraise SystemExit('error: no such file')"), Cell("a", "train_x", [])
+    launch, cell = (
+        script(tmp_path, "print('before')\nraise SystemExit('error: no such file')"),
+        Cell("a", "train_x", []),
+    )
     with pytest.raises(
         ValueError, match=r"a: train_x ended with exit code 1: error: no such file \(whole log: .*a.log"
     ):
-        protocol.perform(cell, place, jobs, [])
+        protocol.perform(cell, place, launch)
     assert not protocol.finished(cell, place)
 
 
@@ -210,7 +216,7 @@ time.sleep(60)
 
 
 def test_sigterm_reaches_the_job_which_may_save(tmp_path, place):
-    jobs, log = script(tmp_path, WAITING), tmp_path / "out/cells/a.log"
+    launch, log = script(tmp_path, WAITING), tmp_path / "out/cells/a.log"
 
     def stop():
         while "ready" not in (log.read_text() if log.exists() else ""):
@@ -221,7 +227,7 @@ def test_sigterm_reaches_the_job_which_may_save(tmp_path, place):
     thread.start()
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Stopped) as stopped:
-        protocol.perform(Cell("a", "train_x", []), place, jobs, [])
+        protocol.perform(Cell("a", "train_x", []), place, launch)
     thread.join()
     assert stopped.value.code == 75
     assert "saved" in log.read_text()

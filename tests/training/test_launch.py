@@ -70,8 +70,8 @@ def inputs(tmp_path_factory):
     return put_inputs(str(tmp_path_factory.mktemp("inputs")))
 
 
-def start(output, inputs, *flags, launcher=True, limit=None, **changes):
-    """The job under `accelerate launch`, two processes on the CPU; flags replace the launcher's own."""
+def start(output, inputs, *flags, launcher=True, script=False, limit=None, **changes):
+    """The command under `accelerate launch`, or the script; two processes on the CPU; flags replace the launcher's."""
     flags = flags or ("--num_processes", "2", "--main_process_port", "0")
     keys = {**KEYS, **inputs, "output": output, **{name.replace("__", "."): value for name, value in changes.items()}}
     environment = {
@@ -81,9 +81,10 @@ def start(output, inputs, *flags, launcher=True, limit=None, **changes):
         "ACCELERATE_USE_CPU": "true",
         "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1",
     }
+    job = [str(JOB)] if script or not launcher else ["-m", "degflow", "train-lfm"]
     before = ["-m", "accelerate.commands.launch", "--multi_gpu", *map(str, flags)] if launcher else ["-c", ALONE]
     return subprocess.Popen(
-        [sys.executable, *before, str(JOB), *(f"{name}={value}" for name, value in keys.items())],
+        [sys.executable, *before, *job, *(f"{name}={value}" for name, value in keys.items())],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -164,7 +165,7 @@ def curve(output, folder=None):
 def straight(inputs, tmp_path_factory):
     """An uninterrupted run of two processes, and what it said."""
     output = tmp_path_factory.mktemp("straight")
-    process = start(output, inputs)
+    process = start(output, inputs, script=True)
     said = end(process)
     assert process.returncode == 0, said
     return output, said

@@ -1,0 +1,62 @@
+"""The list of commands, and what a word that is none of them gets."""
+
+import pytest
+
+from degflow import __version__
+from degflow.__main__ import COMMANDS, main
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]])
+def test_help_lists_every_command_with_a_line(words, capsys):
+    main(words)
+    lines = capsys.readouterr().out.splitlines()
+    listed = dict(line.split(maxsplit=1) for line in lines if line.startswith("  "))
+    assert list(listed) == list(COMMANDS)
+    assert listed["export"] == "A finished dataset -> folders or tars that SR trainers read."
+    assert all(40 < len(text) < 110 and text.endswith(".") for text in listed.values())
+    assert max(map(len, lines)) <= 130
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_explains_its_keys(name, capsys):
+    main([name, "--help"])
+    text = capsys.readouterr().out
+    assert f"\n    degflow {name} " in text  # an example
+    assert "\nKeys are given as key=value." in text
+    assert " output=" in text
+
+
+def test_a_command_gets_the_words_behind_its_name(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["export", "input=x", "outputs=y"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("error: outputs: Key 'outputs' not in 'ExportConfig'.")
+    with pytest.raises(SystemExit) as end:
+        main(["export", f"input={tmp_path}", f"output={tmp_path}/out"])
+    assert end.value.code == 1
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("syntesize", "error: 'syntesize': no such command; did you mean synthesize? (degflow --help lists all)"),
+        ("train_rae", "error: 'train_rae': no such command; did you mean train-rae or "),
+        ("train", "error: 'train': no such command; did you mean train-sr or "),
+        ("Export", "error: 'Export': no such command; did you mean export? "),
+        ("xyz", "error: 'xyz': no such command (degflow --help lists all)"),
+        ("input=photos", "error: 'input=photos': no such command"),
+    ],
+)
+def test_a_word_that_is_no_command_gets_the_nearest_ones(word, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([word, "output=x"])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(said)
+    assert error.count("\n") == 1
+
+
+def test_version(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"degflow {__version__}\n"
