@@ -12,10 +12,9 @@ import pyarrow.parquet as pq
 from PIL.PngImagePlugin import PngImageFile
 
 from degflow import config, images
+from degflow.dataset.footer import body_sha256
 from degflow.dataset.layout import CONFIG, MANIFEST, SUCCESS
 from degflow.storage import Place, split_uri
-
-_CHUNK = 8 << 20  # bytes read at a time where a part's sha256 is checked
 
 
 class Part(NamedTuple):
@@ -89,15 +88,11 @@ class FinishedDataset:
     def _check(self, file: BinaryIO, where: str, part: Part) -> None:
         if (size := file.seek(0, os.SEEK_END)) != part.bytes:
             raise ValueError(f"{where}: {size} bytes, but the manifest says {part.bytes}")
+        if self.verify and part.name not in self._verified:
+            if (digest := body_sha256(file)) != part.sha256:
+                raise ValueError(f"{where}: sha256 {digest}, but the manifest says {part.sha256}")
+            self._verified.add(part.name)
         file.seek(0)
-        if not self.verify or part.name in self._verified:
-            return
-        digest = hashlib.sha256()
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-        if digest.hexdigest() != part.sha256:
-            raise ValueError(f"{where}: sha256 {digest.hexdigest()}, but the manifest says {part.sha256}")
-        self._verified.add(part.name)
 
     def lr_of(self, row: dict[str, Any]) -> np.ndarray:
         """The LR image of a row, uint8 "H W 3"."""
