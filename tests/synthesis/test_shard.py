@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from s3fs import S3FileSystem
 
 from degflow import images, storage
 from degflow.config import dump, load
@@ -428,6 +429,7 @@ def test_a_store_that_fails_is_no_reject_but_a_file_that_does_is(s3, monkeypatch
     assert load(source._replace(size=-1, etag="")).pixels.shape == (16, 16, 3)
     assert load(source._replace(key="b.png")) == Reject("b.png", "read", "no longer there")
     monkeypatch.setattr(storage, "PATIENCE", 1)
+    monkeypatch.setattr(S3FileSystem, "retries", 1)  # by s3fs itself
     with monkeypatch.context() as patch, proxying(s3.endpoint, broken="a.png") as (_, endpoint):
         patch.setenv("AWS_ENDPOINT_URL", endpoint)
         forget_clients()
