@@ -58,8 +58,9 @@ rows = load_dataset("parquet", data_files="data/*.parquet", split="train")
 rows[0]["lr"], rows[0]["hr"], rows[0]["scale"]
 ```
 
-`manifest.parquet` lists the parts with rows, bytes and sha256. `_SUCCESS` shows that all parts are there. `rejects/`
-lists the files without rows, each with stage and reason. `config.yaml` makes the same dataset again.
+`manifest.parquet` lists the parts with rows, bytes and the sha256 of what comes before their parquet footers. `_SUCCESS`
+shows that all parts are there. `rejects/` lists the files without rows, each with stage and reason. `config.yaml` makes
+the same dataset again.
 
 | column | type | meaning |
 |---|---|---|

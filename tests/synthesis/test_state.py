@@ -100,9 +100,7 @@ def test_no_part_of_a_finished_dataset_is_deleted(photos, model, finished, other
     assert len(rows_of(tmp_path)) == 4
 
 
-def test_a_finished_dataset_without_one_of_its_parts_is_not_finished_while_it_is_mended(
-    photos, model, finished, tmp_path
-):
+def test_a_finished_dataset_is_not_finished_while_a_missing_part_is_made(photos, model, finished, tmp_path):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     (tmp_path / "data/part-000001.parquet").unlink()
     run = claimed(photos, tmp_path, model)
