@@ -346,6 +346,17 @@ def split_uri(uri: str) -> tuple[Place, str]:
     return Place(folder or ("/" if uri.startswith("/") else ".")), name
 
 
+def split_glob(uri: str) -> tuple[str, str]:
+    """The URI of the folder before the first wildcard, and the pattern below it, which is empty without a wildcard."""
+    scheme, mark, path = uri.rpartition("://")
+    folders = path.split("/")
+    first = next((n for n, name in enumerate(folders) if re.search(r"[*?[]", name)), None)
+    if first is None:
+        return uri, ""
+    folder = "/".join(folders[:first]) or ("/" if path.startswith("/") else "." if not scheme else "")
+    return f"{scheme}{mark}{folder}", "/".join(folders[first:])
+
+
 def _place(path: str, new: bool, fill: Callable[[BinaryIO], Any]) -> bool:
     """Write a local file under a hidden name, and then rename it; see `Place.write`."""
     try:

@@ -6,6 +6,7 @@ scales          the scale of each draw of a photograph
 writer          a shard's rows -> its object
 footer          the record and the rejects in that object's footer
 manifest        which shards are done; rejects/ and manifest.parquet
+references      the photographs of rows without HR bytes
 card            README.md and preview.png
 reader          a finished dataset, read through its manifest
 pairs           a finished dataset as a PyTorch dataset of aligned crops

@@ -209,10 +209,11 @@ class Run:
             return False
         write_rejects(self.output, self.state.plan, self.state.done)
         write_manifest(self.output, self.state.plan, self.state.done)
-        text = card(self.state.done, self.rejects, plain(self.config), self.config.scale.in_words())
+        recipe = plain(self.config)
+        text = card(self.state.done, self.rejects, recipe, self.config.scale.in_words())
         self.output.write(CARD, text.encode())
         try:
-            if sheet := preview(self.output, self.state.done, self.config.max_pixels):
+            if sheet := preview(self.output, self.state.done, recipe):
                 self.output.write(PREVIEW, sheet)
         except Exception as error:  # a missing preview must not fail a finished dataset
             print(f"no preview: {type(error).__name__}: {error}")
