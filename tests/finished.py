@@ -9,7 +9,7 @@ from PIL import Image
 from degflow import images
 from degflow.config import dump, load
 from degflow.dataset.layout import CONFIG, SUCCESS
-from degflow.dataset.manifest import write_manifest
+from degflow.dataset.manifest import write_manifest, write_rejects
 from degflow.dataset.plan import Plan
 from degflow.dataset.scales import ScaleConfig
 from degflow.dataset.writer import ShardWriter
@@ -84,6 +84,7 @@ def finish_rows(output, keys, draws=1):
                 row = {"draw": draw, "lr": {"bytes": lr, "path": key}, "hr": hr, "model_sha256": ""}
                 writer.add([about | row])
         record = writer.finish(0.0, None, None, None)
+    write_rejects(place, Plan.empty(), {0: record})
     write_manifest(place, Plan.empty(), {0: record})
     place.write(SUCCESS, b"")
     return str(output)

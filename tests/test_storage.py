@@ -11,6 +11,7 @@ import torch
 from degflow import storage
 from degflow.models.files import load_checkpoint, save_checkpoint
 from degflow.storage import Place, split_uri
+from tests.faults import proxying
 from tests.s3 import forget_clients
 
 NAMES = [
@@ -105,6 +106,32 @@ def test_a_new_file_never_replaces_another(place, tmp_path):
     assert place.upload(str(tmp_path / "local"), "a/b")
     assert place.read("a/b") == place.read("a/c") == b"third" * 1000
     assert [file.key for file in place.files()] == ["a/b", "a/c"]
+
+
+def test_a_piece_of_a_file_is_read(place):
+    place.write("a", b"0123456789")
+    assert place.read("a", 3, 7) == b"3456"
+    assert place.read("a", 8, 10) == b"89"
+
+
+def test_a_store_that_puts_over_others_is_noticed(place, monkeypatch):
+    assert place.keeps_first("config.yaml")
+    assert place.files() == []
+    if not place.local:
+        put = place.fs.pipe_file
+        monkeypatch.setattr(place.fs, "pipe_file", lambda path, data, **_: put(path, data))
+        assert not place.keeps_first("config.yaml")
+        assert place.files() == []
+
+
+def test_a_tagged_read_of_s3_is_one_request(s3, monkeypatch):
+    place = Place(s3.uri("data"))
+    place.write("a", b"12")
+    with monkeypatch.context() as patch, proxying(s3.endpoint) as (proxy, endpoint):
+        patch.setenv("AWS_ENDPOINT_URL", endpoint)
+        forget_clients()
+        assert Place(place.uri).read_tagged("a") == (b"12", place.files()[0].etag)
+        assert proxy.met == {"none": 1}
 
 
 def test_a_tagged_read_gives_the_listed_tag(place):

@@ -3,8 +3,10 @@
 layout          names and schemas of the objects
 plan            the photographs of each shard
 scales          the scale of each draw of a photograph
-writer          a shard's rows -> its objects
-manifest        the records of finished shards, the rejects, manifest.parquet
+writer          a shard's rows -> its object
+footer          the record and the rejects in that object's footer
+manifest        which shards are done; rejects/ and manifest.parquet
+references      the photographs of rows without HR bytes
 card            README.md and preview.png
 reader          a finished dataset, read through its manifest
 pairs           a finished dataset as a PyTorch dataset of aligned crops

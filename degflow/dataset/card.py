@@ -1,6 +1,5 @@
 """What people see first of a dataset: README.md (the dataset card) and preview.png (a contact sheet)."""
 
-import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -12,7 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from degflow import images
 from degflow.dataset.layout import Record
-from degflow.storage import Place, split_uri
+from degflow.dataset.references import read_reference
+from degflow.storage import Place
 
 CROP, IMAGES, DRAWS = 192, 6, 6
 _GAP, _CAPTION = 6, 20
@@ -58,8 +58,9 @@ rows = load_dataset("parquet", data_files="data/*.parquet", split="train")
 rows[0]["lr"], rows[0]["hr"], rows[0]["scale"]
 ```
 
-`manifest.parquet` lists the parts with rows, bytes and sha256. `_SUCCESS` shows that all parts are there. `rejects/`
-lists the files without rows, each with stage and reason. `config.yaml` makes the same dataset again.
+`manifest.parquet` lists the parts with rows, bytes, and the sha256 of what comes before their footers. `_SUCCESS` shows
+that all parts are there. `rejects/` lists the files without rows, each with stage and reason. `config.yaml` makes the
+same dataset again.
 
 | column | type | meaning |
 |---|---|---|
@@ -120,24 +121,24 @@ def _size_category(rows: int) -> str:
     return next((name for bound, name in bounds if rows < bound), "n>10M")
 
 
-def preview(output: Place, records: Mapping[int, Record], max_pixels: int) -> bytes | None:
+def preview(output: Place, records: Mapping[int, Record], recipe: Mapping[str, Any]) -> bytes | None:
     """A PNG: a row for each of some photographs, with HR's most detailed crop and the LR crops, sorted by scale.
 
     Args:
         output: the dataset.
         records: of its finished shards.
-        max_pixels: of the run; for HR images that are read from their sources.
+        recipe: the resolved configuration; for HR images that are read from their sources.
 
     Returns:
         None if there is no row to show.
     """
     lines = []
     for part, key in sample_keys(output, records, IMAGES):
-        rows = read_rows(output, part, ("draw", "scale", "lr", "hr", "hr_sha256"), [key])
+        rows = read_rows(output, part, ("key", "draw", "scale", "lr", "hr", "hr_sha256"), [key])
         rows.sort(key=lambda row: (row["scale"], row["draw"]))
         if len(rows) > DRAWS:
             rows = [rows[round(n * (len(rows) - 1) / (DRAWS - 1))] for n in range(DRAWS)]
-        lines.append(_line(rows, max_pixels))
+        lines.append(_line(rows, recipe))
     lines = [line for line in lines if line]
     if not lines:
         return None
@@ -154,11 +155,11 @@ def preview(output: Place, records: Mapping[int, Record], max_pixels: int) -> by
     return buffer.getvalue()
 
 
-def _line(rows: Sequence[dict[str, Any]], max_pixels: int) -> list[tuple[str, np.ndarray]]:
+def _line(rows: Sequence[dict[str, Any]], recipe: Mapping[str, Any]) -> list[tuple[str, np.ndarray]]:
     """The HR tile and the LR tiles with their captions; empty if the HR image is gone or has changed."""
-    hr_cell = rows[0]["hr"]
     try:
-        hr = images.decode(hr_cell["bytes"] or _source(rows[0]), max_pixels=max_pixels)
+        data = rows[0]["hr"]["bytes"] or read_reference(rows[0], recipe)
+        hr = images.decode(data, max_pixels=recipe["max_pixels"])
     except Exception:  # a missing preview must not fail a finished dataset
         return []
     size = min(CROP, *hr.shape[:2])
@@ -170,14 +171,6 @@ def _line(rows: Sequence[dict[str, Any]], max_pixels: int) -> list[tuple[str, np
             lr = np.asarray(Image.fromarray(lr).resize((hr.shape[1], hr.shape[0]), Image.Resampling.NEAREST))
         tiles.append((f"x{row['scale']:.2f}", lr[top : top + size, left : left + size]))
     return tiles
-
-
-def _source(row: dict[str, Any]) -> bytes:
-    place, name = split_uri(row["hr"]["path"])
-    data = place.read(name)
-    if hashlib.sha256(data).hexdigest() != row["hr_sha256"]:
-        raise ValueError(f"{row['hr']['path']}: changed since it was degraded")
-    return data
 
 
 def most_detail(pixels: np.ndarray, size: int) -> tuple[int, int]:

@@ -1,17 +1,30 @@
 """The layout of a synthesized dataset: names of its objects and their schemas.
 
-    OUTPUT/config.yaml  plan/part-000000.parquet ...  data/part-000000.parquet ...  rejects/part-000000.parquet ...
+    OUTPUT/config.yaml  plan/part-000000.parquet ...  data/part-000000.parquet ...  rejects/part-000000.parquet
            manifest.parquet  README.md  preview.png  _SUCCESS
 
-A shard is planned before any work starts, and its plan never changes. A finished shard has two objects with its
-number, each written as a whole. The first is in `rejects/`: its schema metadata is the shard's `Record` (rows, bytes
-and sha256 of the data part, statistics). The second is in `data/`: its bytes depend on the images alone. A shard is
-done when both exist, the data part has the size in the record, and the record's recipe (configuration and files) is
-that of the run. So a restart needs no other state than these objects. A data part never replaces one of the same
-recipe: if two drivers work on one output, the second one finds the first one's shard, equal to the byte, and keeps it.
+A shard is planned before any work starts, and its plan never changes. A finished shard is one object with its number in
+`data/`: its rows, and in its footer its rejects and its record (`footer`). The object is put once and whole, only where
+there is none. So the first writer wins, nothing is ever overwritten, and the shard is done as soon as the object is
+there. Its bytes may depend on the writer (its GPU, its threads, a read that failed), and nothing relies on them: all
+else follows from the objects that are there.
 
-`extend` and `retry_rejects` add a part to the plan, with shards of new numbers. A key is planned again only if a shard
-has rejected it. The newest shard of a key counts.
+- Resuming: the ends of the objects in `data/` say which shards are done. A restart needs no other state.
+- Two drivers: both may make a shard. One of them puts it. The other finds an object of the same recipe (configuration
+  and planned files), and its record counts.
+- `rejects/`, `manifest.parquet`, the card and `_SUCCESS` are written by the driver, at the end, from the footers. Two
+  drivers write the same manifest, and a writer that is late changes nothing that it describes.
+- `overwrite=true` deletes `_SUCCESS` and the plan, stores the new configuration, and then deletes the rest. A writer of
+  the overwritten run looks at the configuration before it puts, and so gives up. It can be late only if it looked
+  before the new configuration and puts after the deletion. Then its object has another recipe, or a number that is not
+  planned. A writer of the new run which finds the name taken by it fails, and the shard stays pending.
+- Such a foreign object, or a damaged one, is deleted by the driver alone: when it claims the output, and before it
+  finishes. It looks at the object once more just before, for another driver may have replaced it. While `_SUCCESS` is
+  there nothing is deleted: the run stops, and names the object.
+- `extend` and `retry_rejects` add a part to the plan, with shards of new numbers, and delete `_SUCCESS` before. Objects
+  are listed before the plan is read, so an object of a shard that was just planned is never taken for a foreign one. A
+  key is planned again only if a shard has rejected it. The newest shard of a key counts.
+- A store without a conditional put keeps all this only for one driver at a time.
 """
 
 import json
@@ -27,7 +40,7 @@ from degflow.storage import Place
 CONFIG, PLAN, DATA, REJECTS = "config.yaml", "plan", "data", "rejects"
 MANIFEST, CARD, PREVIEW, SUCCESS = "manifest.parquet", "README.md", "preview.png", "_SUCCESS"
 _TOP = (CONFIG, MANIFEST, CARD, PREVIEW, SUCCESS)
-PART = re.compile(r"(plan|data|rejects)/part-\d{6,}\.parquet")
+PART = re.compile(r"(plan|data|rejects)/part-(\d{6,})\.parquet")
 _LEFTOVER = re.compile(r"((?:plan/|data/|rejects/)?)\.(.+)\.[0-9a-f]{32}")
 
 SOURCE = pa.schema([("key", pa.string()), ("size", pa.int64()), ("etag", pa.string())])
@@ -68,10 +81,10 @@ class Reject(NamedTuple):
 class Record:
     """A finished shard; one row of the manifest.
 
-    `recipe` is the digest of its configuration and planned files. `seconds` is the time from its first read to its last
-    write. Three statistics are means over its rows, before any resize, and null without rows: `psnr` (LR against HR, in
-    dB, at most 99), `clipped` (share of LR values at 0 or 255) and `colour_shift` (distance of the mean colours, in
-    levels of 255).
+    `bytes` is the size of its part, and `sha256` the digest of the part's bytes before its footer. `recipe` is the
+    digest of its configuration and planned files. `seconds` is the time from its first read to its last row. Three
+    statistics are means over its rows, before any resize, and null without rows: `psnr` (LR against HR, in dB, at most
+    99), `clipped` (share of LR values at 0 or 255) and `colour_shift` (distance of the mean colours, in levels of 255).
     """
 
     part: str
@@ -102,15 +115,24 @@ def part_name(folder: str, number: int) -> str:
     return f"{folder}/part-{number:06d}.parquet"
 
 
+def number_of(name: str) -> int:
+    """The number in the name of a part; -1 if it is no such name."""
+    match = PART.fullmatch(name)
+    return int(match[2]) if match and name == part_name(match[1], int(match[2])) else -1
+
+
 def find_objects(output: Place) -> list[str]:
     """The objects of this layout and the leftovers of killed writes, in the order to delete them.
 
-    _SUCCESS comes first, newer parts before older ones, and the configuration last. So if deleting is interrupted, the
-    rest is still known as an unfinished dataset.
+    _SUCCESS comes first, and newer parts before older ones.
     """
     names = [file.key for file in output.files() if _is_ours(file.key) or is_leftover(file.key)]
-    names.sort(reverse=True)
-    return sorted(names, key=lambda name: (name != SUCCESS, name == CONFIG))
+    return sorted(sorted(names, reverse=True), key=lambda name: name != SUCCESS)
+
+
+def is_doomed_first(name: str) -> bool:
+    """Whether overwriting deletes this object before it stores the new configuration: `_SUCCESS` and the plan."""
+    return name == SUCCESS or name.startswith(f"{PLAN}/")
 
 
 def is_leftover(name: str) -> bool:

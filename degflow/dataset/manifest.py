@@ -1,19 +1,23 @@
-"""The records of finished shards: which shards are done, which files are rejected, and manifest.parquet."""
+"""From the finished shards to what describes them: which are done, rejects/ and manifest.parquet."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from typing import NamedTuple
 
 import pyarrow as pa
 
+from degflow.dataset.footer import read_footer
 from degflow.dataset.layout import (
     DATA,
     MANIFEST,
     MANIFEST_ROW,
+    PART,
+    REJECT,
     REJECTS,
     Record,
     Reject,
+    number_of,
     part_name,
     read_table,
     serialise,
@@ -21,43 +25,89 @@ from degflow.dataset.layout import (
 from degflow.dataset.plan import Plan
 from degflow.storage import Place, Source
 
-
-def finished_shards(output: Place, plan: Plan, recipe: Callable[[Sequence[Source]], str]) -> dict[int, Record]:
-    """The records of the shards that are done; `recipe` gives the digest of a shard with these files."""
-    data = {file.key: file.size for file in output.files(DATA)}
-    rejects = {file.key for file in output.files(REJECTS)}
-    there = [n for n in range(len(plan)) if part_name(DATA, n) in data and part_name(REJECTS, n) in rejects]
-    with ThreadPoolExecutor(16) as pool:
-        records = zip(there, pool.map(lambda number: read_record(output, number), there), strict=True)
-        return {
-            number: record
-            for number, record in records
-            if record and record.bytes == data[record.part] and record.recipe == recipe(plan[number])
-        }
+_THREADS = 16
+_REJECTS_PART = part_name(REJECTS, 0)
 
 
-def read_record(output: Place, number: int) -> Record | None:
-    """The record of a shard; None if it is missing or damaged."""
-    try:
-        table = read_table(output, part_name(REJECTS, number))
-        return Record(**json.loads((table.schema.metadata or {})[b"degflow"]))
-    except (FileNotFoundError, pa.ArrowInvalid, KeyError, TypeError, ValueError):
-        return None
+class Shards(NamedTuple):
+    """The records of the shards that are done, and the data parts that are foreign: of another recipe, or damaged."""
+
+    done: dict[int, Record]
+    foreign: list[Source]
 
 
-def rejects_of(output: Place, plan: Plan, records: Mapping[int, Record]) -> Iterator[Reject]:
-    """The rejects that no newer shard has tried again, in the order of the plan."""
-    newest = plan.newest()
+def data_files(output: Place) -> list[Source]:
+    """The data parts that are there. List them before the plan is read; see `layout`."""
+    return [file for file in output.files(DATA) if PART.fullmatch(file.key)]
+
+
+def judge(
+    output: Place,
+    files: Sequence[Source],
+    plan: Plan,
+    recipe: Callable[[Sequence[Source]], str],
+    known: Mapping[int, Record] | None = None,
+) -> Shards:
+    """Read the ends of data parts, to tell which shards are done.
+
+    Args:
+        output: the dataset.
+        files: see `data_files`.
+        plan: which shards there are.
+        recipe: the digest of a shard with these planned files.
+        known: records of shards that were done before; their parts are not read again.
+    """
+    known = known or {}
+
+    def look(file: Source) -> Record | None:
+        number = number_of(file.key)
+        if number in known and known[number].bytes == file.size:
+            return known[number]
+        if not 0 <= number < len(plan):
+            return None
+        footer = read_footer(output, file.key, file.size)
+        return footer.record if footer and footer.record.recipe == recipe(plan[number]) else None
+
+    shards = Shards({}, [])
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for file, call in [(file, pool.submit(look, file)) for file in files]:
+            try:
+                record = call.result()
+            except FileNotFoundError:  # another driver has deleted it meanwhile
+                continue
+            if record:
+                shards.done[number_of(file.key)] = record
+            else:
+                shards.foreign.append(file)
+    return shards
+
+
+def rejects_of(output: Place, records: Mapping[int, Record], newest: Mapping[str, int]) -> Iterator[Reject]:
+    """The rejects of these shards, in the plan's order, without those of a key whose newest shard is another one."""
     for number, reject in _all_rejects(output, records):
         if newest.get(reject.key, number) == number:
             yield reject
 
 
 def _all_rejects(output: Place, records: Mapping[int, Record]) -> Iterator[tuple[int, Reject]]:
-    for number in sorted(records):
-        if records[number].rejects:
-            rows = read_table(output, part_name(REJECTS, number)).to_pylist()
-            yield from ((number, Reject(**row)) for row in rows)
+    numbers = [number for number in sorted(records) if records[number].rejects]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        footers = pool.map(lambda number: read_footer(output, records[number].part, records[number].bytes), numbers)
+        for number, footer in zip(numbers, footers, strict=True):
+            if footer is None:
+                raise OSError(f"{output.uri_of(records[number].part)}: was replaced or damaged by another process")
+            yield from ((number, reject) for reject in footer.rejects)
+
+
+def write_rejects(output: Place, plan: Plan, records: Mapping[int, Record]) -> None:
+    """Write the one file of `rejects/`: all rejects that no newer finished shard has tried again."""
+    rows = [reject._asdict() for reject in rejects_of(output, records, plan.newest(records))]
+    output.write(_REJECTS_PART, serialise(pa.Table.from_pylist(rows, schema=REJECT)))
+
+
+def first_rejects(output: Place, count: int) -> list[Reject]:
+    """The first rows of `rejects/`."""
+    return [Reject(**row) for row in read_table(output, _REJECTS_PART).slice(0, count).to_pylist()]
 
 
 def write_manifest(output: Place, plan: Plan, records: Mapping[int, Record]) -> None:

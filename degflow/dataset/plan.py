@@ -1,6 +1,6 @@
 """The plan: which photographs each shard has. It is written before any work starts; later it may only grow."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -57,12 +57,13 @@ class Plan:
         """Number of files in these shards."""
         return sum(int(self.offsets[n + 1] - self.offsets[n]) for n in numbers)
 
-    def newest(self) -> dict[str, int]:
-        """The newest shard of every key that is planned more than once."""
+    def newest(self, among: Container[int] | None = None) -> dict[str, int]:
+        """The newest shard (of those in `among`, unless None) of every key that is planned more than once."""
         counts = pc.value_counts(self.table["key"])
         repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
         again = self.table.filter(pc.is_in(self.table["key"], repeated))
-        return dict(zip(again["key"].to_pylist(), again["shard"].to_pylist(), strict=True))
+        pairs = zip(again["key"].to_pylist(), again["shard"].to_pylist(), strict=True)
+        return {key: shard for key, shard in pairs if among is None or shard in among}
 
     def sources(self, keys: Iterable[str]) -> list[Source]:
         """These files as they were planned last, sorted by key."""
@@ -102,12 +103,12 @@ def write_part(output: Place, number: int, part: Part) -> bool:
     return output.write(part_name(PLAN, number), serialise(part), new=True)
 
 
-def read_plan(output: Place) -> Plan:
-    """The plan; without files if nothing is planned yet."""
-    tables = [read_table(output, file.key).cast(PLAN_ROW) for file in output.files(PLAN) if PART.fullmatch(file.key)]
+def plan_files(output: Place) -> list[Source]:
+    """The parts of the plan."""
+    return [file for file in output.files(PLAN) if PART.fullmatch(file.key)]
+
+
+def read_plan(output: Place, files: Sequence[Source]) -> Plan:
+    """The plan in these files (see `plan_files`); without files nothing is planned."""
+    tables = [read_table(output, file.key).cast(PLAN_ROW) for file in files]
     return Plan(pa.concat_tables(tables), len(tables)) if tables else Plan.empty()
-
-
-def count_parts(output: Place) -> int:
-    """Number of parts of the plan."""
-    return sum(bool(PART.fullmatch(file.key)) for file in output.files(PLAN))

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 from PIL.PngImagePlugin import PngImageFile
 
 from degflow import config, images
+from degflow.dataset.footer import body_sha256
 from degflow.dataset.layout import CONFIG, MANIFEST, SUCCESS
-from degflow.storage import Place, split_uri
-
-_CHUNK = 8 << 20  # bytes read at a time where a part's sha256 is checked
+from degflow.dataset.references import read_reference
+from degflow.storage import Place
 
 
 class Part(NamedTuple):
@@ -89,15 +89,11 @@ class FinishedDataset:
     def _check(self, file: BinaryIO, where: str, part: Part) -> None:
         if (size := file.seek(0, os.SEEK_END)) != part.bytes:
             raise ValueError(f"{where}: {size} bytes, but the manifest says {part.bytes}")
+        if self.verify and part.name not in self._verified:
+            if (digest := body_sha256(file)) != part.sha256:
+                raise ValueError(f"{where}: sha256 {digest}, but the manifest says {part.sha256}")
+            self._verified.add(part.name)
         file.seek(0)
-        if not self.verify or part.name in self._verified:
-            return
-        digest = hashlib.sha256()
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-        if digest.hexdigest() != part.sha256:
-            raise ValueError(f"{where}: sha256 {digest.hexdigest()}, but the manifest says {part.sha256}")
-        self._verified.add(part.name)
 
     def lr_of(self, row: dict[str, Any]) -> np.ndarray:
         """The LR image of a row, uint8 "H W 3"."""
@@ -107,11 +103,11 @@ class FinishedDataset:
         """The HR image of a row, uint8 "H W 3": exactly the pixels that were degraded.
 
         Raises:
-            ValueError: with `hr=reference`, the source is gone or has changed.
+            ValueError: with `hr=reference`, the source is gone, has changed, or is not below the run's input.
         """
         if row["hr"]["bytes"] is not None:
             return _png(row, "hr")
-        return images.decode(_source(row), max_pixels=self.recipe["max_pixels"])
+        return images.decode(read_reference(row, self.recipe), max_pixels=self.recipe["max_pixels"])
 
 
 def _png(row: dict[str, Any], name: str) -> np.ndarray:
@@ -121,16 +117,3 @@ def _png(row: dict[str, Any], name: str) -> np.ndarray:
             return np.asarray(image)
     except Exception as error:  # Pillow's decoders raise many kinds of errors
         raise ValueError(f"{row['key']}, draw {row['draw']}: damaged {name} ({error})") from error
-
-
-def _source(row: dict[str, Any]) -> bytes:
-    path, key = row["hr"]["path"], row["key"]
-    # The path is a URI and then a key; a key may hold characters such as ::, which have a meaning in a URI.
-    place, name = (Place(path.removesuffix(f"/{key}")), key) if path.endswith(f"/{key}") else split_uri(path)
-    try:
-        data = place.read(name)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no longer there; draw {row['draw']} was made from it") from None
-    if (found := hashlib.sha256(data).hexdigest()) != row["hr_sha256"]:
-        raise ValueError(f"{path}: changed since it was degraded (sha256 {found}, was {row['hr_sha256']})")
-    return data

@@ -1,24 +1,23 @@
-"""A shard's rows -> its objects in the output."""
+"""A shard's rows -> its object in the output."""
 
 import hashlib
-import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from degflow.dataset.layout import DATA, REJECT, REJECTS, ROW, Record, Reject, part_name, serialise
-from degflow.dataset.manifest import read_record
+from degflow.dataset.footer import footer_of, read_footer
+from degflow.dataset.layout import DATA, ROW, Record, Reject, part_name
 from degflow.storage import Place
 
 ROW_GROUP_ROWS, ROW_GROUP_BYTES = 100, 64 << 20
 
 
 class ShardWriter:
-    """Collects the rows of a shard in a temporary local file, and writes its two objects at the end.
+    """Collects the rows of a shard in a temporary local file, and puts it into the output at the end.
 
     Memory holds one row group at a time. Use it as a context manager, which deletes the temporary file.
 
@@ -29,8 +28,8 @@ class ShardWriter:
     """
 
     def __init__(self, output: Place, number: int, recipe: str):
-        self.output, self.number, self.recipe = output, number, recipe
-        self._spool = tempfile.TemporaryFile()  # noqa: SIM115 (a file without a name leaves nothing behind)
+        self.output, self.part, self.recipe = output, part_name(DATA, number), recipe
+        self._spool = _Spool()
         # PNGs do not compress further, and the other columns are a few bytes each.
         self._parquet = pq.ParquetWriter(self._spool, ROW, compression="none")
         self._buffer: list[dict[str, Any]] = []
@@ -42,7 +41,7 @@ class ShardWriter:
 
     def __exit__(self, *_: object) -> None:
         self._parquet.close()
-        self._spool.close()
+        self._spool.file.close()
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
         """Append the rows of one photograph, with the columns of `ROW`."""
@@ -62,41 +61,64 @@ class ShardWriter:
         self._buffer, self._buffered = [], 0
 
     def finish(self, seconds: float, psnr: float | None, clipped: float | None, colour_shift: float | None) -> Record:
-        """Write the rejects with the record, then the data; then the shard is done.
+        """Put the part, if there is none of this number; then the shard is done.
 
-        If another driver has already written this shard by the same recipe, it is kept, and its record is returned.
+        Returns:
+            The record of the part that is there: if another driver has put this shard by the same recipe, of that part.
+
+        Raises:
+            ValueError: the name is taken by a part of another recipe, or by a damaged one.
         """
-        found = read_record(self.output, self.number)
-        if found and found.recipe == self.recipe and _size_there(self.output, found.part) == found.bytes:
+        if found := self._record_there():
             return found
         self._flush()
-        self._parquet.close()
-        size = self._spool.tell()
-        self._spool.seek(0)
-        digest = hashlib.file_digest(self._spool, "sha256").hexdigest()
         record = Record(
-            part=part_name(DATA, self.number),
+            part=self.part,
             rows=self._rows,
             rejects=len(self._rejects),
-            bytes=size,
-            sha256=digest,
+            bytes=0,
+            sha256=self._spool.sha256.hexdigest(),
             recipe=self.recipe,
             seconds=seconds,
             psnr=psnr,
             clipped=clipped,
             colour_shift=colour_shift,
         )
-        schema = REJECT.with_metadata({"degflow": json.dumps(asdict(record))})
-        rejects = pa.Table.from_pylist([reject._asdict() for reject in self._rejects], schema=schema)
-        self.output.write(part_name(REJECTS, self.number), serialise(rejects))
-        spool = f"/dev/fd/{self._spool.fileno()}"
-        if not self.output.upload(spool, record.part, new=True) and self.output.sha256(record.part) != digest:
-            self.output.upload(spool, record.part)  # the existing part has another recipe, or is cut off
-        return record
+        self._parquet.add_key_value_metadata(footer_of(record, self._rejects))
+        self._parquet.close()
+        self._spool.file.flush()
+        while not self.output.upload(f"/dev/fd/{self._spool.file.fileno()}", self.part, new=True):
+            if found := self._record_there():
+                return found
+        return replace(record, bytes=self._spool.file.tell())
+
+    def _record_there(self) -> Record | None:
+        """The record of the part that has this shard's name; None if there is none."""
+        try:
+            footer = read_footer(self.output, self.part, self.output.source(self.part).size)
+        except FileNotFoundError:
+            return None
+        if footer and footer.record.recipe == self.recipe:
+            return footer.record
+        raise ValueError(
+            f"{self.output.uri_of(self.part)}: another run writes into this output, for this part "
+            f"{'has another recipe' if footer else 'is damaged'}; end that run, and start this one again: "
+            "it deletes the part and makes it anew"
+        )
 
 
-def _size_there(output: Place, part: str) -> int:
-    try:
-        return output.source(part).size
-    except FileNotFoundError:
-        return -1
+class _Spool:
+    """A temporary file, and the sha256 of what was written to it."""
+
+    closed = False  # pyarrow asks
+
+    def __init__(self):
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115 (a file without a name leaves nothing behind)
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()

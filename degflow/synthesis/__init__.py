@@ -10,9 +10,9 @@ The way of one photograph through the job:
  6. `codec.Codec.load`            a thread, or a Ray task if actors have GPUs, reads and decodes it
  7. `window.WindowDegrader.degrade`   it is degraded to the scales of its draws (`dataset.scales.scales_of`)
  8. `codec.Codec.encode`          HR and LR images become rows of PNGs
- 9. `dataset.writer.ShardWriter.finish`   the shard's rows and rejects are written into the output
-10. `run.Run.finish`              after all shards: the manifest, the card, the preview, and last `_SUCCESS`
+ 9. `dataset.writer.ShardWriter.finish`   the shard's rows and rejects are put into the output, as one object
+10. `run.Run.finish`              after all shards: rejects, manifest, card, preview, and last `_SUCCESS`
 
 A file that fails on this way becomes a reject with a stage and a reason. `settings` has the keys. `resuming` decides
-whether a run may continue an unfinished dataset.
+whether a run may continue an unfinished dataset, and `state` reads what of it is there.
 """

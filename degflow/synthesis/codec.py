@@ -15,6 +15,7 @@ import numpy as np
 
 from degflow import images
 from degflow.dataset.layout import Reject
+from degflow.dataset.references import reference_to
 from degflow.storage import Place, Source, StorageError
 
 
@@ -102,8 +103,7 @@ class Codec:
     def _hr_of(self, item: Loaded) -> dict[str, Any]:
         if self.embed:
             return {"bytes": images.encode_png(item.pixels), "path": item.key}
-        place = Place(self.root)  # a local URI may be relative; readers need the absolute path
-        return {"bytes": None, "path": place.path(item.key) if place.local else place.uri_of(item.key)}
+        return {"bytes": None, "path": reference_to(Place(self.root), item.key)}
 
     def _row(self, item: Loaded, number: int, draw: Draw, lr: np.ndarray, hr: dict[str, Any]) -> dict[str, Any]:
         if self.scaled:

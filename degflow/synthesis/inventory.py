@@ -21,11 +21,10 @@ import pyarrow.parquet as pq
 from degflow import images
 from degflow.dataset.layout import SOURCE
 from degflow.dataset.plan import Plan
-from degflow.storage import Place, Source, split_uri
+from degflow.dataset.references import INVENTORY
+from degflow.storage import Place, Source, split_glob, split_uri
 
 pc: Any = pyarrow.compute  # its functions are made at import, where type checkers do not see them
-
-_INVENTORY = (".parquet", ".csv")
 
 
 class Input:
@@ -43,14 +42,15 @@ class Input:
 
     def __init__(self, uri: str, root: str = "", *, without: Place | None = None, limit: int = 0):
         self.uri, self.without, self.limit = uri, without, limit
-        self.is_inventory = uri.lower().endswith(_INVENTORY) and not _is_folder(uri)
+        self.is_inventory = uri.lower().endswith(INVENTORY) and not _is_folder(uri)
         if root and not self.is_inventory:
             raise ValueError(f"root={root}: only an inventory (.parquet, .csv) has a root, and input={uri} is none")
         if self.is_inventory:
             self.root, self.pattern = Place(root) if root else split_uri(uri)[0], ""
         else:
-            folder, self.pattern = _split_glob(uri)
-            self.root = Place(folder)
+            folder, pattern = split_glob(uri)
+            is_pattern = bool(pattern) and not Place(uri).exists()
+            self.root, self.pattern = (Place(folder), pattern) if is_pattern else (Place(uri), "")
 
     def images(self) -> pa.Table:
         """All images, as a table of SOURCE, sorted by key. Prints which other files are left out.
@@ -125,17 +125,6 @@ def _count(number: int, noun: str) -> str:
 def _is_folder(uri: str) -> bool:
     place = Place(uri)
     return place.local and place.fs.isdir(place.root)
-
-
-def _split_glob(uri: str) -> tuple[str, str]:
-    """The folder before the first wildcard, and the pattern below it; the pattern is empty without a wildcard."""
-    scheme, mark, path = uri.rpartition("://")
-    folders = path.split("/")
-    first = next((n for n, name in enumerate(folders) if re.search(r"[*?[]", name)), None)
-    if first is None or Place(uri).exists():
-        return uri, ""
-    folder = "/".join(folders[:first]) or ("/" if path.startswith("/") else "." if not scheme else "")
-    return f"{scheme}{mark}{folder}", "/".join(folders[first:])
 
 
 def _inventory(uri: str) -> pa.Table:

@@ -5,13 +5,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 
 from degflow.config import dump, plain
 from degflow.dataset.card import card, preview
-from degflow.dataset.layout import CARD, CONFIG, PREVIEW, SUCCESS, Record, find_objects, is_leftover
-from degflow.dataset.manifest import finished_shards, parts_in_manifest, rejects_of, write_manifest
-from degflow.dataset.plan import Part, Plan, count_parts, joined, read_plan, write_part
+from degflow.dataset.layout import CARD, CONFIG, PREVIEW, SUCCESS, find_objects, is_doomed_first, is_leftover
+from degflow.dataset.manifest import first_rejects, parts_in_manifest, rejects_of, write_manifest, write_rejects
+from degflow.dataset.plan import Part, joined, write_part
 from degflow.dataset.scales import scales_of
 from degflow.degrader import Degrader
 from degflow.storage import Place, Source
@@ -21,6 +20,7 @@ from degflow.synthesis.pool import pool_of
 from degflow.synthesis.resuming import Recipe, continued
 from degflow.synthesis.settings import SynthesizeConfig, resolve
 from degflow.synthesis.shard import ShardMaker
+from degflow.synthesis.state import State
 from degflow.synthesis.window import WindowDegrader
 
 _SAMPLES = 8  # files that an estimate reads
@@ -44,7 +44,7 @@ def synthesize(config: SynthesizeConfig) -> None:
         run.claim()
         print(run.describe(), flush=True)
         run.make()
-        while not run.finish():  # another driver has extended the plan
+        while not run.finish():
             run.make()
         print(run.summary())
     if run.output.exists(PREVIEW):
@@ -76,35 +76,35 @@ class Run:
             seed=config.seed,
             model_sha256=config.model_sha256,
         )
-        self.shards = Plan.empty()
-        self.done: dict[int, Record] = {}
+        self.state = State(self.output, self.recipe)
         self.next: Part | None = None  # what `claim` adds to the plan
         self.made = 0  # photographs, by this process
         self.started = time.monotonic()
 
     def plan(self) -> None:
-        """Read what the output holds, and choose the photographs that the plan gets next. Nothing is written."""
-        if not self.config.overwrite:
-            self._read()
-        self.next = self._next_part()
+        """Read what the output holds, and choose the photographs that the plan gets next. Nothing is written.
 
-    def _read(self) -> None:
-        self.shards = read_plan(self.output)
-        self.done = finished_shards(self.output, self.shards, self.recipe.digest)
+        Raises:
+            ValueError: the output has `_SUCCESS`, and parts that are not of its run.
+        """
+        if not self.config.overwrite:
+            self.state.read()
+            self.state.refuse_foreign()
+        self.next = self._next_part()
 
     def _next_part(self) -> Part | None:
         """All of the input for an empty plan; later the new files and the rejected ones, if they are asked for."""
         config, size, part = self.config, self.config.shard.images, None
-        if not len(self.shards):
-            return self.shards.next_part(self.input.images(), size)
+        if not len(self.state.plan):
+            return self.state.plan.next_part(self.input.images(), size)
         if config.extend:
-            part = self.shards.next_part(self.input.new_images(self.shards), size)
-        elif (config.dry_run or self.output.exists(SUCCESS)) and (new := self.input.new_images(self.shards)):
+            part = self.state.plan.next_part(self.input.new_images(self.state.plan), size)
+        elif (config.dry_run or self.output.exists(SUCCESS)) and (new := self.input.new_images(self.state.plan)):
             first = ", ".join(new["key"].slice(0, 3).to_pylist()) + (", ..." if len(new) > 3 else "")
             print(f"{len(new)} new in {config.input} since the plan was made ({first}); extend=true takes them")
         if config.retry_rejects:
-            plan = self.shards.plus(part) if part else self.shards
-            keys = [reject.key for reject in rejects_of(self.output, plan, self.done)]
+            plan = self.state.plan.plus(part) if part else self.state.plan
+            keys = [reject.key for reject in rejects_of(self.output, self.state.done, plan.newest())]
             part = joined(part, plan.next_part(self.input.as_now(plan.sources(keys)), size))
         return part or None
 
@@ -112,56 +112,72 @@ class Run:
         """Whether the output is a whole dataset, and nothing more is asked for."""
         if self.config.overwrite or self.next or not self.output.exists(SUCCESS):
             return False
-        return len(self.done) == len(self.shards) == parts_in_manifest(self.output)
+        return len(self.state.done) == len(self.state.plan) == parts_in_manifest(self.output)
 
     def claim(self) -> None:
-        """Write the configuration, then what the plan gets next. If another driver wrote a plan first, it counts."""
+        """Write the configuration, then what the plan gets next; delete what is not of this run.
+
+        If another driver wrote a plan first, it counts.
+        """
         try:
             if self.config.overwrite:
-                for name in find_objects(self.output):
-                    if name != CONFIG:
-                        self.output.delete(name)
-                self._save_config()
+                self._clear()
             elif not self._save_config(new=True):
                 continued(self.config, self.output)
+            if not self.output.keeps_first(CONFIG):
+                print("the output's store knows no If-None-Match: start no other run on it", flush=True)
             if self.next:
                 self.output.delete(SUCCESS)
-                if not write_part(self.output, self.shards.parts, self.next):
+                if not write_part(self.output, self.state.plan.parts, self.next):
                     print("another driver planned at the same time: its plan counts", flush=True)
-                self.shards, self.next = read_plan(self.output), None
-                if not len(self.shards):
-                    raise OSError("another driver is overwriting it")
+                self.next = None
+            self.state.read()
+            if not len(self.state.plan):
+                raise OSError("another driver is overwriting it")
+            self.state.sweep()
+            if self.state.pending():
+                self.output.delete(SUCCESS)
         except OSError as error:
             raise OSError(f"output={self.output.uri}: cannot be written ({type(error).__name__}: {error})") from error
         self.started = time.monotonic()
+
+    def _clear(self) -> None:
+        """Delete the dataset; see `layout` for the order."""
+        for name in filter(is_doomed_first, find_objects(self.output)):
+            self.output.delete(name)
+        self._save_config()
+        for name in find_objects(self.output):  # listed again: a late writer may have put a part
+            if name != CONFIG:
+                self.output.delete(name)
 
     def _save_config(self, new: bool = False) -> bool:
         orders = {"overwrite": False, "dry_run": False, "extend": False, "retry_rejects": False}
         return self.output.write(CONFIG, dump(replace(self.config, **orders)).encode(), new=new)
 
-    def pending(self) -> list[int]:
-        """The planned shards that are not done."""
-        return [number for number in range(len(self.shards)) if number not in self.done]
-
     def make(self) -> None:
-        """Make the pending shards on a pool of actors.
+        """Make the pending shards on a pool of actors. If the run ends early, `rejects/` says why files were rejected.
 
         Raises:
             ValueError: some are missing still.
         """
-        pending = self.pending()
+        pending = self.state.pending()
         if not pending:
             return
         with pool_of(self.config.actors) as pool:
             if pool.threads != self.config.actors.threads:
                 self.config = replace(self.config, actors=replace(self.config.actors, threads=pool.threads))
                 self._save_config()
-            pool.make(self.maker(), self.shards, pending)
-        self.made += self.shards.images(pending)
-        self.done = finished_shards(self.output, self.shards, self.recipe.digest)
-        if missing := self.pending():
+            try:
+                pool.make(self.maker(), self.state.plan, pending)
+            except ValueError:  # it may point to the rejects
+                self.state.read()
+                write_rejects(self.output, self.state.plan, self.state.done)
+                raise
+        self.made += self.state.plan.images(pending)
+        self.state.read()
+        if missing := [number for number in pending if number not in self.state.done]:
             same = "the same command without overwrite=true" if self.config.overwrite else "the same command"
-            raise ValueError(f"{len(missing)} of {len(self.shards)} shards are missing; {same} makes them")
+            raise ValueError(f"{len(missing)} of {len(self.state.plan)} shards are missing; {same} makes them")
 
     def maker(self) -> ShardMaker:
         """What makes this run's shards, wherever it is sent."""
@@ -182,58 +198,55 @@ class Run:
         """Make a dataset of the shards: manifest, card and preview, and last `_SUCCESS`.
 
         Returns:
-            False, without `_SUCCESS`, if another driver has extended the plan; the run then has new pending shards.
+            False, without `_SUCCESS`, if shards are pending, e.g. because another driver has extended the plan.
 
         Raises:
             ValueError: too many rejects.
         """
-        if self._is_extended():
+        self.state.read()
+        self.state.sweep()
+        if self.state.pending():
             return False
-        write_manifest(self.output, self.shards, self.done)
-        text = card(self.done, self.rejects, plain(self.config), self.config.scale.in_words())
+        write_rejects(self.output, self.state.plan, self.state.done)
+        write_manifest(self.output, self.state.plan, self.state.done)
+        recipe = plain(self.config)
+        text = card(self.state.done, self.rejects, recipe, self.config.scale.in_words())
         self.output.write(CARD, text.encode())
         try:
-            if sheet := preview(self.output, self.done, self.config.max_pixels):
+            if sheet := preview(self.output, self.state.done, recipe):
                 self.output.write(PREVIEW, sheet)
         except Exception as error:  # a missing preview must not fail a finished dataset
             print(f"no preview: {type(error).__name__}: {error}")
         for name in filter(is_leftover, find_objects(self.output)):
             self.output.delete(name)
-        if self.rejects > self.config.max_reject_rate * self.shards.files:
+        if self.rejects > self.config.max_reject_rate * self.state.plan.files:
             raise ValueError(
-                f"{self.rejects} of {self.shards.files} files were rejected, more than "
+                f"{self.rejects} of {self.state.plan.files} files were rejected, more than "
                 f"max_reject_rate={self.config.max_reject_rate}: {self._first_rejects()}"
             )
-        if self._is_extended():
+        if self.state.is_extended():
             return False
         self.output.write(SUCCESS, b"")
-        return True
-
-    def _is_extended(self) -> bool:
-        """Whether another driver has extended the plan; then it is read again."""
-        if count_parts(self.output) == self.shards.parts:
-            return False
-        self._read()
         return True
 
     @property
     def used(self) -> int:
         """Photographs with rows: a photograph has the rows of all its draws, or is one reject."""
-        return sum(record.rows for record in self.done.values()) // self.config.scale.per_image
+        return sum(record.rows for record in self.state.done.values()) // self.config.scale.per_image
 
     @property
     def rejects(self) -> int:
         """Photographs without rows, however often they were tried."""
-        return self.shards.files - self.used
+        return self.state.plan.files - self.used
 
     def _first_rejects(self, count: int = 3) -> str:
-        first = islice(rejects_of(self.output, self.shards, self.done), count)
+        first = first_rejects(self.output, count)
         return "; ".join(f"{r.key} ({r.stage}: {r.error})" for r in first) + "; the rejects folder has all"
 
     def describe(self) -> str:
         """The plan in one line."""
-        plan = self.shards.plus(self.next) if self.next else self.shards
-        done = f", {len(self.done)} of them done" if self.done else ""
+        plan = self.state.plan.plus(self.next) if self.next else self.state.plan
+        done = f", {len(self.state.done)} of them done" if self.state.done else ""
         return (
             f"{plan.files} images ({plan.bytes / 1e6:.1f} MB) in {len(plan)} shards{done}; "
             f"{self.config.scale.per_image} LR each, scales {self.config.scale.in_words()}"
@@ -241,7 +254,7 @@ class Run:
 
     def estimate(self) -> str:
         """How much there is to make, judged from a few files, and the memory that planning took."""
-        plan = self.shards.plus(self.next) if self.next else self.shards
+        plan = self.state.plan.plus(self.next) if self.next else self.state.plan
         sources: list[Source] = plan.sample(_SAMPLES)
         with ThreadPoolExecutor(_SAMPLES) as pool:
             loaded = list(pool.map(self.codec.load, sources))
@@ -259,8 +272,9 @@ class Run:
 
     def summary(self) -> str:
         """What the dataset holds, and how fast this process was."""
-        rows = sum(record.rows for record in self.done.values())
-        lines = [f"{rows} LR images of {self.used} photographs in {len(self.done)} shards, {self.rejects} rejects"]
+        done = self.state.done
+        rows = sum(record.rows for record in done.values())
+        lines = [f"{rows} LR images of {self.used} photographs in {len(done)} shards, {self.rejects} rejects"]
         if self.rejects:
             lines.append(f"rejected: {self._first_rejects()}")
         if self.made:

@@ -1,5 +1,6 @@
 """The configuration of a synthesis run."""
 
+import os
 from dataclasses import dataclass, replace
 
 from degflow import images
@@ -140,4 +141,10 @@ def resolve(config: SynthesizeConfig, degrader: Degrader) -> SynthesizeConfig:
         if value is not None and not degrader.low <= value <= degrader.high:
             raise ValueError(f"{name}: {model} was trained on scales in [{degrader.low}, {degrader.high}]")
     hr = ("embed" if scale.per_image == 1 else "reference") if config.hr == "auto" else config.hr
+    if hr == "reference":  # readers compare the references with these, wherever they run
+        config = replace(config, input=_absolute(config.input), root=_absolute(config.root))
     return replace(config, scale=scale, hr=hr, solver=solver, model_sha256=degrader.sha256)
+
+
+def _absolute(uri: str) -> str:
+    return os.path.abspath(os.path.expanduser(uri)) if uri and "://" not in uri else uri

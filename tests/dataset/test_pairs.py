@@ -1,6 +1,8 @@
 import itertools
 import json
+import re
 import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -360,10 +362,12 @@ def test_a_damaged_part_is_named(copy, place):
     part = copy / "data/part-000000.parquet"
     data = bytearray(part.read_bytes())
     row = pq.read_table(part).to_pylist()[0]
-    at = {"footer": len(data) - 100, "page": 6, "pixels": data.index(row["hr"]["bytes"]) + 60}[place]
+    footer = len(data) - int.from_bytes(data[-8:-4], "little") - 8
+    at = {"footer": footer + 4, "page": 6, "pixels": data.index(row["hr"]["bytes"]) + 60}[place]
     data[at : at + 40] = bytes(40)
     part.write_bytes(data)
-    with pytest.raises(ValueError, match=r"part-000000\.parquet: sha256 [0-9a-f]{64}, but the manifest says"):
+    differs = r"cannot be read" if place == "footer" else r"sha256 [0-9a-f]{64}, but the manifest says"
+    with pytest.raises((ValueError, OSError), match=rf"part-000000\.parquet: {differs}"):
         list(SynthesizedPairs(str(copy), verify=True))
     message = r"000\.png, draw 0: damaged hr" if place == "pixels" else r"part-000000\.parquet: cannot be read"
     with pytest.raises((ValueError, OSError), match=message):
@@ -387,6 +391,44 @@ def test_a_referenced_source_that_is_gone_or_changed_is_named(photos, model, tmp
     (folder / "coffee.jpg").unlink()
     with pytest.raises(ValueError, match=rf"{folder}/coffee\.jpg: no longer there"):
         list(SynthesizedPairs(uri))
+
+
+def test_a_row_does_not_choose_what_is_opened(photos, model, tmp_path):
+    folder, secret = tmp_path / "in", tmp_path / "secret.png"
+    folder.mkdir()
+    shutil.copy(photos / "astronaut.PNG", folder / "a.png")
+    secret.write_bytes((folder / "a.png").read_bytes())  # even the right bytes
+    uri = finish(folder, tmp_path / "out", model, "hr=reference")
+    dataset, (row,) = FinishedDataset(uri), rows_of(Path(uri)).values()
+    assert dataset.hr_of(row).shape == (80, 96, 3)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.2)
+        web = f"http://127.0.0.1:{server.getsockname()[1]}/a.png"
+        paths = (str(secret), f"file://{secret}", f"{folder}/../secret.png", web, f"s3://bucket{folder}/a.png")
+        for path, key in [*((path, "a.png") for path in paths), (f"{folder}/../secret.png", "../secret.png")]:
+            with pytest.raises(
+                ValueError, match=rf"^{re.escape(path)}: is not opened, because it is not .* below"
+            ) as said:
+                dataset.hr_of(row | {"key": key, "hr": {"bytes": None, "path": path}})
+            assert row["hr_sha256"] not in str(said.value)
+        with pytest.raises(TimeoutError):
+            server.accept()
+
+
+def test_references_of_every_kind_of_input_are_read_from_anywhere(photos, model, tmp_path, monkeypatch):
+    for key in ("x[1]/b/a.png", "y/c.png"):
+        (tmp_path / "in" / key).parent.mkdir(parents=True)
+        shutil.copy(photos / "astronaut.PNG", tmp_path / "in" / key)
+    (tmp_path / "in/list.csv").write_text("key\ny/c.png\n")
+    (tmp_path / "list.csv").write_text("key\nc.png\n")
+    (tmp_path / "elsewhere").mkdir()
+    for number, words in enumerate(("in/x[1]", "in/**/b/*.png", "in/list.csv", "list.csv root=in/y")):
+        monkeypatch.chdir(tmp_path)
+        photos_here, *more = words.split()
+        uri = finish(photos_here, tmp_path / f"out{number}", model, "hr=reference", *more)
+        assert (tmp_path / f"out{number}/preview.png").exists()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        assert len(list(SynthesizedPairs(uri))) == 1
 
 
 def test_references_have_any_name_and_the_runs_own_pixel_limit(photos, model, tmp_path):

@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from s3fs import S3FileSystem
 
 from degflow import images, storage
-from degflow.config import dump, load
-from degflow.dataset import manifest
+from degflow.config import dump, load, plain
 from degflow.dataset.card import preview
+from degflow.dataset.footer import read_footer
 from degflow.dataset.layout import Reject
-from degflow.dataset.manifest import finished_shards
-from degflow.dataset.plan import Plan, read_plan, write_part
+from degflow.dataset.manifest import data_files, judge
+from degflow.dataset.manifest import rejects_of as rejects_of_shards
+from degflow.dataset.plan import Plan, plan_files, read_plan, write_part
 from degflow.dataset.scales import ScaleConfig, noise_seed_of, scales_of, uniform_of
 from degflow.degrader import Degrader
 from degflow.storage import Place, Source
@@ -50,7 +52,14 @@ def open_run(photos, output, model, *words):
 
 
 def finished_in(run, plan):
-    return finished_shards(run.output, plan, run.recipe.digest)
+    return judge(run.output, data_files(run.output), plan, run.recipe.digest).done
+
+
+def rejects_in(output):
+    """The rejects of all shards: key -> reject."""
+    place = Place(str(output))
+    footers = [read_footer(place, file.key, file.size) for file in data_files(place)]
+    return {reject.key: reject for footer in footers for reject in footer.rejects}
 
 
 def make_all(run, plan):
@@ -154,11 +163,11 @@ def test_bad_files_are_rejects_with_stage_and_reason(photos, model, tmp_path):
     other = open_run(spoiled, tmp_path / "out", model, "max_pixels=80001", "shard.images=4")
     make_all(run, plan)
     output = tmp_path / "out"
-    rejects = rejects_of(output)
-    reasons = {key: (row["stage"], row["error"]) for key, row in rejects.items()}
+    rejects = rejects_in(output)
+    reasons = {key: (reject.stage, reject.error) for key, reject in rejects.items()}
     assert {key for key, _ in rows_of(output)} == {"good1.png", "good2.jpg"}
     assert len(rejects) == 9
-    assert all(row["attempts"] == 1 for row in rejects.values())
+    assert all(reject.attempts == 1 for reject in rejects.values())
     assert reasons["empty.png"] == ("decode", "empty file")
     assert reasons["dangling.png"][0] == "read"
     for key, reason in {
@@ -174,7 +183,7 @@ def test_bad_files_are_rejects_with_stage_and_reason(photos, model, tmp_path):
         assert reason in reasons[key][1]
     records = finished_in(run, plan)
     assert [record.rejects for record in records.values()] == [3, 3, 3]
-    assert [reject.key for reject in manifest.rejects_of(run.output, plan, records)] == sorted(rejects)
+    assert [reject.key for reject in rejects_of_shards(run.output, records, {})] == sorted(rejects)
     assert finished_in(other, plan) == {}
 
 
@@ -202,10 +211,10 @@ def test_an_image_too_large_for_the_memory_is_a_reject_and_leaves_the_others(pho
     starved = Starved(loaded.autoencoder, loaded.flow, loaded.levels)
     run = Run(load(SynthesizeConfig, [f"input={photos}", f"output={tmp_path}", "batch=9"]), starved)
     make_all(run, plan_of(photos, tmp_path))
-    rejects, rows = rejects_of(tmp_path), rows_of(tmp_path)
+    rejects, rows = rejects_in(tmp_path), rows_of(tmp_path)
     assert len(rejects) == 6
-    assert {row["stage"] for row in rejects.values()} == {"degrade"}
-    assert any(row["error"].startswith("96 x 80 pixels: out of memory on cpu with") for row in rejects.values())
+    assert {reject.stage for reject in rejects.values()} == {"degrade"}
+    assert any(reject.error.startswith("96 x 80 pixels: out of memory on cpu with") for reject in rejects.values())
     assert {(key, 0) for key in rejects} | set(rows) == set(rows_of(made))
     assert len(rows) == 3
 
@@ -242,7 +251,7 @@ def test_a_pass_that_runs_out_of_memory_is_freed_and_repeated_with_less(photos, 
     tight.error, tight.seen, tight.earlier = error, [], []
     run = Run(load(SynthesizeConfig, [f"input={photos}", f"output={tmp_path}", "batch=9"]), tight)
     make_all(run, plan_of(photos, tmp_path))
-    assert rejects_of(tmp_path) == {}
+    assert rejects_in(tmp_path) == {}
     assert sorted(set(tight.seen)) == [(1, 1.0), (1, 2.0), (1, 4.0), (6, 4.0)]
     assert [memory for count, memory in tight.seen if count == 1] == 9 * [4.0, 2.0, 1.0]
     for key, row in rows_of(tmp_path).items():
@@ -266,9 +275,9 @@ def test_an_image_that_no_tile_of_fits_the_budget_is_a_reject(photos, model, tmp
     (tmp_path / "in/small.png").write_bytes((photos / "smallest.png").read_bytes())
     output = make(tmp_path / "in", tmp_path / "out", model, "memory=0.154")
     assert [key for key, _ in rows_of(output)] == ["small.png"]
-    rejects = rejects_of(output)
-    assert rejects["large.png"]["stage"] == "degrade"
-    assert re.fullmatch(r"memory=0\.154: needs at least \d\.\d+ GB for 400 x 300 pixels", rejects["large.png"]["error"])
+    rejects = rejects_in(output)
+    assert rejects["large.png"].stage == "degrade"
+    assert re.fullmatch(r"memory=0\.154: needs at least \d\.\d+ GB for 400 x 300 pixels", rejects["large.png"].error)
 
 
 def test_an_unexpected_failure_is_not_a_reject(photos, model, tmp_path):
@@ -288,9 +297,9 @@ def test_a_file_changed_since_the_plan_is_a_reject(photos, model, tmp_path):
     os.utime(folder / "cat.jpeg", (1, 1))
     output = make(folder, tmp_path / "out", model, plan=plan)
     assert [key for key, _ in rows_of(output)] == ["astronaut.PNG"]
-    rejects = rejects_of(output)
+    rejects = rejects_in(output)
     assert rejects.keys() == {"coffee.jpg", "cat.jpeg"}
-    assert all(row["stage"] == "read" and "changed since the plan" in row["error"] for row in rejects.values())
+    assert all(reject.stage == "read" and "changed since the plan" in reject.error for reject in rejects.values())
 
 
 def test_scales_are_a_function_of_seed_key_and_draw():
@@ -359,10 +368,10 @@ def test_the_plan_comes_back_as_it_was_written(photos, tmp_path):
     expected = [source for source in Place(str(photos)).files() if source.key != "notes.txt"]
     plan = plan_of(photos, tmp_path, "shard.images=4")
     place = Place(str(tmp_path))
-    assert len(read_plan(place)) == 0
+    assert len(read_plan(place, plan_files(place))) == 0
     assert write_part(place, 0, plan.table)
     assert not write_part(place, 0, plan.table.slice(1))
-    read = read_plan(place)
+    read = read_plan(place, plan_files(place))
     assert read.table.equals(plan.table)
     assert [source for number in range(3) for source in read[number]] == expected
     assert [len(read[number]) for number in range(3)] == [4, 4, 1]
@@ -420,6 +429,7 @@ def test_a_store_that_fails_is_no_reject_but_a_file_that_does_is(s3, monkeypatch
     assert load(source._replace(size=-1, etag="")).pixels.shape == (16, 16, 3)
     assert load(source._replace(key="b.png")) == Reject("b.png", "read", "no longer there")
     monkeypatch.setattr(storage, "PATIENCE", 1)
+    monkeypatch.setattr(S3FileSystem, "retries", 1)  # by s3fs itself
     with monkeypatch.context() as patch, proxying(s3.endpoint, broken="a.png") as (_, endpoint):
         patch.setenv("AWS_ENDPOINT_URL", endpoint)
         forget_clients()
@@ -427,7 +437,7 @@ def test_a_store_that_fails_is_no_reject_but_a_file_that_does_is(s3, monkeypatch
     forget_clients()
     assert (found.key, found.stage) == ("a.png", "read")
     assert found.attempts >= 1
-    assert re.fullmatch(r"s3://demo/.*/a\.png: .*Service Unavailable \(attempts: \d\)", found.error)
+    assert re.fullmatch(r"s3://demo/.*/a\.png: .*reduce your request rate\. \(attempts: \d\)", found.error)
     s3.kill()
     try:
         with pytest.raises(storage.StorageError, match="EndpointConnectionError"):
@@ -444,23 +454,27 @@ def test_the_preview_shows_no_source_that_changed_since(model, tmp_path):
     plan = plan_of(tmp_path / "in", tmp_path / "out")
     make_all(run, plan)
     records = finished_in(run, plan)
-    assert preview(run.output, records, 10_000) is not None
+    assert preview(run.output, records, plain(run.config)) is not None
     file.write_bytes(images.encode_png(np.full((32, 32, 3), 129, np.uint8)))
-    assert preview(run.output, records, 10_000) is None
+    assert preview(run.output, records, plain(run.config)) is None
 
 
-def test_a_finished_shard_of_the_same_recipe_is_left_alone_and_one_of_another_replaced(photos, model, tmp_path):
+def test_a_part_is_never_put_over_another(photos, model, tmp_path):
     first, second, other = (open_run(photos, tmp_path, model, f"seed={seed}") for seed in (0, 0, 3))
     plan, part = plan_of(photos, tmp_path, "limit=2"), tmp_path / "data/part-000000.parquet"
     make_all(first, plan)
-    before, records = part.stat().st_mtime_ns, finished_in(first, plan)
+    before, records = part.read_bytes(), finished_in(first, plan)
     make_all(second, plan)
-    assert part.stat().st_mtime_ns == before
+    assert part.read_bytes() == before
     assert finished_in(second, plan) == records
     assert len(records) == 1
-    make_all(other, plan)
+    with pytest.raises(ValueError, match=r"part-000000\.parquet: another run writes into this output.*another recipe"):
+        make_all(other, plan)
+    assert part.read_bytes() == before
+    part.write_bytes(before[:-10])
+    with pytest.raises(ValueError, match=r"part-000000\.parquet: another run writes into this output.*is damaged"):
+        make_all(first, plan)
     assert finished_in(first, plan) == {}
-    assert {row["seed"] for row in rows_of(tmp_path).values()} == {3}
 
 
 def test_a_shard_of_a_run_whose_output_was_overwritten_is_not_put(photos, model, tmp_path):

@@ -18,6 +18,7 @@ import ray
 
 from degflow import images
 from degflow.config import load
+from degflow.dataset.footer import body_sha256
 from degflow.storage import Place
 from degflow.synthesis.run import synthesize
 from degflow.synthesis.settings import SynthesizeConfig
@@ -29,7 +30,8 @@ from tests.synthesis.clusters import own_cluster, share_ray
 JOB = ROOT / "jobs" / "synthesize.py"
 PHOTOS, SHARD = 40, 8
 WORDS = (f"shard.images={SHARD}", "actors.threads=1", "batch=2")
-LAYOUT = r"(config\.yaml|manifest\.parquet|README\.md|preview\.png|_SUCCESS|(plan|data|rejects)/part-\d{6}\.parquet)"
+LAYOUT = r"(config\.yaml|manifest\.parquet|README\.md|preview\.png|_SUCCESS|(plan|data)/part-\d{6}\.parquet"
+LAYOUT += r"|rejects/part-000000\.parquet)"
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,9 @@ def rows_of(output):
     manifest = pq.read_table(io.BytesIO(place.read("manifest.parquet"))).to_pylist()
     assert [record["part"] for record in manifest] == [name for name in names if name.startswith("data/")]
     for record in manifest:
-        found = pq.read_table(io.BytesIO(place.read(record["part"]))).to_pylist()
+        part = io.BytesIO(place.read(record["part"]))
+        assert (len(part.getvalue()), body_sha256(part)) == (record["bytes"], record["sha256"])
+        found = pq.read_table(part).to_pylist()
         assert len(found) == record["rows"]
         for row in found:
             assert (row["key"], row["draw"]) not in rows

@@ -1,0 +1,52 @@
+"""The photographs of rows without HR bytes (`hr=reference`). Only those below the run's own input are opened.
+
+A row must not choose what its reader opens: a path in it could name any file of the reader's machine or network.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from degflow.storage import Place, split_glob, split_uri
+
+INVENTORY = (".parquet", ".csv")
+
+
+def reference_to(root: Place, key: str) -> str:
+    """What a row says of its photograph: the URI, or the absolute path of a local file."""
+    return root.path(key) if root.local else root.uri_of(key)
+
+
+def read_reference(row: Mapping[str, Any], recipe: Mapping[str, Any]) -> bytes:
+    """The file of a row's photograph.
+
+    Args:
+        row: with `key`, `draw`, `hr` and `hr_sha256`.
+        recipe: the dataset's configuration.
+
+    Raises:
+        ValueError: the path in the row is not that of its key below the input, or the file is gone or has changed.
+    """
+    path, key = row["hr"]["path"], row["key"]
+    root = next((root for root in _roots(recipe) if reference_to(root, key) == path), None)
+    if root is None or (root.local and ".." in key.split("/")):
+        raise ValueError(f"{path}: is not opened, because it is not {key} below the run's input={recipe['input']}")
+    try:
+        data = root.read(key)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no longer there; draw {row['draw']} was made from it") from None
+    if hashlib.sha256(data).hexdigest() != row["hr_sha256"]:
+        raise ValueError(f"{path}: changed since it was degraded (its sha256 is not {row['hr_sha256']})")
+    return data
+
+
+def _roots(recipe: Mapping[str, Any]) -> Iterator[Place]:
+    """What the keys may be below; whether a name with a `*` is a folder or a pattern was known to the run alone."""
+    uri = recipe["input"]
+    if recipe["root"]:
+        yield Place(recipe["root"])
+        return
+    yield Place(uri)
+    yield Place(split_glob(uri)[0])
+    if uri.lower().endswith(INVENTORY):
+        yield split_uri(uri)[0]
