@@ -1,12 +1,13 @@
 import json
 import sys
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
 from degflow import config
 from degflow.config import load, option, required
+from tests import ROOT
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,35 @@ def test_a_bad_word_is_named_with_its_rule_in_one_line(word, parts):
 def test_a_bad_file_is_named_with_its_rule_in_one_line(yaml, text, parts):
     message = refused([yaml(text)])
     assert all(part in message for part in parts), message
+
+
+@dataclass(frozen=True)
+class Stage1:
+    skips: str = option("")
+    scenes: dict[str, Any] = option({})
+    autoencoder: dict[str, Any] = option({})
+    fit: dict[str, Any] = option({})
+
+
+def test_a_name_alone_is_a_configuration_that_ships_unless_there_is_such_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "paper_rae").mkdir()  # a folder is no configuration
+    assert load(Stage1, ["config=small_rae"]) == load(Stage1, [f"config={ROOT}/configs/small_rae.yaml"])
+    assert load(Stage1, ["config=small_rae", "config=paper_rae", "skips=hr"]).fit["steps"] == 200000
+    (tmp_path / "small_rae").write_text("skips: mine\n")
+    assert load(Stage1, ["config=small_rae"]).skips == "mine"
+
+
+@pytest.mark.parametrize("name", ["nonsense", "small_rae.yaml", ""])
+def test_a_name_that_is_nowhere_gets_those_that_ship(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ", ".join(sorted(path.stem for path in (ROOT / "configs").iterdir()))
+    assert refused([f"config={name}"]) == f"config={name}: no such file, and none of those that ship: {names}"
+
+
+def test_a_path_is_no_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert refused(["config=./small_rae"]) == "config=./small_rae: no such file"
 
 
 def test_an_empty_file_changes_nothing(yaml):
