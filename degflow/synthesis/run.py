@@ -73,6 +73,7 @@ class Run:
             max_pixels=config.max_pixels,
             embed=config.hr == "embed",
             scaled=config.size == "scaled",
+            keep_gray=config.gray == "keep",
             seed=config.seed,
             model_sha256=config.model_sha256,
         )

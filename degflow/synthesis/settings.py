@@ -77,6 +77,9 @@ class SynthesizeConfig:
     hr: str = option(
         "auto", "rows hold HR as PNG (embed) or as the source's URI (reference); auto: embed if scale.per_image=1"
     )
+    gray: str = option(
+        "camera", "LR images of a gray photograph have a colour camera's slight colour (camera), or stay gray (keep)"
+    )
     max_pixels: int = option(images.MAX_PIXELS, "images with more pixels are rejected")
     memory: float = option(
         0.0,
@@ -101,6 +104,7 @@ class SynthesizeConfig:
             ("spread", 0 <= self.spread <= 1, "must lie in [0, 1]"),
             ("size", self.size in ("same", "scaled"), "must be same or scaled"),
             ("hr", self.hr in ("auto", "embed", "reference"), "must be auto, embed or reference"),
+            ("gray", self.gray in images.GRAY, f"must be one of {', '.join(images.GRAY)}"),
             ("max_pixels", self.max_pixels >= images.SMALLEST_SIDE**2, f"must be at least {images.SMALLEST_SIDE**2}"),
             ("memory", self.memory >= 0, "must not be negative"),
             ("precision", self.precision in PRECISIONS, f"must be one of {', '.join(PRECISIONS)}"),

@@ -147,6 +147,15 @@ def test_scaled_lr_is_the_same_lr_shrunk(photos, model, made, tmp_path):
         assert png(rows[key]["hr"]["bytes"]).shape == full.shape
 
 
+def test_a_gray_photograph_stays_gray_on_request(photos, model, made, tmp_path):
+    rows = rows_of(make(photos, tmp_path, model, "shard.images=3", "gray=keep"))
+    for key, row in rows_of(made).items():
+        camera, kept = png(row["lr"]["bytes"]), png(rows[key]["lr"]["bytes"])
+        assert not images.is_gray(camera)
+        stays = key[0] in ("deep/er/grey.tif", "smallest.png")
+        assert np.array_equal(kept, images.to_gray(camera) if stays else camera)
+
+
 def test_bad_files_are_rejects_with_stage_and_reason(photos, model, tmp_path):
     spoiled = save_spoiled(tmp_path / "spoiled", photos)
     words = ["max_pixels=80000", "shard.images=4"]
@@ -396,6 +405,7 @@ def test_the_plan_comes_back_as_it_was_written(photos, tmp_path):
         ("seed=-1", r"seed=-1: must lie in \[0, 2\^63\)"),
         ("size=small", "size=small: must be same or scaled"),
         ("hr=none", "hr=none: must be auto, embed or reference"),
+        ("gray=none", "gray=none: must be one of camera, keep"),
         ("max_pixels=10", "max_pixels=10: must be at least 64"),
         ("batch=0", "batch=0: must be at least 1"),
         ("memory=-1", "memory=-1.0: must not be negative"),
@@ -409,7 +419,7 @@ def test_broken_rules_name_key_value_and_rule(word, message):
         load(SynthesizeConfig, ["input=a", "output=b", *word.split()])
 
 
-CODEC = Codec("", max_pixels=10_000, embed=True, scaled=False, seed=0, model_sha256="")
+CODEC = Codec("", max_pixels=10_000, embed=True, scaled=False, keep_gray=False, seed=0, model_sha256="")
 
 
 def test_a_store_that_fails_is_no_reject_but_a_file_that_does_is(s3, monkeypatch):
