@@ -35,6 +35,7 @@ from degflow.trajectory import Timeline
 MEMORY = 4.0  # GB
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SHIPPED = str(Path(__file__).parent / "models" / "weights" / "canon-simulated.safetensors")
+SHIPPED_SHA256 = "82fbc8b362d7effe52f41b11992554d7dd670f2feb6bac5a24ce722ee7e1cf78"
 
 
 class Degrader(nn.Module):
@@ -320,9 +321,9 @@ class Degrader(nn.Module):
         """Load a file of `save`; without a URI the degrader that ships.
 
         Raises:
-            ValueError: the file is missing, or not a degrader.
+            ValueError: the file is missing, or not a degrader; the one that ships is cut off or changed.
         """
-        tensors, description, digest = load_checkpoint(uri or SHIPPED, "degrader")
+        tensors, description, digest = load_checkpoint(uri or SHIPPED, "degrader", sha256="" if uri else SHIPPED_SHA256)
         try:
             autoencoder = ResidualAutoencoder(parse(AutoencoderConfig, description["autoencoder"]))
             degrader = cls(autoencoder, _flow(description, autoencoder.config), description["levels"])

@@ -61,8 +61,8 @@ class SynthesizeConfig:
     """Keys of synthesize."""
 
     input: str = required(
-        "HR images: a folder, a prefix (s3://bucket/photos), a glob (s3://bucket/photos/**/*.jpg), or an inventory "
-        "(a .parquet or .csv file with a column key, and optional columns size and etag)"
+        "HR images: a folder, a prefix (s3://bucket/photos), a glob (s3://bucket/photos/**/*.jpg), one file, or an "
+        "inventory (a .parquet or .csv file with a column key, and optional columns size and etag)"
     )
     root: str = option("", "folder or prefix of an inventory's keys; empty: the folder of the inventory")
     output: str = required("folder or URI of the dataset; an unfinished dataset is continued")
