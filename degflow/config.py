@@ -5,13 +5,14 @@ import dataclasses
 import os
 import sys
 import textwrap
+import traceback
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 T = TypeVar("T")
 HELP = {"--help", "-h", "help"}
@@ -75,12 +76,12 @@ def _merged(schema: type[T], arguments: Sequence[str]) -> T:
         raise ValueError(f"argument {wrong[0]!r}: must be key=value (see --help)")
     files = [word.partition("=")[2] for word in words if word.startswith("config=")]
     words = [word for word in words if not word.startswith("config=")]
-    return _build(schema, [_file(file) for file in files] + [_word(schema, word) for word in words])
+    return _build(schema, [*((file, _file(file)) for file in files), *(("", _word(schema, word)) for word in words)])
 
 
 def parse(schema: type[T], values: dict[str, Any]) -> T:
     """A configuration from plain values, e.g. those stored in a checkpoint; unknown keys are errors."""
-    return _build(schema, [values])
+    return _build(schema, [("", values)])
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -118,7 +119,7 @@ def run(main: Callable[[T], None], schema: type[T], about: str | None, arguments
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("DEGFLOW_TRACEBACK"):
             raise
-        sys.exit(_complain(error, 1))
+        sys.exit(_complain(error, 1, "" if _is_said_here(error) else " (DEGFLOW_TRACEBACK=1 shows where)"))
     except KeyboardInterrupt:
         sys.exit(_complain("interrupted", 130))
 
@@ -173,17 +174,27 @@ def _keys(config: Any, prefix: str = "", common: bool = False) -> Iterator[Key]:
         yield from _keys(*arguments)
 
 
-def _build(schema: type[T], parts: Sequence[dict[str, Any]]) -> T:
-    """The schema's defaults <- each part in turn."""
+def _build(schema: type[T], parts: Sequence[tuple[str, dict[str, Any]]]) -> T:
+    """The schema's defaults <- the values of each part in turn, which come from a file or from elsewhere ("")."""
+    file = ""
     try:
         config = OmegaConf.structured(schema)
-        for part in parts:
+        for file, part in parts:  # noqa: B007 (the error names it)
             values = _prepare(schema, part)
             _empty_dicts(config, values)
             config = OmegaConf.merge(config, values)
         return cast(T, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
-        raise ValueError(_explain(error)) from None
+        unknown = file and isinstance(error, (ConfigKeyError, ConfigAttributeError))
+        raise ValueError(_explain(error) + (_of_another_job(file) if unknown else "")) from None
+
+
+def _of_another_job(file: str) -> str:
+    """What an unknown key in a file may mean."""
+    with open(file, encoding="utf-8") as text:
+        first = text.readline().strip()
+    about = f", which begins {first!r}" if first.startswith("#") else ""
+    return f" (in {file}{about}; is it for another job?)"
 
 
 def _prepare(schema: type, values: Mapping[Any, Any], prefix: str = "") -> dict[Any, Any]:
@@ -277,7 +288,12 @@ def _explain(error: OmegaConfBaseException) -> str:
     return f"{key}: {message}" if key and not message.startswith(str(key)) else message
 
 
-def _complain(error: object, code: int) -> int:
-    hint = " (DEGFLOW_TRACEBACK=1 shows where)" if code == 1 else ""
+def _is_said_here(error: BaseException) -> bool:
+    """Whether degflow itself raised it: then its sentence says all, and a traceback adds nothing."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("degflow.")
+
+
+def _complain(error: object, code: int, hint: str = "") -> int:
     print(f"error: {error}{hint}", file=sys.stderr, flush=True)
     return code

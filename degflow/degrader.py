@@ -4,10 +4,11 @@ Images that would need more working memory than `memory` allows are encoded and 
 would be at once: see `tiling`. What lies between works on the whole latent.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, overload
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -27,12 +28,14 @@ from degflow.models import (
     VelocityNetwork,
 )
 from degflow.models.files import load_checkpoint, save_checkpoint
+from degflow.models.inputs import Picture, check_batch, check_range, pixels_of, scales_of, seeds_of
 from degflow.tiling import Costs, Plan
 from degflow.trajectory import Timeline
 
 MEMORY = 4.0  # GB
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SHIPPED = str(Path(__file__).parent / "models" / "weights" / "canon-simulated.safetensors")
+SHIPPED_SHA256 = "82fbc8b362d7effe52f41b11992554d7dd670f2feb6bac5a24ce722ee7e1cf78"
 
 
 class Degrader(nn.Module):
@@ -56,6 +59,8 @@ class Degrader(nn.Module):
         self.timeline = Timeline(tuple(self.levels.values()))
         self.sha256 = ""
         self.provenance: dict[str, Any] = {}
+        self.checks_range = True
+        self._saw_range = False  # of images on a GPU
 
     @property
     def low(self) -> float:
@@ -81,7 +86,7 @@ class Degrader(nn.Module):
     def forward(
         self,
         hr: Tensor,
-        scale: Tensor,
+        scale: Tensor | float,
         *,
         seed: int | Tensor = 0,
         spread: float = 1.0,
@@ -92,9 +97,12 @@ class Degrader(nn.Module):
     ) -> Tensor:
         """Degrade a batch.
 
+        The range of `hr` is checked in every call if it is on a CPU. Reading a GPU's values makes the CPU wait for all
+        work before, so there only the first call is checked. `checks_range = False` turns both off.
+
         Args:
-            hr: "B 3 H W" in [-1, 1]; any H and W from 8 up.
-            scale: "B", a scale for each image; or "B N", N scales of each image.
+            hr: float32 "B 3 H W" in [-1, 1]; any H and W from 8 up.
+            scale: "B", a scale for each image; or "B N", N scales of each image; or a number, for all images.
             seed: decides what is drawn. int64 of the shape of `scale`, in [0, 2^63), or a number: the first image's,
                 counted on from there, scale by scale and image by image. The published flow draws nothing.
             spread: 1 gives draws from what a camera does, 0 their mean, between them less noise.
@@ -108,17 +116,42 @@ class Degrader(nn.Module):
             "B 3 H W" or "B N 3 H W" in [-1, 1].
 
         Raises:
-            ValueError: a scale outside the trained range [low, high], a spread outside [0, 1], seeds that do not fit,
-                too little memory for any tile, or an unknown precision.
+            ValueError: images of another type, shape, device or range, a scale outside the trained range [low, high], a
+                spread outside [0, 1], seeds that do not fit, too little memory for any tile, or an unknown precision.
+
+        Warns:
+            UserWarning: no value is below 0, as in images in [0, 1].
         """
+        self._check(hr)
+        how = {"seed": seed, "spread": spread, "steps": steps, "solver": solver, "memory": memory}
+        return self._forward(hr, scales_of(scale, len(hr)), **how, precision=precision)
+
+    def _check(self, hr: Tensor) -> None:
+        """Raise ValueError unless this is a batch of images in [-1, 1]."""
+        check_batch(hr, next(self.parameters()))
+        if self.checks_range and not hr.is_meta and (hr.device.type == "cpu" or not self._saw_range):
+            check_range(*map(float, hr.aminmax()))
+            self._saw_range = hr.device.type != "cpu"
+
+    def _forward(
+        self,
+        hr: Tensor,
+        scale: Tensor,
+        *,
+        seed: int | Tensor = 0,
+        spread: float = 1.0,
+        steps: int = 0,
+        solver: str = "",
+        memory: float = MEMORY,
+        precision: str = "float32",
+    ) -> Tensor:
+        """`forward` of checked images."""
         if precision not in PRECISIONS:
             raise ValueError(f"precision={precision}: must be one of {', '.join(PRECISIONS)}")
-        if len(scale) != len(hr):
-            raise ValueError(f"scale: {len(scale)} for a batch of {len(hr)} images")
         if not 0 <= spread <= 1:
             raise ValueError(f"spread={spread}: must lie in [0, 1]")
         self.check_scales(float(scale.min()), float(scale.max()))
-        seeds = _seeds(seed, scale).to(hr.device)
+        seeds = seeds_of(seed, scale).to(hr.device)
         scales = scale.double().clamp(self.low, self.high).to(hr.device)
         time = self.timeline.time(scales).clamp(0, 1).float()
         shape, columns = scale.shape, (len(hr), -1)
@@ -211,22 +244,53 @@ class Degrader(nn.Module):
                 f"scale={low if low < self.low else high}: must lie in the trained range [{self.low}, {self.high}]"
             )
 
+    @overload
+    def degrade(self, picture: Picture, scale: float, **options: Any) -> Image.Image: ...
+
+    @overload
+    def degrade(self, picture: Picture, scale: Sequence[float] | np.ndarray, **options: Any) -> list[Image.Image]: ...
+
+    @torch.inference_mode()
     def degrade(
-        self, picture: Image.Image, scale: float, *, seed: int = 0, spread: float = 1.0, **options: Any
-    ) -> Image.Image:
-        """PIL image in, RGB PIL image of the same size out; gray, alpha, 16-bit, ... by the rule of `images`.
+        self,
+        picture: Picture,
+        scale: float | Sequence[float] | np.ndarray,
+        *,
+        seed: int = 0,
+        spread: float = 1.0,
+        gray: str = "camera",
+        **options: Any,
+    ) -> Image.Image | list[Image.Image]:
+        """A picture in, an RGB PIL image of the same size out; alpha, 16-bit, ... by the rule of `images`.
 
         Args:
-            picture: the HR image.
-            scale: in [low, high].
-            seed: another one gives another draw. spread: 1 for draws, 0 for their mean.
+            picture: HR: a PIL image; a uint8 array "H W 3", "H W 4" or "H W"; or the path or URI of a file.
+            scale: in [low, high]; or several scales, which share the work on HR.
+            seed: another one gives another draw. The n-th of several scales has seed + n, from 0: its image is
+                `degrade(picture, scale[n], seed=seed + n)`.
+            spread: 1 for draws, 0 for their mean.
+            gray: what a gray picture's LR image has: "camera", a colour camera's slight colour; "keep", none.
             options: those of a call: steps, solver, memory, precision.
+
+        Returns:
+            An image; a list of them for several scales.
+
+        Raises:
+            ValueError: a picture, scale or other argument that breaks a rule; the message says which.
+            OSError: a file that cannot be read.
         """
-        pixels = images.from_picture(picture)
-        device = next(self.parameters()).device
-        scales = torch.tensor([scale], dtype=torch.float64)
-        lr = self(images.to_tensor(pixels, device)[None], scales, seed=seed, spread=spread, **options)
-        return Image.fromarray(images.to_pixels(lr)[0])
+        if gray not in images.GRAY:
+            raise ValueError(f"gray={gray}: must be one of {', '.join(images.GRAY)}")
+        scales = torch.from_numpy(np.array(scale, np.float64))
+        if scales.ndim > 1 or not scales.numel():
+            raise ValueError(f"scale={scale}: must be a number or a list of numbers")
+        pixels = pixels_of(picture)
+        hr = images.to_tensor(pixels, next(self.parameters()).device)[None]
+        # As "1 N" also for one scale: the published flow's steps differ between "B" and "B N".
+        lrs = images.to_pixels(self._forward(hr, scales.view(1, -1), seed=seed, spread=spread, **options)[0])
+        stays_gray = gray == "keep" and images.is_gray(pixels)
+        made = [Image.fromarray(images.to_gray(lr) if stays_gray else lr) for lr in lrs]
+        return made if scales.ndim else made[0]
 
     def save(self, uri: str, provenance: Mapping[str, Any], *, half: bool = False) -> None:
         """Write one safetensors file that describes itself.
@@ -257,9 +321,9 @@ class Degrader(nn.Module):
         """Load a file of `save`; without a URI the degrader that ships.
 
         Raises:
-            ValueError: the file is missing, or not a degrader.
+            ValueError: the file is missing, or not a degrader; the one that ships is cut off or changed.
         """
-        tensors, description, digest = load_checkpoint(uri or SHIPPED, "degrader")
+        tensors, description, digest = load_checkpoint(uri or SHIPPED, "degrader", sha256="" if uri else SHIPPED_SHA256)
         try:
             autoencoder = ResidualAutoencoder(parse(AutoencoderConfig, description["autoencoder"]))
             degrader = cls(autoencoder, _flow(description, autoencoder.config), description["levels"])
@@ -279,19 +343,6 @@ def _flow(description: Mapping[str, Any], config: AutoencoderConfig) -> PathFlow
     network = ResidualNetwork(parse(ResidualConfig, description["residual"]))
     spread = Spread(config.latent_channels, tuple(description["times"]))
     return ResidualFlow(Optics(**description["optics"]), spread, network, config.compression)
-
-
-def _seeds(seed: int | Tensor, scale: Tensor) -> Tensor:
-    """A seed for each scale."""
-    if isinstance(seed, int):
-        if not 0 <= seed < 2**63 - scale.numel():
-            raise ValueError(f"seed={seed}: must lie in [0, 2^63)")
-        return torch.arange(seed, seed + scale.numel()).view(scale.shape)
-    if seed.dtype != torch.int64 or seed.shape != scale.shape:
-        raise ValueError(f"seed: {seed.dtype} {list(seed.shape)}: must be int64 {list(scale.shape)}, as scale is")
-    if int(seed.min()) < 0:
-        raise ValueError(f"seed={int(seed.min())}: must lie in [0, 2^63)")
-    return seed
 
 
 def pad(image: Tensor, multiple: int) -> Tensor:

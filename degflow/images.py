@@ -50,6 +50,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and decoding and encoding do
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 SMALLEST_SIDE = 8
 MAX_PIXELS = 200_000_000
+GRAY = ("camera", "keep")  # what an LR image of a gray photograph has: a colour camera's slight colour, or none
 _MAX_SCANS = 100  # as libtiff
 _MAX_EXIF_PARTS = 64  # of 64 KiB; Pillow joins them in quadratic time
 _MAX_PLANES = 6  # samples per pixel, as Pillow; a TIFF may store each as a plane
@@ -339,6 +340,16 @@ def to_pixels(image: "Tensor") -> np.ndarray:
 
     levels = ((image.detach().float() + 1) * 127.5).round().clamp(0, 255)
     return levels.to(torch.uint8).movedim(-3, -1).contiguous().cpu().numpy()
+
+
+def is_gray(pixels: np.ndarray) -> bool:
+    """Whether the three channels of uint8 "H W 3" are equal everywhere."""
+    return all(np.array_equal(pixels[..., 0], pixels[..., channel]) for channel in (1, 2))
+
+
+def to_gray(pixels: np.ndarray) -> np.ndarray:
+    """The luma (BT.601) of uint8 "H W 3" in all three channels."""
+    return np.asarray(Image.fromarray(pixels).convert("L").convert("RGB"))
 
 
 def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:

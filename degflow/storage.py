@@ -203,6 +203,15 @@ class Place:
 
         return self._try(name, ask)
 
+    def is_file(self, name: str = "") -> bool:
+        """Whether it exists and is a file (for "", whether the place itself is one)."""
+
+        def ask() -> bool:
+            self.fs.invalidate_cache()
+            return self.fs.isfile(self.path(name))
+
+        return self._try(name, ask)
+
     def answers(self) -> bool:
         """Whether the store answers and accepts our credentials; an answer such as "no such file" is enough."""
         try:

@@ -1,8 +1,8 @@
 """The pictures of README and docs.
 
-    pip install -e ".[docs]"
-    python docs/figures.py ladder                 # docs/ladder.png: HR, captured LR and generated LR at fixed scales
-    python docs/figures.py curves runs/fidelity   # docs/fidelity.png: from the parquet files that evaluate leaves there
+pip install -e ".[docs]"
+python docs/figures.py ladder                 # docs/ladder.png: HR, captured LR and generated LR at fixed scales
+python docs/figures.py curves runs/fidelity   # docs/fidelity.png: from the parquet files that evaluate leaves there
 """
 
 import sys
@@ -33,7 +33,7 @@ METHODS = {  # of measurements.parquet: how each is drawn
 
 
 def ladder() -> None:
-    """Draw docs/ladder.png: the same place of one photograph, captured by the simulated camera above, generated below."""
+    """Draw docs/ladder.png: a place of one photograph, captured by the simulated camera above, generated below."""
     photo = np.asarray(Image.open(PHOTOGRAPH).convert("RGB"))
     camera, degrader = SimulatedCamera.named("canon"), Degrader.load()
     hr = camera.capture(photo, 1.0)
@@ -62,7 +62,11 @@ def curves(folder: Path) -> None:
     rows = rows[rows.scale > 1]
     means = rows.groupby(["method", "scale"]).mean(numeric_only=True)
     noise = rows.groupby(["method", "scale"]).median(numeric_only=True)
-    panels = {"psnr": "PSNR-Y in dB (higher is closer)", "lpips": "LPIPS (lower is closer)", "noise": "noise, levels of Y"}
+    panels = {
+        "psnr": "PSNR-Y in dB (higher is closer)",
+        "lpips": "LPIPS (lower is closer)",
+        "noise": "noise, levels of Y",
+    }
     figure, axes = plt.subplots(1, len(panels), figsize=(14, 4.2), dpi=100)
     for axis, (column, title) in zip(axes, panels.items(), strict=True):
         for method, (label, colour, line) in METHODS.items():

@@ -195,6 +195,22 @@ def test_a_path_is_no_name(tmp_path, monkeypatch):
     assert refused(["config=./small_rae"]) == "config=./small_rae: no such file"
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "# Stage 2.\nfoo: 1\n",
+            r"^foo: Key 'foo' not in 'Outer' \(in .*config.yaml, which begins '# Stage 2\.'; is ",
+        ),
+        ("foo: 1\n", r"^foo: Key 'foo' not in 'Outer' \(in .*config.yaml; is it for another job\?\)$"),
+    ],
+)
+def test_a_file_with_an_unknown_key_may_be_for_another_job(yaml, text, said):
+    with pytest.raises(ValueError, match=said):
+        load(Outer, ["output=x", yaml(text), "note=y"])
+    assert "another job" not in refused([yaml("note: z\n"), "foo=1"])
+
+
 def test_an_empty_file_changes_nothing(yaml):
     assert load(Outer, ["output=x", yaml("")]) == Outer("x")
 
@@ -315,7 +331,7 @@ def test_required_keys_may_be_dicts_and_are_asked_for_only_in_the_chosen_group()
 JOB = """
 import sys
 from dataclasses import dataclass
-from degflow.config import option, required, run
+from degflow.config import load, option, required, run
 
 @dataclass(frozen=True)
 class Config:
@@ -324,6 +340,8 @@ class Config:
 
 def main(config):
     print("doing", config.mode, config.count)
+    if config.mode == "said":
+        load(Config, ["mode=x", "counts=1"])
     if config.mode == "value":
         raise ValueError("mode=value: is refused")
     if config.mode == "missing":
@@ -348,6 +366,7 @@ run(main, Config, "About this job.")
         ([], 2, "error: mode: must be given (what to do)"),
         (["mode=fine", "counts=1"], 2, "error: counts: Key 'counts' not in 'Config'. Did you mean: 'count'?"),
         (["mode=value"], 1, "error: mode=value: is refused (DEGFLOW_TRACEBACK=1 shows where)"),
+        (["mode=said"], 1, "error: counts: Key 'counts' not in 'Config'. Did you mean: 'count'?"),
         (["mode=missing"], 1, "error: [Errno 2] No such file or directory: '/nowhere/at/all'"),
         (["mode=interrupt"], 130, "error: interrupted"),
     ],
@@ -365,6 +384,7 @@ def test_a_jobs_exit_code_and_last_line(words, code, last, monkeypatch, capsys):
     assert ("doing" in out) == (code != 2 and not {"-h", "--help", "help"} & set(words))
     if last:
         assert err.splitlines()[-1].startswith(last)
+        assert ("DEGFLOW_TRACEBACK" in err) == (words in (["mode=value"], ["mode=missing"]))
         assert "Traceback" not in err
     else:
         assert err == ""

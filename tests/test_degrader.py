@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from degflow import Degrader
+from degflow import Degrader, images
 from degflow.degrader import pad
 from degflow.models import AutoencoderConfig, ResidualAutoencoder
 from degflow.models.files import load_checkpoint, save_checkpoint
@@ -99,9 +100,76 @@ def test_a_scale_outside_the_trained_range_is_refused(degrader, scale):
         degrader(pictures(1, 16, 16), torch.tensor([scale], dtype=torch.float64))
 
 
-def test_a_scale_for_each_image_is_needed(degrader):
-    with pytest.raises(ValueError, match=r"scale: 1 for a batch of 2 images"):
-        degrader(pictures(2, 16, 16), torch.tensor([2.0]))
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        (torch.tensor([2.0]), r'scale: shape \(1,\): must be a number, or of shape "B" or "B N" with B=2, as hr'),
+        (torch.full((2, 1, 1), 2.0), r"scale: shape \(2, 1, 1\): must be a number"),
+        (torch.ones(2, 0), r"scale: shape \(2, 0\): must be a number"),
+        ([2.0, 3.0], r'scale=\[2.0, 3.0\]: must be a number, or a tensor "B" or "B N"'),
+        (5.0, r"scale=5.0: must lie in the trained range \[1.0, 3.75\]"),
+    ],
+)
+def test_a_scale_for_each_image_is_needed(degrader, scale, message):
+    with pytest.raises(ValueError, match=message):
+        degrader(pictures(2, 16, 16), scale)
+
+
+@pytest.mark.parametrize("scale", [2.7, 3, torch.tensor(2.7)])
+def test_one_number_is_the_scale_of_all_images(degrader, scale):
+    hr = pictures(2, 16, 24)
+    wanted = degrader(hr, torch.tensor([float(scale)] * 2, dtype=torch.float64), seed=4)
+    torch.testing.assert_close(degrader(hr, scale, seed=4), wanted, rtol=0, atol=1e-5)
+
+
+# What is no batch of images in [-1, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda hr: (hr + 1) * 127.5,
+            r"hr: values from 0\.\d+ to 25\d\.\d+: .* \(hr / 127.5 - 1 for values of 0",
+        ),
+        (lambda hr: hr * 1.5, r"hr: values from -1\.[45]\d* to 1\.[45]\d*: must lie in \[-1, 1\] \(hr.clamp\(-1, 1\)"),
+        (lambda hr: hr.where(hr < 0.9, torch.nan), r"hr: values from nan to nan: .* \(NaN is no colour\)"),
+        (lambda hr: hr.byte(), r"hr: torch.uint8 \(2, 3, 16, 24\): must be float32 in \[-1, 1\]: hr / 127.5 - 1$"),
+        (lambda hr: hr.half(), r"hr: torch.float16 .*: must be float32 .*: hr.to\(torch.float32\) \(precision="),
+        (lambda hr: hr.bfloat16(), r"hr: torch.bfloat16 .* \(precision= computes in half precision\)$"),
+        (lambda hr: hr.double(), r"hr: torch.float64 .*: hr.to\(torch.float32\)$"),
+        (lambda hr: hr.movedim(1, -1), r'hr: torch.float32 \(2, 16, 24, 3\): must be "B 3 H W": hr.movedim\(-1, -3\)'),
+        (lambda hr: hr[0].movedim(0, -1), r"hr: torch.float32 \(16, 24, 3\): .* and \[None\] adds the batch$"),
+        (lambda hr: hr[0], r"hr: torch.float32 \(3, 16, 24\): .*: hr\[None\] is a batch of one image$"),
+        (
+            lambda hr: hr[:, :1],
+            r"hr: torch.float32 \(2, 1, 16, 24\): .*: hr.expand\(-1, 3, -1, -1\) has equal",
+        ),
+        (lambda hr: hr[:, [0, 1, 2, 2]], r'hr: torch.float32 \(2, 4, 16, 24\): must be "B 3 H W"$'),
+        (lambda hr: hr[..., :7, :], r"hr: .* with B at least 1, H and W at least 8$"),
+        (lambda hr: hr[:0], r"hr: .* with B at least 1, H and W at least 8$"),
+        (lambda hr: hr.to("meta"), r"hr: on meta: must be where the degrader is, on cpu: hr.to\('cpu'\)$"),
+        (lambda hr: hr.numpy(), r"hr: ndarray: must be a tensor .*degrader.degrade takes pictures, arrays and paths"),
+    ],
+)
+def test_what_is_no_batch_of_images_is_named_and_how_to_mend_it(drawing, change, message):
+    with pytest.raises(ValueError, match=message):
+        drawing(change(pictures(2, 16, 24)), 2.0)
+
+
+def test_values_as_of_images_in_0_to_1_are_warned_of_where_the_call_stands(drawing):
+    hr = pictures(2, 16, 24)
+    with pytest.warns(
+        UserWarning, match=r"hr: values from [\d.e-]+ to 0\.9\d*, as .*expects \[-1, 1\]: hr \* 2 - 1$"
+    ) as said:
+        drawing((hr + 1) / 2, 2.0)
+    assert [record.filename for record in said] == [__file__]
+    rounded = hr.clone()
+    rounded[0, 0, 0, :2] = torch.tensor([-1.0005, 1.0005])  # what rounding leaves
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawing(rounded, 2.0)
+        drawing.degrade(Image.new("RGB", (16, 16), "white"), 2.0)  # bright, and known to be right
 
 
 def test_the_bounds_themselves_are_accepted_in_either_precision():
@@ -242,8 +310,8 @@ def test_save_and_load_give_the_same_images(degrader, tmp_path, half):
     loaded = Degrader.load(uri)
     hr, scales = pictures(1, 48, 40), torch.tensor([[2.5, 3.75]])
     for spread in (0.0, 1.0):
-        images = (one(hr, scales, seed=3, spread=spread) for one in (loaded, degrader))
-        torch.testing.assert_close(*images, rtol=0, atol=0.02 if half else 0)
+        made = (one(hr, scales, seed=3, spread=spread) for one in (loaded, degrader))
+        torch.testing.assert_close(*made, rtol=0, atol=0.02 if half else 0)
     assert loaded.levels == LEVELS
     assert type(loaded.flow) is type(degrader.flow)
     assert (loaded.low, loaded.high) == (1.0, 3.75)
@@ -353,6 +421,68 @@ def test_pil_in_pil_out(degrader):
     out = degrader.degrade(picture, scale=2.7)
     assert out.size == picture.size
     assert out.mode == "RGB"
+
+
+def test_arrays_and_files_are_pictures(drawing, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+    wanted = drawing.degrade(Image.fromarray(pixels), 2.7, seed=3)
+    file = tmp_path / "a#b.png"
+    Image.fromarray(pixels).save(file)
+    for picture in (pixels, pixels[::-1][::-1], file, str(file), f"file://{file}"):
+        assert drawing.degrade(picture, 2.7, seed=3).tobytes() == wanted.tobytes()
+    gray, alpha = pixels[..., 0], np.dstack([pixels, np.full((24, 40), 255, np.uint8)])
+    assert drawing.degrade(gray, 2.7).tobytes() == drawing.degrade(np.stack([gray] * 3, -1), 2.7).tobytes()
+    assert drawing.degrade(alpha, 2.7, seed=3).tobytes() == wanted.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        (np.zeros((16, 16, 3)), r"picture: float64 \(16, 16, 3\): must be uint8 .*\(picture \* 255\).round"),
+        (np.zeros((3, 16, 16), np.uint8), r"picture: uint8 \(3, 16, 16\): .*picture.transpose\(1, 2, 0\)"),
+        (np.zeros((1, 16, 16, 3), np.uint8), r'must be uint8 "H W 3", "H W 4" or "H W"$'),
+        (np.zeros((16, 16), np.uint16), r"picture: uint16 \(16, 16\): must be uint8"),
+        (torch.zeros(3, 16, 16), r"picture: Tensor: must be .* \(tensors: degrader\(hr, scale\)\)"),
+        ("BROKEN", r"picture=.*broken.png: not a JPEG, PNG"),
+    ],
+)
+def test_what_is_no_picture_is_named(drawing, tmp_path, picture, message):
+    (tmp_path / "broken.png").write_bytes(b"text")
+    with pytest.raises(ValueError, match=message):
+        drawing.degrade(f"{tmp_path}/broken.png" if isinstance(picture, str) else picture, 2.0)
+
+
+def test_a_missing_picture_is_named(drawing, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.png"):
+        drawing.degrade(tmp_path / "none.png", 2.0)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_several_scales_give_the_pictures_of_single_calls_with_seeds_counted_on(degrader):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8))
+    several = degrader.degrade(picture, [2, 3.5, 2], seed=5)
+    singles = [degrader.degrade(picture, scale, seed=5 + n) for n, scale in enumerate((2, 3.5, 2))]
+    assert [one.tobytes() for one in several] == [one.tobytes() for one in singles]
+    assert [one.tobytes() for one in degrader.degrade(picture, np.array([2.0]), seed=5)] == [several[0].tobytes()]
+
+
+@pytest.mark.parametrize("scale", [[], [[2.0, 3.0]]])
+def test_scales_that_are_no_list_of_numbers_are_named(drawing, scale):
+    with pytest.raises(ValueError, match=r"scale=\[.*: must be a number or a list of numbers"):
+        drawing.degrade(Image.new("RGB", (16, 16)), scale)
+
+
+def test_a_gray_picture_stays_gray_on_request(drawing):
+    shades = np.random.default_rng(0).integers(0, 256, (24, 40), dtype=np.uint8)
+    camera, kept = (np.asarray(drawing.degrade(shades, 3.0, gray=gray)) for gray in ("camera", "keep"))
+    assert not images.is_gray(camera)
+    assert kept.shape == (24, 40, 3)
+    assert all(np.array_equal(kept[..., n], np.asarray(Image.fromarray(camera).convert("L"))) for n in range(3))
+    colour = np.stack([shades, shades, shades ^ 1], -1)
+    coloured = (drawing.degrade(colour, 3.0, gray=gray).tobytes() for gray in ("camera", "keep"))
+    assert next(coloured) == next(coloured)
+    with pytest.raises(ValueError, match="gray=none: must be one of camera, keep"):
+        drawing.degrade(shades, 3.0, gray="none")
 
 
 def test_a_picture_that_is_too_small_is_refused(degrader):

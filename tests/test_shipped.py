@@ -43,6 +43,25 @@ def test_the_file_is_small_and_says_where_it_comes_from(degrader):
     assert "/root" not in str(degrader.provenance)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda data: data[:-1],
+            r"w\.safetensors: \d+ bytes with sha256 [0-9a-f]{64}, must be [0-9a-f]{64}: cut",
+        ),
+        (lambda data: data[:-1] + b"x", r"must be [0-9a-f]{64}: cut off or changed"),
+        (lambda data: b"version https://git-lfs.github.com/spec/v1\noid", r"w\.safetensors: a pointer of Git LFS"),
+    ],
+)
+def test_shipped_weights_that_are_not_whole_are_named(tmp_path, monkeypatch, change, message):
+    file = tmp_path / "w.safetensors"
+    file.write_bytes(change(Path(SHIPPED).read_bytes()))
+    monkeypatch.setattr("degflow.degrader.SHIPPED", str(file))
+    with pytest.raises(ValueError, match=message):
+        Degrader.load()
+
+
 @pytest.mark.parametrize("name", ["astronaut.jpg", "coffee.jpg", "china.jpg"])
 def test_images_get_more_degraded_as_the_scale_grows(degrader, name):
     hr = middle(SimulatedCamera.named("canon").capture(photo(name), 1.0))

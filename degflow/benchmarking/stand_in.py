@@ -23,7 +23,7 @@ class StandIn(Degrader):
         super().__init__(autoencoder, flow, {"1": 1.0, "4": 4.0})
         self.seconds = seconds
 
-    def forward(self, hr: Tensor, scale: Tensor, **options: Any) -> Tensor:
+    def forward(self, hr: Tensor, scale: Any, **options: Any) -> Tensor:
         """ "B 3 H W" and "B N" -> "B N 3 H W"."""
         time.sleep(self.seconds * len(hr))
         return hr[:, None].expand(-1, scale.shape[1], -1, -1, -1)

@@ -93,8 +93,13 @@ def find_scenes(uri: str, labels: Sequence[str]) -> tuple[list[Scene], dict[str,
     place, wanted = Place(uri), [label for label in labels if label != HR_LABEL]
     listing: dict[str, dict[str, str]] = {label: {} for label in labels}
     others: list[str] = []
+    trees: set[str] = set()  # below or above this folder
     for source in place.files():
         folder, _, name = source.key.rpartition("/")
+        if match := re.fullmatch(rf"(?:(.+)/)?({_any(wanted)})/.+_LR\2\.\w+", source.key):
+            trees |= {place.uri_of(match[1])} if match[1] else set()
+        elif not folder and re.fullmatch(rf".+_LR({_any(wanted)})\.\w+", name):
+            trees.add(place.uri.rpartition("/")[0] or ".")
         if folder not in wanted or not name.lower().endswith(images.SUFFIXES):
             continue
         stem = name.rpartition(".")[0]
@@ -111,11 +116,17 @@ def find_scenes(uri: str, labels: Sequence[str]) -> tuple[list[Scene], dict[str,
         expected = f"{wanted[0]}/ID_HR.png and {wanted[0]}/ID_LR{wanted[0]}.png"
         counts = ", ".join(f"{label}: {len(files)}" for label, files in listing.items())
         offence = _offence(listing, sorted(everything), sorted(others), wanted)
+        if trees and not everything:
+            offence = f"; there are scenes in {', '.join(sorted(trees)[:4])}: give one of these folders"
         raise ValueError(
             f"data={uri}: no scene has every level of {list(labels)} (found {counts}); expected {expected}{offence}"
         )
     scenes = [Scene(name, tuple(listing[label][name] for label in labels)) for name in complete]
     return scenes, {label: names for label, names in missing.items() if names}
+
+
+def _any(labels: Sequence[str]) -> str:
+    return "|".join(map(re.escape, labels))
 
 
 def _offence(

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from degflow import images
 from degflow.storage import Place, split_glob, split_uri
 
 INVENTORY = (".parquet", ".csv")
@@ -48,5 +49,5 @@ def _roots(recipe: Mapping[str, Any]) -> Iterator[Place]:
         return
     yield Place(uri)
     yield Place(split_glob(uri)[0])
-    if uri.lower().endswith(INVENTORY):
+    if uri.lower().endswith((*INVENTORY, *images.SUFFIXES)):  # one file, which keys are beside
         yield split_uri(uri)[0]

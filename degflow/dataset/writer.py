@@ -14,6 +14,11 @@ from degflow.dataset.layout import DATA, ROW, Record, Reject, part_name
 from degflow.storage import Place
 
 ROW_GROUP_ROWS, ROW_GROUP_BYTES = 100, 64 << 20
+# Equal values of these columns are stored once in a row group, e.g. HR of a photograph's draws. LR images all differ.
+_ONCE: dict[str, Any] = {
+    "use_dictionary": ["key", "hr.bytes", "hr.path", "hr_sha256", "model_sha256"],
+    "dictionary_pagesize_limit": 1 << 30,  # bytes; with Arrow's usual 1 MiB it may give up
+}
 
 
 class ShardWriter:
@@ -31,7 +36,7 @@ class ShardWriter:
         self.output, self.part, self.recipe = output, part_name(DATA, number), recipe
         self._spool = _Spool()
         # PNGs do not compress further, and the other columns are a few bytes each.
-        self._parquet = pq.ParquetWriter(self._spool, ROW, compression="none")
+        self._parquet = pq.ParquetWriter(self._spool, ROW, compression="none", **_ONCE)
         self._buffer: list[dict[str, Any]] = []
         self._rejects: list[Reject] = []
         self._buffered = self._rows = 0

@@ -18,24 +18,30 @@ def save_checkpoint(uri: str, tensors: dict[str, Tensor], description: dict[str,
     place.write(name, safetensors.torch.save(contiguous, {"degflow": json.dumps(description)}))
 
 
-def load_checkpoint(uri: str, *kinds: str) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+def load_checkpoint(uri: str, *kinds: str, sha256: str = "") -> tuple[dict[str, Tensor], dict[str, Any], str]:
     """Read a file of `save_checkpoint`.
 
     Args:
         uri: the file.
         kinds: what its description may call itself, e.g. "degrader"; none: anything.
+        sha256: that it must have; "": any.
 
     Returns:
         The tensors, the description, and the file's sha256.
 
     Raises:
-        ValueError: no such file, not safetensors, or of another kind; the message names the file.
+        ValueError: no such file, not safetensors, of another kind or another sha256; the message names the file.
     """
     place, name = split_uri(uri)
     try:
         data = place.read(name)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise ValueError(f"{uri}: no such file") from None
+    digest = hashlib.sha256(data).hexdigest()
+    if data.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{uri}: a pointer of Git LFS in place of the file: `git lfs pull` fetches it")
+    if sha256 and digest != sha256:
+        raise ValueError(f"{uri}: {len(data)} bytes with sha256 {digest}, must be {sha256}: cut off or changed")
     try:
         tensors = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
@@ -45,4 +51,4 @@ def load_checkpoint(uri: str, *kinds: str) -> tuple[dict[str, Tensor], dict[str,
         raise ValueError(f"{uri}: not a degflow checkpoint ({type(error).__name__}: {error})") from None
     if kinds and found not in kinds:
         raise ValueError(f"{uri}: of kind {found!r}, where {' or '.join(map(repr, kinds))} is needed")
-    return tensors, description, hashlib.sha256(data).hexdigest()
+    return tensors, description, digest

@@ -51,6 +51,7 @@ class Codec:
         max_pixels: images with more are rejected.
         embed: rows hold HR as PNG, or else as its URI.
         scaled: LR images are shrunk by their scales.
+        keep_gray: LR images of a gray photograph are gray.
         seed: of the run.
         model_sha256: of the degrader file.
     """
@@ -59,6 +60,7 @@ class Codec:
     max_pixels: int
     embed: bool
     scaled: bool
+    keep_gray: bool
     seed: int
     model_sha256: str
 
@@ -95,8 +97,10 @@ class Codec:
         """Make the rows of an image; `lrs` is uint8 "N H W 3", one LR image for each draw."""
         try:
             hr = self._hr_of(item)
-            rows = [self._row(item, n, draw, lr, hr) for n, (draw, lr) in enumerate(zip(draws, lrs, strict=True))]
-            return Encoded(rows, np.stack([_compare(item.pixels, lr) for lr in lrs]).sum(0))
+            gray = self.keep_gray and images.is_gray(item.pixels)
+            made = [images.to_gray(lr) if gray else lr for lr in lrs]
+            rows = [self._row(item, n, draw, lr, hr) for n, (draw, lr) in enumerate(zip(draws, made, strict=True))]
+            return Encoded(rows, np.stack([_compare(item.pixels, lr) for lr in made]).sum(0))
         except Exception as error:  # Pillow's encoders raise many kinds of errors
             return Reject(item.key, "encode", _reason(error))
 

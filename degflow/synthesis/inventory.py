@@ -1,6 +1,7 @@
 """The input of a run: a folder, a prefix, a glob or an inventory -> the keys, sizes and version tags of its images.
 
 - A folder or prefix: every file below it.
+- One image file: its key is its name.
 - A glob, e.g. `s3://bucket/photos/**/*.jpg`: the keys start below the last folder before the first wildcard. An
   existing folder with `*`, `?` or `[` in its name is read as that folder, not as a glob.
 - An inventory: a .parquet or .csv file with a column `key`, and optional columns `size` and `etag`. Nothing is listed,
@@ -31,7 +32,7 @@ class Input:
     """The images of a run.
 
     Args:
-        uri: a folder, a prefix, a glob or an inventory.
+        uri: a folder, a prefix, a glob, an image file or an inventory.
         root: the folder or prefix of an inventory's keys; empty: the folder of the inventory.
         without: a place whose files are left out, such as an output inside the input.
         limit: use the first so many images only; 0: all.
@@ -41,12 +42,14 @@ class Input:
     """
 
     def __init__(self, uri: str, root: str = "", *, without: Place | None = None, limit: int = 0):
-        self.uri, self.without, self.limit = uri, without, limit
+        self.uri, self.without, self.limit, self.file = uri, without, limit, ""
         self.is_inventory = uri.lower().endswith(INVENTORY) and not _is_folder(uri)
         if root and not self.is_inventory:
             raise ValueError(f"root={root}: only an inventory (.parquet, .csv) has a root, and input={uri} is none")
         if self.is_inventory:
             self.root, self.pattern = Place(root) if root else split_uri(uri)[0], ""
+        elif uri.lower().endswith(images.SUFFIXES) and Place(uri).is_file():
+            (self.root, self.file), self.pattern = split_uri(uri), ""
         else:
             folder, pattern = split_glob(uri)
             is_pattern = bool(pattern) and not Place(uri).exists()
@@ -61,9 +64,24 @@ class Input:
         """
         found, others = self._list()
         if not len(found):
-            seen = _count(others, "other file") if others else "nothing"
-            raise ValueError(f"input={self.uri}: {seen} there, but no file ending in {', '.join(images.SUFFIXES)}")
+            raise ValueError(f"input={self.uri}: {self._why_empty(others)}")
         return found
+
+    def _why_empty(self, others: int) -> str:
+        suffixes = f"no file ending in {', '.join(images.SUFFIXES)}"
+        if others:
+            return f"{_count(others, 'other file')} there, but {suffixes}"
+        if self.is_inventory:
+            return "an inventory without rows"
+        if self.pattern:
+            return f"no file below {self.root.uri} matches {self.pattern}"
+        if self.root.is_file():
+            return "a file, but neither an image (its name must end in {}) nor an inventory ({})".format(
+                *map(", ".join, (images.SUFFIXES, INVENTORY))
+            )
+        if self.root.exists():
+            return f"an empty folder: {suffixes}"
+        return "no such file" + (" or folder" if self.root.local else ", folder or prefix")
 
     def new_images(self, plan: Plan) -> pa.Table:
         """The images that are not in the plan, as a table of SOURCE, as many as the limit still allows."""
@@ -98,6 +116,8 @@ class Input:
         try:
             if self.is_inventory:
                 return _inventory(self.uri)
+            if self.file:
+                return _table_of([self.root.source(self.file)])
             files = self.root.match(self.pattern) if self.pattern else self.root.files()
         except FileNotFoundError as error:
             raise FileNotFoundError(f"input={self.uri}: not there ({error})") from error
@@ -134,8 +154,6 @@ def _inventory(uri: str) -> pa.Table:
         table = _read(uri, data)
     except pa.ArrowException as error:
         raise ValueError(f"input={uri}: not a readable inventory ({' '.join(str(error).split())})") from None
-    if "key" not in table.column_names:
-        raise ValueError(f"input={uri}: an inventory needs a column named key; this one has {table.column_names}")
     try:
         columns = [
             table["key"].cast(pa.string()),
@@ -156,13 +174,19 @@ def _inventory(uri: str) -> pa.Table:
 
 
 def _read(uri: str, data: bytes) -> pa.Table:
-    wanted = list(SOURCE.names)
     if uri.lower().endswith(".parquet"):
         file = pq.ParquetFile(io.BytesIO(data))
-        return file.read([name for name in wanted if name in file.schema_arrow.names])
+        return file.read(_wanted(uri, file.schema_arrow.names))
     options = pyarrow.csv.ConvertOptions(column_types={"key": pa.string(), "etag": pa.string(), "size": pa.int64()})
     table = pyarrow.csv.read_csv(io.BytesIO(data), convert_options=options)
-    return table.select([name for name in table.column_names if name in wanted])
+    return table.select(_wanted(uri, table.column_names))
+
+
+def _wanted(uri: str, columns: Sequence[str]) -> list[str]:
+    if "key" not in columns:
+        there = ", ".join(columns) or "none"
+        raise ValueError(f"input={uri}: an inventory needs a column named key; its columns are: {there}")
+    return [name for name in columns if name in SOURCE.names]
 
 
 def _column(table: pa.Table, name: str, kind: pa.DataType, unknown: object) -> pa.ChunkedArray:

@@ -73,6 +73,7 @@ class Run:
             max_pixels=config.max_pixels,
             embed=config.hr == "embed",
             scaled=config.size == "scaled",
+            keep_gray=config.gray == "keep",
             seed=config.seed,
             model_sha256=config.model_sha256,
         )
@@ -244,12 +245,18 @@ class Run:
         return "; ".join(f"{r.key} ({r.stage}: {r.error})" for r in first) + "; the rejects folder has all"
 
     def describe(self) -> str:
-        """The plan in one line."""
+        """The plan in one line; a second one if the dataset's rows will name files of this machine."""
         plan = self.state.plan.plus(self.next) if self.next else self.state.plan
         done = f", {len(self.state.done)} of them done" if self.state.done else ""
-        return (
+        line = (
             f"{plan.files} images ({plan.bytes / 1e6:.1f} MB) in {len(plan)} shards{done}; "
             f"{self.config.scale.per_image} LR each, scales {self.config.scale.in_words()}"
+        )
+        if self.codec.embed or not self.input.root.local:
+            return line
+        return (
+            f"{line}\nNOTE: hr=reference and a local input: rows name HR as files in {self.input.root.root}, "
+            "so the dataset CANNOT TRAVEL to another machine; hr=embed, the default, holds HR in the dataset"
         )
 
     def estimate(self) -> str:

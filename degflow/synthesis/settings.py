@@ -62,8 +62,8 @@ class SynthesizeConfig:
     """Keys of synthesize."""
 
     input: str = required(
-        "HR images: a folder, a prefix (s3://bucket/photos), a glob (s3://bucket/photos/**/*.jpg), or an inventory "
-        "(a .parquet or .csv file with a column key, and optional columns size and etag)"
+        "HR images: a folder, a prefix (s3://bucket/photos), a glob (s3://bucket/photos/**/*.jpg), one file, or an "
+        "inventory (a .parquet or .csv file with a column key, and optional columns size and etag)"
     )
     root: str = option("", "folder or prefix of an inventory's keys; empty: the folder of the inventory")
     output: str = required("folder or URI of the dataset; an unfinished dataset is continued")
@@ -76,7 +76,10 @@ class SynthesizeConfig:
     solver: SolverConfig = option(SolverConfig())
     size: str = option("same", "LR images have HR's size (same), or are shrunk by their scale (scaled)")
     hr: str = option(
-        "auto", "rows hold HR as PNG (embed) or as the source's URI (reference); auto: embed if scale.per_image=1"
+        "embed", "rows hold HR as PNG (embed; a file stores it once), or only the photograph's URI or path (reference)"
+    )
+    gray: str = option(
+        "camera", "LR images of a gray photograph have a colour camera's slight colour (camera), or stay gray (keep)"
     )
     max_pixels: int = option(images.MAX_PIXELS, "images with more pixels are rejected")
     memory: float = option(
@@ -101,7 +104,8 @@ class SynthesizeConfig:
             ("seed", 0 <= self.seed < 2**63, "must lie in [0, 2^63)"),
             ("spread", 0 <= self.spread <= 1, "must lie in [0, 1]"),
             ("size", self.size in ("same", "scaled"), "must be same or scaled"),
-            ("hr", self.hr in ("auto", "embed", "reference"), "must be auto, embed or reference"),
+            ("hr", self.hr in ("embed", "reference"), "must be embed or reference"),
+            ("gray", self.gray in images.GRAY, f"must be one of {', '.join(images.GRAY)}"),
             ("max_pixels", self.max_pixels >= images.SMALLEST_SIDE**2, f"must be at least {images.SMALLEST_SIDE**2}"),
             ("memory", self.memory >= 0, "must not be negative"),
             ("precision", self.precision in PRECISIONS, f"must be one of {', '.join(PRECISIONS)}"),
@@ -140,10 +144,9 @@ def resolve(config: SynthesizeConfig, degrader: Degrader) -> SynthesizeConfig:
     for name, value in asked.items():
         if value is not None and not degrader.low <= value <= degrader.high:
             raise ValueError(f"{name}: {model} was trained on scales in [{degrader.low}, {degrader.high}]")
-    hr = ("embed" if scale.per_image == 1 else "reference") if config.hr == "auto" else config.hr
-    if hr == "reference":  # readers compare the references with these, wherever they run
+    if config.hr == "reference":  # readers compare the references with these, wherever they run
         config = replace(config, input=_absolute(config.input), root=_absolute(config.root))
-    return replace(config, scale=scale, hr=hr, solver=solver, model_sha256=degrader.sha256)
+    return replace(config, scale=scale, solver=solver, model_sha256=degrader.sha256)
 
 
 def _absolute(uri: str) -> str:

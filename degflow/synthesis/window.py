@@ -54,6 +54,9 @@ class WindowDegrader:
     seed: int
     spread: float
 
+    def __post_init__(self):
+        self.degrader.checks_range = False  # of pixels that `images` decoded: a bright photograph needs no warning
+
     def degrade(self, window: Sequence[Item | Reject]) -> list[np.ndarray | Reject]:
         """The LR images of each photograph, uint8 "N H W 3", or the reject that it is or becomes."""
         results: dict[int, np.ndarray | Reject] = {}

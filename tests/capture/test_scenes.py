@@ -98,6 +98,20 @@ def test_files_of_any_accepted_suffix_count(tree):
     assert len(opened(tree)) == 4
 
 
+def test_a_folder_above_or_below_the_tree_names_the_tree(tmp_path):
+    for tree in ("Canon/Train", "Canon/Test", "Nikon/Train"):
+        for label in ("2", "4"):
+            for name in ("a_HR.png", f"a_LR{label}.png"):
+                Place(f"{tmp_path}/{tree}").write(f"{label}/{name}", b"")
+    canon, given = [f"{tmp_path}/Canon/{split}" for split in ("Test", "Train")], "give one of these folders"
+    for folder, trees in ((tmp_path, [*canon, f"{tmp_path}/Nikon/Train"]), (tmp_path / "Canon", canon)):
+        with pytest.raises(ValueError, match=f"there are scenes in {', '.join(trees)}: {given}$"):
+            find_scenes(str(folder), ["1", "2", "4"])
+    with pytest.raises(ValueError, match=f"there are scenes in {canon[1]}: {given}$"):
+        find_scenes(f"{canon[1]}/2", ["1", "2", "4"])
+    assert len(find_scenes(canon[1], ["1", "2", "4"])[0]) == 1
+
+
 def test_incomplete_scenes_are_counted_and_named(tree):
     tree.delete("4/Canon_002_LR4.png")
     add(tree, "2", "Canon_077_LR2.png", coordinates(1))

@@ -42,7 +42,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def made(photos, model, tmp_path_factory):
     """Nine photographs of several sizes, two draws each, in three parts, HR by reference."""
-    return finish(photos, tmp_path_factory.mktemp("out") / "set", model, "shard.images=3", "scale.per_image=2")
+    words = ["shard.images=3", "scale.per_image=2", "hr=reference"]
+    return finish(photos, tmp_path_factory.mktemp("out") / "set", model, *words)
 
 
 @pytest.fixture(scope="module")
@@ -350,7 +351,7 @@ def test_parts_added_to_the_dataset_are_exported_and_the_others_left(photos, mod
     (tmp_path / "in").mkdir()
     for name in ("astronaut.PNG", "cat.jpeg", "coffee.jpg", "smallest.png"):
         shutil.copy(photos / name, tmp_path / "in" / name)
-    words = ["shard.images=3", "hr=embed"]
+    words = ["shard.images=3"]
     source = finish(tmp_path / "in", tmp_path / "set", model, *words)
     output = run(source, tmp_path / "out")
     assert len(files_in(output / "gt")) == 4

@@ -26,7 +26,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def made(photos, model, tmp_path_factory):
     """Nine photographs, two draws each: 18 rows in three parts, HR by reference."""
-    return finish(photos, tmp_path_factory.mktemp("out") / "set", model, "shard.images=3", "scale.per_image=2")
+    words = ["shard.images=3", "scale.per_image=2", "hr=reference"]
+    return finish(photos, tmp_path_factory.mktemp("out") / "set", model, *words)
 
 
 @pytest.fixture(scope="module")
@@ -442,6 +443,14 @@ def test_references_have_any_name_and_the_runs_own_pixel_limit(photos, model, tm
     config.write_text(config.read_text().replace("max_pixels: 7680", "max_pixels: 7679"))
     with pytest.raises(images.ImageError, match="max_pixels=7679"):
         list(SynthesizedPairs(uri))
+
+
+def test_draws_of_a_photograph_share_the_bytes_of_hr(model, tmp_path):
+    uri = finish(save_coordinates(tmp_path / "in", 2), tmp_path / "out", model, "scale.per_image=3")
+    dataset = FinishedDataset(uri)
+    rows = [row for part in dataset.parts for _, row in dataset.rows(part)]
+    assert [row["draw"] for row in rows] == [0, 1, 2] * 2
+    assert len({id(row["hr"]["bytes"]) for row in rows}) == len({row["key"] for row in rows}) == 2
 
 
 def test_a_part_without_rows_is_passed_over(photos, model, tmp_path):

@@ -40,7 +40,7 @@ def tree(tmp_path_factory):
 def dataset(tmp_path_factory):
     """Two photographs, three draws each."""
     folder = tmp_path_factory.mktemp("generated")
-    words = ("scale.low=2", "scale.high=4", "scale.per_image=3", "hr=embed")
+    words = ("scale.low=2", "scale.high=4", "scale.per_image=3")
     return finish(save_coordinates(folder / "photos", 2), folder / "out", save_model(folder / "m"), *words)
 
 

@@ -1,10 +1,12 @@
 import csv
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from degflow.dataset.plan import Plan
+from degflow.storage import Place
 from degflow.synthesis.inventory import Input
 
 
@@ -34,7 +36,7 @@ def test_a_csv_inventory_keeps_keys_as_they_are(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"name": ["a.png"]}, r"an inventory needs a column named key; this one has \[\]"),
+        ({"name": ["a.png"], "size": [1]}, "an inventory needs a column named key; its columns are: name, size$"),
         ({"key": ["a.png", None]}, "1 rows without a key"),
         ({"key": ["b.png", "a.png", "a.png"]}, "keys must be unique; these appear more than once: a.png"),
         ({"key": ["a.png"], "size": ["large"]}, "key, size or etag appears twice or has another type"),
@@ -54,6 +56,56 @@ def test_a_file_that_is_no_inventory_is_named(tmp_path):
         Input(f"{tmp_path}/list.parquet").images()
     with pytest.raises(ValueError, match=r"root=x: only an inventory .* has a root"):
         Input(str(tmp_path), "x")
+
+
+def test_a_csv_without_keys_has_its_columns_named(tmp_path):
+    file = write_csv(tmp_path / "list.csv", [["path", "bytes"], ["a.png", "3"]])
+    with pytest.raises(ValueError, match=r"list.csv: an inventory needs a column named key; its .*: path, bytes$"):
+        Input(file).images()
+
+
+@pytest.mark.parametrize("name", ["a.png", "b [1] #?.JPG"])
+def test_one_file_is_an_input(tmp_path, name):
+    for file in (name, "other.png"):
+        (tmp_path / file).write_bytes(b"x")
+    for uri in (f"{tmp_path}/{name}", f"file://{tmp_path}/{name}"):
+        found = Input(uri)
+        assert found.images()["key"].to_pylist() == [name]
+        assert found.root.root == str(tmp_path)
+        assert found.as_now([found.root.source(name)]) == found.images()
+
+
+def test_one_object_is_an_input(s3):
+    place = Place(s3.uri("one"))
+    place.write("a.png", b"x")
+    assert keys_in(f"{place.uri}/a.png") == ["a.png"]
+    for uri in (f"{place.uri}/b.png", f"{place.uri}/none"):
+        with pytest.raises(ValueError, match=f"^input={uri}: no such file, folder or prefix$"):
+            keys_in(uri)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent", "no such file or folder"),
+        ("absent.png", "no such file or folder"),
+        ("empty", r"an empty folder: no file ending in \.png, .*"),
+        ("texts", r"1 other file there, but no file ending in .*"),
+        (
+            "texts/a.txt",
+            r"a file, but neither an image \(its name .*\) nor an inventory \(\.parquet, \.csv\)",
+        ),
+        ("texts/*.png", r"no file below .*/texts matches \*\.png"),
+        ("none.csv", "an inventory without rows"),
+    ],
+)
+def test_inputs_without_images_are_told_apart(tmp_path, name, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.txt").write_text("text")
+    write_csv(tmp_path / "none.csv", [["key"]])
+    with pytest.raises(ValueError, match=f"^input={re.escape(f'{tmp_path}/{name}')}: {message}$"):
+        keys_in(f"{tmp_path}/{name}")
 
 
 def test_a_folder_with_wildcards_in_its_name_is_that_folder(tmp_path):

@@ -232,7 +232,7 @@ def test_dry_run_writes_nothing(photos, model, tmp_path, capsys):
         (["scale.distribution=list", "scale.values=[2,7]"], r"scale.values=7.0: .* trained on scales in \[1.0, 4.0\]"),
         (["model=MISSING"], "missing.safetensors: no such file"),
         (["model=TEXT"], "notes.txt: not a degflow checkpoint"),
-        (["input=EMPTY"], r"input=.*: nothing there, but no file ending in \.png, \.jpg"),
+        (["input=EMPTY"], r"input=.*/empty: no such file or folder"),
         (["input=TEXTS"], r"input=.*: 1 other file there, but no file ending in"),
         (["output=TEXTS"], r"output=.*: is not empty and holds no dataset of this job"),
         (["output=TEXTS", "overwrite=true"], r"output=.*: is not empty and holds no dataset of this job"),

@@ -103,7 +103,7 @@ def test_every_photograph_becomes_a_row(photos, model, made):
 
 def test_a_row_is_the_draw_of_its_noise_seed(photos, tmp_path):
     model = save_model(tmp_path / "draws.safetensors", draws=True)
-    words = ["scale.per_image=2", "limit=4", "seed=3", "hr=embed"]
+    words = ["scale.per_image=2", "limit=4", "seed=3"]
     made = {
         name: rows_of(make(photos, tmp_path / name, model, *words, *more))
         for name, more in (("drawn", []), ("one by one", ["batch=1", "shard.images=1"]), ("mean", ["spread=0"]))
@@ -135,7 +135,7 @@ def test_rows_do_not_depend_on_shards_and_batches(photos, model, made, tmp_path,
 
 
 def test_more_draws_leave_the_pixels_of_the_first_alone(photos, model, made, tmp_path):
-    words = ["scale.per_image=3", "shard.images=3"]
+    words = ["scale.per_image=3", "shard.images=3", "hr=reference"]
     rows, reference = rows_of(make(photos, tmp_path, model, *words)), rows_of(made)
     assert len(rows) == 27
     assert len({row["scale"] for row in rows.values()}) == 27
@@ -146,6 +146,27 @@ def test_more_draws_leave_the_pixels_of_the_first_alone(photos, model, made, tmp
         assert row["hr"] == {"bytes": None, "path": str(photos / key)}
 
 
+def test_hr_is_stored_once_for_all_draws_and_readers_see_it_in_every_row(photos, model, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    part = make(photos, tmp_path, model, "scale.per_image=4") / "data/part-000000.parquet"
+    rows = rows_of(tmp_path)
+    once = {key: row["hr"]["bytes"] for (key, _), row in rows.items()}
+    lr, hr = (sum(map(len, pngs)) for pngs in ([row["lr"]["bytes"] for row in rows.values()], once.values()))
+    assert lr + hr < part.stat().st_size < lr + 1.5 * hr
+    assert all(row["hr"] == {"bytes": once[key], "path": key} for (key, _), row in rows.items())
+    assert all(np.array_equal(png(once[key]), images.decode((photos / key).read_bytes())) for key in once)
+    seen = datasets.load_dataset("parquet", data_files=str(part), split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(seen) == len(rows) == 36
+    for row in seen.select((5, 6)):
+        assert np.array_equal(np.asarray(row["hr"]), png(once[row["key"]]))
+
+
+def test_a_dataset_that_cannot_travel_says_so(photos, model, tmp_path):
+    said = open_run(photos, tmp_path / "out", model, "hr=reference").describe()
+    assert f"NOTE: hr=reference and a local input: rows name HR as files in {photos}, so the dataset CANNOT" in said
+    assert "\n" not in open_run(photos, tmp_path / "out", model, "scale.per_image=4").describe()
+
+
 def test_scaled_lr_is_the_same_lr_shrunk(photos, model, made, tmp_path):
     rows = rows_of(make(photos, tmp_path, model, "size=scaled", "shard.images=3"))
     for key, row in rows_of(made).items():
@@ -154,6 +175,15 @@ def test_scaled_lr_is_the_same_lr_shrunk(photos, model, made, tmp_path):
         assert small.shape[:2] == size == (rows[key]["height"], rows[key]["width"])
         assert np.array_equal(small, images.resize(full, *size))
         assert png(rows[key]["hr"]["bytes"]).shape == full.shape
+
+
+def test_a_gray_photograph_stays_gray_on_request(photos, model, made, tmp_path):
+    rows = rows_of(make(photos, tmp_path, model, "shard.images=3", "gray=keep"))
+    for key, row in rows_of(made).items():
+        camera, kept = png(row["lr"]["bytes"]), png(rows[key]["lr"]["bytes"])
+        assert not images.is_gray(camera)
+        stays = key[0] in ("deep/er/grey.tif", "smallest.png")
+        assert np.array_equal(kept, images.to_gray(camera) if stays else camera)
 
 
 def test_bad_files_are_rejects_with_stage_and_reason(photos, model, tmp_path):
@@ -404,7 +434,8 @@ def test_the_plan_comes_back_as_it_was_written(photos, tmp_path):
         ("shard.images=0", "shard.images=0: must be at least 1"),
         ("seed=-1", r"seed=-1: must lie in \[0, 2\^63\)"),
         ("size=small", "size=small: must be same or scaled"),
-        ("hr=none", "hr=none: must be auto, embed or reference"),
+        ("hr=auto", "hr=auto: must be embed or reference"),
+        ("gray=none", "gray=none: must be one of camera, keep"),
         ("max_pixels=10", "max_pixels=10: must be at least 64"),
         ("batch=0", "batch=0: must be at least 1"),
         ("memory=-1", "memory=-1.0: must not be negative"),
@@ -418,7 +449,7 @@ def test_broken_rules_name_key_value_and_rule(word, message):
         load(SynthesizeConfig, ["input=a", "output=b", *word.split()])
 
 
-CODEC = Codec("", max_pixels=10_000, embed=True, scaled=False, seed=0, model_sha256="")
+CODEC = Codec("", max_pixels=10_000, embed=True, scaled=False, keep_gray=False, seed=0, model_sha256="")
 
 
 def test_a_store_that_fails_is_no_reject_but_a_file_that_does_is(s3, monkeypatch):
