@@ -1,11 +1,17 @@
 """Degradation inside a training loop: ranges, draws, resuming, and what a training sees of it."""
 
+import os
+import re
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from degflow import Degrader, RandomDegradation
+from tests import ROOT
 from tests.captures import small_degrader
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -241,6 +247,17 @@ def test_pytorchs_random_numbers_are_neither_used_nor_changed(saved):
     first = drawn(saved)[0]
     assert torch.equal(torch.rand(4), wanted)
     assert same(drawn(saved)[0], first)
+
+
+def test_the_example_trains():
+    command = [sys.executable, "examples/train_on_the_fly.py", "examples/photographs", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    loss, unchanged = map(
+        float, re.fullmatch(r"step 2: loss (0\.\d+) \(of LR (0\.\d+)\)", done.stdout.strip()).groups()
+    )
+    assert 0 < unchanged < 0.2
+    assert loss == pytest.approx(unchanged, rel=0.1)  # it starts at LR itself
 
 
 def test_without_a_model_it_is_the_one_that_ships():
