@@ -90,6 +90,7 @@ class Degrader(nn.Module):
         *,
         seed: int | Tensor = 0,
         spread: float = 1.0,
+        place: Tensor | None = None,
         steps: int = 0,
         solver: str = "",
         memory: float = MEMORY,
@@ -106,6 +107,8 @@ class Degrader(nn.Module):
             seed: decides what is drawn. int64 of the shape of `scale`, in [0, 2^63), or a number: the first image's,
                 counted on from there, scale by scale and image by image. The published flow draws nothing.
             spread: 1 gives draws from what a camera does, 0 their mean, between them less noise.
+            place: int64 "B 2", row and column at which each image was cut from a larger one, multiples of `multiple`.
+                The noise is then the larger image's there; None: each image is whole.
             steps: solver steps; 0: the flow's own number. solver: euler, midpoint, heun, rk4 or rk5; "": its own.
             memory: GB (1e9 bytes) to work in, beside the weights and the images in and out. What does not fit is done
                 image by image, and what still does not tile by tile; the result is the same to rounding.
@@ -117,13 +120,14 @@ class Degrader(nn.Module):
 
         Raises:
             ValueError: images of another type, shape, device or range, a scale outside the trained range [low, high], a
-                spread outside [0, 1], seeds that do not fit, too little memory for any tile, or an unknown precision.
+                spread outside [0, 1], seeds or places that do not fit, too little memory for any tile, or an unknown
+                precision.
 
         Warns:
             UserWarning: no value is below 0, as in images in [0, 1].
         """
         self._check(hr)
-        how = {"seed": seed, "spread": spread, "steps": steps, "solver": solver, "memory": memory}
+        how = {"seed": seed, "spread": spread, "place": place, "steps": steps, "solver": solver, "memory": memory}
         return self._forward(hr, scales_of(scale, len(hr)), **how, precision=precision)
 
     def _check(self, hr: Tensor) -> None:
@@ -140,6 +144,7 @@ class Degrader(nn.Module):
         *,
         seed: int | Tensor = 0,
         spread: float = 1.0,
+        place: Tensor | None = None,
         steps: int = 0,
         solver: str = "",
         memory: float = MEMORY,
@@ -152,6 +157,7 @@ class Degrader(nn.Module):
             raise ValueError(f"spread={spread}: must lie in [0, 1]")
         self.check_scales(float(scale.min()), float(scale.max()))
         seeds = seeds_of(seed, scale).to(hr.device)
+        places = self._latent_places(place, len(hr)).to(hr.device)
         scales = scale.double().clamp(self.low, self.high).to(hr.device)
         time = self.timeline.time(scales).clamp(0, 1).float()
         shape, columns = scale.shape, (len(hr), -1)
@@ -163,7 +169,8 @@ class Degrader(nn.Module):
         for part in torch.arange(len(hr)).split(plan.batch):
             at = slice(int(part[0]), int(part[-1]) + 1)
             with torch.autocast(hr.device.type, PRECISIONS[precision], enabled=precision != "float32"):
-                self._degrade(hr[at], Draw(asked[0][at], asked[1][at], asked[2][at], *how), lr[at], plan)
+                draw = Draw(asked[0][at], asked[1][at], asked[2][at], *how, place=places[at])
+                self._degrade(hr[at], draw, lr[at], plan)
         return lr.view(*shape, *hr.shape[1:])
 
     def _degrade(self, hr: Tensor, draw: Draw, lr: Tensor, plan: Plan) -> None:
@@ -205,6 +212,16 @@ class Degrader(nn.Module):
                 for level, (whole, part) in enumerate(zip(kept, decoder.merged(skips), strict=True)):
                     tile.paste(whole, part, r >> level)
         return Seen(padded, latent, kept)
+
+    def _latent_places(self, place: Tensor | None, count: int) -> Tensor:
+        """Places in pixels, or none -> in latent pixels."""
+        if place is None:
+            return torch.zeros(count, 2, dtype=torch.int64)
+        if place.dtype != torch.int64 or place.shape != (count, 2):
+            raise ValueError(f"place: {place.dtype} {list(place.shape)}: must be int64 [{count}, 2], one of each image")
+        if bool((place < 0).any()) or bool((place % self.multiple).any()):
+            raise ValueError(f"place={place.tolist()}: must be multiples of {self.multiple}, and not negative")
+        return place // self.autoencoder.config.compression
 
     def plan(self, height: int, width: int, memory: float = MEMORY) -> Plan:
         """How images of this size are worked on within `memory` GB.

@@ -131,6 +131,7 @@ class Draw(NamedTuple):
     spread: float  # 1: draws; 0: their mean
     steps: int
     solver: str
+    place: Tensor  # int64 "B 2", row and column of the latents in those of the images that they were cut from
 
 
 class Flow(Protocol):

@@ -18,7 +18,7 @@ from degflow.degrader import pad
 from degflow.models import AutoencoderConfig, ResidualAutoencoder
 from degflow.models.files import load_checkpoint, save_checkpoint
 from degflow.models.residual import Guide, lost_detail
-from tests.captures import path_flow, residual_flow
+from tests.captures import path_flow, residual_flow, small_degrader
 
 LEVELS = {"1": 1.0, "2": 2.1, "4": 3.75}
 
@@ -220,6 +220,17 @@ def test_an_image_does_not_depend_on_its_batch_mates_nor_on_their_order(degrader
     torch.testing.assert_close(turned, together[order], rtol=0, atol=1e-5)
 
 
+def test_a_crop_s_noise_is_that_of_its_place_in_the_whole_image():
+    degrader, hr, (_, seeds) = small_degrader(LEVELS, draws=True), pictures(3, 120, 136), scales_and_seeds()
+    scale = torch.tensor([3.0, 3.75, 3.4])  # weak optics reach far: at the highest frequency they end abruptly
+    whole = degrader(hr, scale, seed=seeds)[..., 64:, 88:]
+    for place, same in ((torch.tensor([[16, 40]]).expand(3, 2), True), (None, False)):
+        made = degrader(hr[..., 16:, 40:], scale, seed=seeds, place=place)[..., 48:, 48:]
+        assert torch.allclose(made, whole, rtol=0, atol=1e-5) == same
+    corner = torch.zeros(3, 2, dtype=torch.int64)
+    assert torch.equal(degrader(hr, scale, seed=seeds, place=corner), degrader(hr, scale, seed=seeds))
+
+
 def test_a_draw_does_not_depend_on_its_column(drawing):
     hr, scales = pictures(2, 40, 48), torch.tensor([[1.4, 2.0, 3.5], [3.7, 1.2, 2.0]])
     seeds = torch.arange(6).view(2, 3) + 5
@@ -291,6 +302,10 @@ def test_without_a_network_there_is_no_solver_to_choose(degrader):
         ({"seed": torch.tensor([1, 2, 3])}, r"seed: torch.int64 \[3\]: must be int64 \[2\], as scale is"),
         ({"seed": torch.tensor([1.0, 2.0])}, r"seed: torch.float32 \[2\]: must be int64 \[2\], as scale is"),
         ({"seed": torch.tensor([1, 2], dtype=torch.int32)}, r"seed: torch.int32 \[2\]: must be int64 \[2\]"),
+        ({"place": torch.tensor([0, 16])}, r"place: torch.int64 \[2\]: must be int64 \[2, 2\], one of each image"),
+        ({"place": torch.zeros(2, 2)}, r"place: torch.float32 \[2, 2\]: must be int64 \[2, 2\]"),
+        ({"place": torch.tensor([[0, 0], [16, 4]])}, r"place=\[\[0, 0\], \[16, 4\]\]: must be multiples of (8|16)"),
+        ({"place": torch.tensor([[0, 0], [-16, 0]])}, r"place=.*-16.*: must be multiples of .*, and not negative"),
         ({"steps": -1}, r"steps=-1: must be at least 1"),
         ({"solver": "rk45"}, r"solver=rk45: must be one of euler"),
     ],

@@ -134,7 +134,8 @@ def test_the_published_flow_carries_hrs_latent_to_every_time_and_keeps_hrs_skips
 
     time = torch.tensor([[0.0, 0.4, 1.0], [0.9, 0.2, 0.3], [1.0, 0.5, 0.0]])[:, : 3 if many else 1].double()
     flow = PathFlow(Rotation())
-    draw = Draw(scale=time, time=time, seed=time.long(), many=many, spread=1.0, steps=8, solver="rk5")
+    place = torch.zeros(3, 2, dtype=torch.int64)
+    draw = Draw(scale=time, time=time, seed=time.long(), many=many, spread=1.0, steps=8, solver="rk5", place=place)
     carried = list(flow.carry(see, hr, draw))
     assert len(carried) == time.shape[1]
     for n, (latent, found) in enumerate(carried):

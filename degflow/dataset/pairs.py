@@ -195,12 +195,7 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
         random = np.random.default_rng(int.from_bytes(digest, "little"))
         if self.crop:
             lr, hr = aligned_crops(lr, hr, self.crop, row["scale"] if self._scaled else 1.0, random)
-        if self.flips:
-            steps = tuple(int(step) for step in random.choice((-1, 1), 2))
-            lr, hr = (image[:: steps[0], :: steps[1]] for image in (lr, hr))
-        if self.rotations:
-            turns = int(random.integers(4))
-            lr, hr = np.rot90(lr, turns), np.rot90(hr, turns)
+        lr, hr = turned(lr, hr, self.flips, self.rotations, random)
         names = ("scale", "time", "key", "draw")
         return {"lr": images.to_tensor(lr), "hr": images.to_tensor(hr)} | {name: row[name] for name in names}
 
@@ -251,10 +246,24 @@ def aligned_crops(
         centre = (start + crop / 2) * large / small
         places.append((start, min(max(0, round(centre - side / 2)), max(0, large - side))))
     (top, left), (hr_top, hr_left) = zip(*places, strict=True)
-    return _window(lr, top, left, crop), _window(hr, hr_top, hr_left, side)
+    return cut(lr, top, left, crop), cut(hr, hr_top, hr_left, side)
 
 
-def _window(pixels: np.ndarray, top: int, left: int, side: int) -> np.ndarray:
-    cut = pixels[top : top + side, left : left + side]
-    missing = [(0, side - found) for found in cut.shape[:2]]
-    return np.pad(cut, (*missing, (0, 0)), mode="reflect") if cut.shape[:2] != (side, side) else cut
+def turned(
+    lr: np.ndarray, hr: np.ndarray, flips: bool, rotations: bool, random: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Views of two images "H W 3", mirrored and turned alike, at random where asked for."""
+    if flips:
+        steps = tuple(int(step) for step in random.choice((-1, 1), 2))
+        lr, hr = (image[:: steps[0], :: steps[1]] for image in (lr, hr))
+    if rotations:
+        turns = int(random.integers(4))
+        lr, hr = np.rot90(lr, turns), np.rot90(hr, turns)
+    return lr, hr
+
+
+def cut(pixels: np.ndarray, top: int, left: int, side: int) -> np.ndarray:
+    """A square of an image "H W 3", extended by reflection where the image ends."""
+    found = pixels[top : top + side, left : left + side]
+    missing = [(0, side - length) for length in found.shape[:2]]
+    return np.pad(found, (*missing, (0, 0)), mode="reflect") if found.shape[:2] != (side, side) else found

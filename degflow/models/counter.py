@@ -30,19 +30,23 @@ def sample_keys(seed: int, number: Tensor) -> Tensor:
     return key
 
 
-def gaussian(seed: Tensor, channels: int, height: int, width: int) -> Tensor:
+def gaussian(seed: Tensor, channels: int, height: int, width: int, *, place: Tensor | None = None) -> Tensor:
     """Standard normal numbers by Box and Muller's method.
 
     Args:
         seed: int64 "B" in [0, 2^63), one for each image.
         channels, height, width: of the result. A number depends on its seed, channel, row and column alone.
+        place: int64 "B 2", row and column that each image begins at, not negative; None: at 0, 0.
 
     Returns:
         float32 "B C H W".
     """
     key = sample_keys(_NOISE, seed)
-    for count in (channels + channels % 2, height, width):
-        key = mix(step(key[..., None], torch.arange(count, device=seed.device)))
+    for axis, count in enumerate((channels + channels % 2, height, width)):
+        word = torch.arange(count, device=seed.device)
+        if axis and place is not None:
+            word = word + place[:, axis - 1].view(-1, *[1] * key.ndim)
+        key = mix(step(key[..., None], word))
     radius, angle = ((key.unflatten(1, (-1, 2)) + 0.5) * 2.0**-32).float().unbind(2)
     radius = (-2 * radius.log()).sqrt()
     pair = torch.stack((radius * (2 * math.pi * angle).cos(), radius * (2 * math.pi * angle).sin()), 2)

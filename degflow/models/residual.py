@@ -222,9 +222,11 @@ class ResidualFlow(nn.Module):
             seen = see(self.optics(hr, draw.scale[:, n]), True)
             gain = lost_detail(source.image, seen.image, self.compression)
             guide = Guide(seen.latent, source.latent, gain, draw.time[:, n])
-            yield self.latent(guide, draw.seed[:, n], draw.spread, draw.steps, draw.solver), seen
+            yield self.latent(guide, draw.seed[:, n], draw.spread, draw.steps, draw.solver, draw.place), seen
 
-    def latent(self, guide: Guide, seed: Tensor, spread: float, steps: int, solver: str) -> Tensor:
+    def latent(
+        self, guide: Guide, seed: Tensor, spread: float, steps: int, solver: str, place: Tensor | None = None
+    ) -> Tensor:
         """Draw one latent "B C_z h w" for each guide.
 
         Args:
@@ -232,6 +234,7 @@ class ResidualFlow(nn.Module):
             seed: int64 "B".
             spread: 1 gives draws, 0 their mean; between them, what lies in proportion between the two.
             steps, solver: of `integrate`, from tau 0 to 1.
+            place: as in `Draw`.
         """
         y, (factor, deviation) = guide.optics.new_zeros(guide.optics.shape), self.spread.at(guide.time)
 
@@ -241,7 +244,7 @@ class ResidualFlow(nn.Module):
         if self.has_solver and spread < 1:
             y = velocity(y, guide.time.new_zeros(len(y)))
         if spread > 0:
-            drawn = correlated(factor, gaussian(seed, *y.shape[1:]))
+            drawn = correlated(factor, gaussian(seed, *y.shape[1:], place=place))
             if self.has_solver:
                 drawn = integrate(velocity, drawn, guide.time.new_ones(len(y)), steps=steps, solver=solver)
             y = torch.lerp(y, drawn, spread)

@@ -64,6 +64,9 @@ def test_a_number_depends_on_its_seed_channel_row_and_column_alone():
         assert torch.equal(gaussian(SEEDS, channels, height, width), x[:, :channels, :height, :width])
     larger = gaussian(SEEDS[:2], 7, 70, 101)
     assert torch.equal(larger[:, :4, :64, :64], x[:2])
+    places = torch.tensor([[3, 40], [20, 0]])
+    for n, (top, left) in enumerate(places.tolist()):
+        assert torch.equal(gaussian(SEEDS[:2], 4, 30, 20, place=places)[n], x[n, :, top : top + 30, left : left + 20])
 
 
 def test_numbers_are_float32_and_finite_for_every_seed():
