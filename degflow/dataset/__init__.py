@@ -6,6 +6,7 @@ scales          the scale of each draw of a photograph
 writer          a shard's rows -> its objects
 manifest        the records of finished shards, the rejects, manifest.parquet
 card            README.md and preview.png
+gallery         preview.html
 reader          a finished dataset, read through its manifest
 pairs           a finished dataset as a PyTorch dataset of aligned crops
 exports         a finished dataset as folders or tars for other trainers

@@ -8,8 +8,9 @@ from functools import partial
 from itertools import islice
 
 from degflow.config import dump, plain
-from degflow.dataset.card import card, preview
-from degflow.dataset.layout import CARD, CONFIG, PREVIEW, SUCCESS, Record, find_objects, is_leftover
+from degflow.dataset.card import card, preview, samples
+from degflow.dataset.gallery import gallery
+from degflow.dataset.layout import CARD, CONFIG, GALLERY, PREVIEW, SUCCESS, Record, find_objects, is_leftover
 from degflow.dataset.manifest import finished_shards, parts_in_manifest, rejects_of, write_manifest
 from degflow.dataset.plan import Part, Plan, count_parts, joined, read_plan, write_part
 from degflow.dataset.scales import scales_of
@@ -47,8 +48,8 @@ def synthesize(config: SynthesizeConfig) -> None:
         while not run.finish():  # another driver has extended the plan
             run.make()
         print(run.summary())
-    if run.output.exists(PREVIEW):
-        print(f"preview: {run.output.uri_of(PREVIEW)}")
+    if run.output.exists(GALLERY):
+        print(f"preview: {run.output.uri_of(GALLERY)}")
 
 
 class Run:
@@ -190,11 +191,13 @@ class Run:
         if self._is_extended():
             return False
         write_manifest(self.output, self.shards, self.done)
-        text = card(self.done, self.rejects, plain(self.config), self.config.scale.in_words())
-        self.output.write(CARD, text.encode())
+        told = self.rejects, plain(self.config), self.config.scale.in_words()
+        self.output.write(CARD, card(self.done, *told).encode())
         try:
-            if sheet := preview(self.output, self.done, self.config.max_pixels):
+            shown = samples(self.output, self.done, self.config.max_pixels)
+            if sheet := preview(shown):
                 self.output.write(PREVIEW, sheet)
+                self.output.write(GALLERY, gallery(self.output, shown, self.done, *told).encode())
         except Exception as error:  # a missing preview must not fail a finished dataset
             print(f"no preview: {type(error).__name__}: {error}")
         for name in filter(is_leftover, find_objects(self.output)):

@@ -53,7 +53,8 @@ def test_the_finished_layout_and_manifest(photos, finished):
     parts = [f"part-{n:06d}.parquet" for n in range(3)]
     names = sorted(str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file())
     folders = [f"{folder}/{part}" for folder in ("data", "rejects") for part in parts]
-    top = ["README.md", "_SUCCESS", "config.yaml", "manifest.parquet", "plan/part-000000.parquet", "preview.png"]
+    top = ["README.md", "_SUCCESS", "config.yaml", "manifest.parquet", "plan/part-000000.parquet"]
+    top += ["preview.html", "preview.png"]
     assert names == sorted(folders + top)
     for record in pq.read_table(finished / "manifest.parquet").to_pylist():
         data = (finished / record["part"]).read_bytes()
@@ -142,7 +143,7 @@ def test_a_killed_driver_is_continued_by_the_same_command(photos, model, finishe
     assert found
     assert len(done) <= int(found[1]) < 9  # the orphaned actor may have put one more
     assert said[1].startswith("running on this machine: actors ")
-    assert said[-1] == f"preview: {output}/preview.png"
+    assert said[-1] == f"preview: {output}/preview.html"
     assert "Traceback" not in job.stderr
     assert content(output).items() >= done.items()
     rows, reference = rows_of(output), rows_of(finished)

@@ -12,7 +12,7 @@ import torch
 from degflow import images, storage
 from degflow.config import dump, load
 from degflow.dataset import manifest
-from degflow.dataset.card import preview
+from degflow.dataset.card import preview, samples
 from degflow.dataset.layout import Reject
 from degflow.dataset.manifest import finished_shards
 from degflow.dataset.plan import Plan, read_plan, write_part
@@ -444,9 +444,9 @@ def test_the_preview_shows_no_source_that_changed_since(model, tmp_path):
     plan = plan_of(tmp_path / "in", tmp_path / "out")
     make_all(run, plan)
     records = finished_in(run, plan)
-    assert preview(run.output, records, 10_000) is not None
+    assert preview(samples(run.output, records, 10_000)) is not None
     file.write_bytes(images.encode_png(np.full((32, 32, 3), 129, np.uint8)))
-    assert preview(run.output, records, 10_000) is None
+    assert preview(samples(run.output, records, 10_000)) is None
 
 
 def test_a_finished_shard_of_the_same_recipe_is_left_alone_and_one_of_another_replaced(photos, model, tmp_path):
