@@ -180,7 +180,6 @@ class Explorer:
             photograph = self._photographs.get(ask.photograph)
             if not photograph:
                 raise ValueError(f"the server keeps {KEPT} photographs, and this one no more: open it again")
-            self.degrader.check_scales(ask.scale, ask.scale)
             height, width = photograph.pixels.shape[:2]
             step = self.degrader.multiple
             left, across = _span(width, ask.x, self.window, step)
