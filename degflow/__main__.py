@@ -190,10 +190,24 @@ def benchmark():
     return benchmark, BenchmarkConfig
 
 
+def explore():
+    """A page on this machine that shows what a degrader does to one's own photograph.
+
+        degflow explore photograph=photo.jpg
+
+    prints the page's address. The page has a slider over the scale, draws again, and shows HR, generated LR, bicubic and
+    plain blur side by side. Nothing leaves the machine.
+    """
+    from degflow.explore.run import ExploreConfig, explore
+
+    return explore, ExploreConfig
+
+
 COMMANDS: dict[str, Command] = {  # in the order of the list
     command.__name__.replace("_", "-"): command
     for command in (
         synthesize,
+        explore,
         export,
         simulate_scenes,
         train_rae,

@@ -137,8 +137,13 @@ def check_size(height: int, width: int, max_pixels: int = MAX_PIXELS) -> None:
 
 def check_bytes(size: int, max_pixels: int = MAX_PIXELS) -> None:
     """Raise ImageError if the rule does not accept a file of so many bytes; such a file need not be read."""
-    if size > (most := max(_ANY_FILE, 16 * max_pixels)):
+    if size > (most := most_bytes(max_pixels)):
         raise ImageError(f"{size} bytes, more than the {most} that max_pixels={max_pixels} allows")
+
+
+def most_bytes(max_pixels: int = MAX_PIXELS) -> int:
+    """The size of the largest file that the rule accepts."""
+    return max(_ANY_FILE, 16 * max_pixels)
 
 
 def _reader(start: bytes) -> Callable[[bytes, int], ImageFile.ImageFile]:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Install degflow with what its tests need into .venv (made here, or reused) and run the tests.
-# Arguments go to pytest. `bash .ci/run` also runs the tests that need root and Debian's Slurm.
+# Arguments go to pytest. `bash .ci/run` also runs the tests that need root and Debian's Slurm,
+# and installs Chromium for the tests of the page, which are skipped without it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || python3 -m venv .venv

@@ -8,6 +8,7 @@ footer          the record and the rejects in that object's footer
 manifest        which shards are done; rejects/ and manifest.parquet
 references      the photographs of rows without HR bytes
 card            README.md and preview.png
+gallery         preview.html
 reader          a finished dataset, read through its manifest
 pairs           a finished dataset as a PyTorch dataset of aligned crops
 exports         a finished dataset as folders or tars for other trainers

@@ -1,9 +1,11 @@
 """What people see first of a dataset: README.md (the dataset card) and preview.png (a contact sheet)."""
 
+import contextlib
 import io
+import math
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -39,6 +41,8 @@ Low-resolution images made from high-resolution photographs by the latent flow o
 degradation, not a resize{resize}
 
 ![HR crops beside their LR images](preview.png)
+
+`preview.html` shows the same crops with histograms of scale and PSNR.
 
 | | |
 |---|---|
@@ -121,27 +125,63 @@ def _size_category(rows: int) -> str:
     return next((name for bound, name in bounds if rows < bound), "n>10M")
 
 
-def preview(output: Place, records: Mapping[int, Record], recipe: Mapping[str, Any]) -> bytes | None:
-    """A PNG: a row for each of some photographs, with HR's most detailed crop and the LR crops, sorted by scale.
+class Tile(NamedTuple):
+    """A crop of an LR image; psnr: of the whole image against HR, in dB, null if its size is another."""
+
+    scale: float
+    psnr: float | None
+    pixels: np.ndarray
+
+
+class Sample(NamedTuple):
+    """What a preview shows of a photograph: HR's most detailed crop, and the same crop of LR images by their scales."""
+
+    key: str
+    hr: np.ndarray
+    tiles: list[Tile]
+
+
+def samples(output: Place, records: Mapping[int, Record], recipe: Mapping[str, Any]) -> list[Sample]:
+    """Some photographs of the first shards, spread over the scales; none whose HR image is gone or has changed.
 
     Args:
         output: the dataset.
         records: of its finished shards.
         recipe: the resolved configuration; for HR images that are read from their sources.
-
-    Returns:
-        None if there is no row to show.
     """
-    lines = []
+    found = []
     for part, key in sample_keys(output, records, IMAGES):
         rows = read_rows(output, part, ("key", "draw", "scale", "lr", "hr", "hr_sha256"), [key])
         rows.sort(key=lambda row: (row["scale"], row["draw"]))
         if len(rows) > DRAWS:
             rows = [rows[round(n * (len(rows) - 1) / (DRAWS - 1))] for n in range(DRAWS)]
-        lines.append(_line(rows, recipe))
-    lines = [line for line in lines if line]
-    if not lines:
+        with contextlib.suppress(Exception):  # a missing preview must not fail a finished dataset
+            found.append(_sample(rows, recipe))
+    return found
+
+
+def _sample(rows: Sequence[dict[str, Any]], recipe: Mapping[str, Any]) -> Sample:
+    data = rows[0]["hr"]["bytes"] or read_reference(rows[0], recipe)
+    hr = images.decode(data, max_pixels=recipe["max_pixels"])
+    size = min(CROP, *hr.shape[:2])
+    top, left = most_detail(hr, size)
+    tiles = []
+    for row in rows:
+        lr, psnr = np.asarray(Image.open(io.BytesIO(row["lr"]["bytes"]))), None
+        if lr.shape == hr.shape:
+            error = float(np.square(lr.astype(np.float32) - hr).mean(dtype=np.float64))
+            psnr = min(99.0, 10 * math.log10(255**2 / max(error, 1e-10)))  # as in the manifest
+        else:
+            lr = np.asarray(Image.fromarray(lr).resize((hr.shape[1], hr.shape[0]), Image.Resampling.NEAREST))
+        tiles.append(Tile(row["scale"], psnr, lr[top : top + size, left : left + size]))
+    return Sample(rows[0]["key"], hr[top : top + size, left : left + size], tiles)
+
+
+def preview(shown: Sequence[Sample]) -> bytes | None:
+    """A PNG with a row for each photograph: HR's crop, then LR's; None if there is none to show."""
+    if not shown:
         return None
+    lines = [[("HR", item.hr), *((f"x{tile.scale:.2f}", tile.pixels) for tile in item.tiles)] for item in shown]
     step = CROP + _GAP
     sheet = Image.new("RGB", (_GAP + step * max(map(len, lines)), _GAP + (step + _CAPTION) * len(lines)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
@@ -153,24 +193,6 @@ def preview(output: Place, records: Mapping[int, Record], recipe: Mapping[str, A
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def _line(rows: Sequence[dict[str, Any]], recipe: Mapping[str, Any]) -> list[tuple[str, np.ndarray]]:
-    """The HR tile and the LR tiles with their captions; empty if the HR image is gone or has changed."""
-    try:
-        data = rows[0]["hr"]["bytes"] or read_reference(rows[0], recipe)
-        hr = images.decode(data, max_pixels=recipe["max_pixels"])
-    except Exception:  # a missing preview must not fail a finished dataset
-        return []
-    size = min(CROP, *hr.shape[:2])
-    top, left = most_detail(hr, size)
-    tiles = [("HR", hr[top : top + size, left : left + size])]
-    for row in rows:
-        lr = np.asarray(Image.open(io.BytesIO(row["lr"]["bytes"])))
-        if lr.shape != hr.shape:
-            lr = np.asarray(Image.fromarray(lr).resize((hr.shape[1], hr.shape[0]), Image.Resampling.NEAREST))
-        tiles.append((f"x{row['scale']:.2f}", lr[top : top + size, left : left + size]))
-    return tiles
 
 
 def most_detail(pixels: np.ndarray, size: int) -> tuple[int, int]:

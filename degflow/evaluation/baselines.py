@@ -86,17 +86,30 @@ def fit_sigmas(scenes: SceneImages, levels: Mapping[str, float], crop: int = 0) 
     """
     side = min(crop or FIT_SIDE, FIT_SIDE)
     scene_lumas = [luma(images.to_tensor(central(pixels, side)))[:, None].float() for pixels in scenes.pixels]
-    inner = slice(SHAVE, -SHAVE)
-
-    def loss(sigma: float, level: int) -> float:
-        departures = (blur(y[:1], sigma) - y[level] for y in scene_lumas)
-        return sum(math.log(float(d[..., inner, inner].square().mean()) + 1e-12) for d in departures)
-
     return {
-        label: _lowest(lambda sigma, level=level: loss(sigma, level), SHARPEST, max(scale, 1.0))
+        label: fit_sigma([(y[:1], y[level]) for y in scene_lumas], max(scale, 1.0))
         for level, (label, scale) in enumerate(levels.items())
         if label != HR_LABEL
     }
+
+
+def fit_sigma(pairs: Sequence[tuple[Tensor, Tensor]], most: float) -> float:
+    """The sigma in pixels of the Gaussian that makes HR most like LR: the highest mean PSNR of the pairs.
+
+    Args:
+        pairs: Y of HR "1 1 H W" and of LR "1 H W" or "1 1 H W"; 4 pixels of each border are left out.
+        most: the largest sigma.
+
+    Returns:
+        Between practically no blur and `most`, to 0.005 pixels.
+    """
+    inner = slice(SHAVE, -SHAVE)
+
+    def loss(sigma: float) -> float:
+        departures = (blur(hr, sigma) - lr for hr, lr in pairs)
+        return sum(math.log(float(d[..., inner, inner].square().mean()) + 1e-12) for d in departures)
+
+    return _lowest(loss, SHARPEST, most)
 
 
 def _lowest(function, low: float, high: float, tolerance: float = 0.005) -> float:

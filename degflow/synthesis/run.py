@@ -7,8 +7,9 @@ from dataclasses import replace
 from functools import partial
 
 from degflow.config import dump, plain
-from degflow.dataset.card import card, preview
-from degflow.dataset.layout import CARD, CONFIG, PREVIEW, SUCCESS, find_objects, is_doomed_first, is_leftover
+from degflow.dataset.card import card, preview, samples
+from degflow.dataset.gallery import gallery
+from degflow.dataset.layout import CARD, CONFIG, GALLERY, PREVIEW, SUCCESS, find_objects, is_doomed_first, is_leftover
 from degflow.dataset.manifest import first_rejects, parts_in_manifest, rejects_of, write_manifest, write_rejects
 from degflow.dataset.plan import Part, joined, write_part
 from degflow.dataset.scales import scales_of
@@ -47,8 +48,8 @@ def synthesize(config: SynthesizeConfig) -> None:
         while not run.finish():
             run.make()
         print(run.summary())
-    if run.output.exists(PREVIEW):
-        print(f"preview: {run.output.uri_of(PREVIEW)}")
+    if run.output.exists(GALLERY):
+        print(f"preview: {run.output.uri_of(GALLERY)}")
 
 
 class Run:
@@ -211,11 +212,13 @@ class Run:
         write_rejects(self.output, self.state.plan, self.state.done)
         write_manifest(self.output, self.state.plan, self.state.done)
         recipe = plain(self.config)
-        text = card(self.state.done, self.rejects, recipe, self.config.scale.in_words())
-        self.output.write(CARD, text.encode())
+        told = self.rejects, recipe, self.config.scale.in_words()
+        self.output.write(CARD, card(self.state.done, *told).encode())
         try:
-            if sheet := preview(self.output, self.state.done, recipe):
+            shown = samples(self.output, self.state.done, recipe)
+            if sheet := preview(shown):
                 self.output.write(PREVIEW, sheet)
+                self.output.write(GALLERY, gallery(self.output, shown, self.state.done, *told).encode())
         except Exception as error:  # a missing preview must not fail a finished dataset
             print(f"no preview: {type(error).__name__}: {error}")
         for name in filter(is_leftover, find_objects(self.output)):

@@ -61,7 +61,7 @@ def test_the_finished_layout_and_manifest(photos, finished):
     parts = [f"part-{n:06d}.parquet" for n in range(3)]
     names = sorted(str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file())
     data = [f"data/{part}" for part in parts]
-    top = ["README.md", "_SUCCESS", "config.yaml", "manifest.parquet", "preview.png"]
+    top = ["README.md", "_SUCCESS", "config.yaml", "manifest.parquet", "preview.html", "preview.png"]
     assert names == sorted([*data, *top, "plan/part-000000.parquet", "rejects/part-000000.parquet"])
     rejects = pq.read_table(finished / "rejects/part-000000.parquet")
     assert (rejects.schema, len(rejects)) == (REJECT, 0)
@@ -155,7 +155,7 @@ def test_a_killed_driver_is_continued_by_the_same_command(photos, model, finishe
     assert found
     assert len(done) <= int(found[1]) < 9  # the orphaned actor may have put one more
     assert said[1].startswith("running on this machine: actors ")
-    assert said[-1] == f"preview: {output}/preview.png"
+    assert said[-1] == f"preview: {output}/preview.html"
     assert "Traceback" not in job.stderr
     assert {path.name: path.read_bytes() for path in output.glob("data/part-*")}.items() >= done.items()
     rows, reference = rows_of(output), rows_of(finished)

@@ -12,7 +12,7 @@ from s3fs import S3FileSystem
 
 from degflow import images, storage
 from degflow.config import dump, load, plain
-from degflow.dataset.card import preview
+from degflow.dataset.card import preview, samples
 from degflow.dataset.footer import read_footer
 from degflow.dataset.layout import Reject
 from degflow.dataset.manifest import data_files, judge
@@ -485,9 +485,9 @@ def test_the_preview_shows_no_source_that_changed_since(model, tmp_path):
     plan = plan_of(tmp_path / "in", tmp_path / "out")
     make_all(run, plan)
     records = finished_in(run, plan)
-    assert preview(run.output, records, plain(run.config)) is not None
+    assert preview(samples(run.output, records, plain(run.config))) is not None
     file.write_bytes(images.encode_png(np.full((32, 32, 3), 129, np.uint8)))
-    assert preview(run.output, records, plain(run.config)) is None
+    assert preview(samples(run.output, records, plain(run.config))) is None
 
 
 def test_a_part_is_never_put_over_another(photos, model, tmp_path):
