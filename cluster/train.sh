@@ -3,7 +3,8 @@
 #
 #   NODES=2 RANK=0 HEAD=first-machine PROCESSES=8 cluster/train.sh jobs/train_rae.py config=... output=...
 #
-# NODES machines with PROCESSES processes each (one per GPU); this is number RANK; machine 0 is HEAD, at PORT.
+# NODES machines with PROCESSES processes each (one per GPU); this is number RANK; machine 0 is HEAD, at PORT. It exits
+# with 0 when the training is finished and with 2 when its keys are bad; after anything else the same command goes on.
 set -euo pipefail
 : "${NODES:?how many machines}" "${RANK:?number of this machine, from 0}" "${HEAD:?name or address of machine 0}"
 processes=$((NODES * ${PROCESSES:=1}))
@@ -14,6 +15,7 @@ if ((processes == 1)); then # the launcher of a single process passes no signal 
     export OMP_NUM_THREADS="${THREADS:-1}"
     exec python "$@"
 fi
+python "$@" --check # leaves with 2 where the keys are bad: the launcher would turn it into 1
 words+=(--multi_gpu)
 # Slurm warns every process by USR1. The training saves and ends; its launcher would be killed, and end it unsaved.
 trap '' USR1

@@ -195,8 +195,8 @@ def explore():
 
         degflow explore photograph=photo.jpg
 
-    prints the page's address. The page has a slider over the scale, draws again, and shows HR, generated LR, bicubic and
-    plain blur side by side. Nothing leaves the machine.
+    prints the page's address. The page has a slider over the scale, draws again, and shows HR, generated LR, bicubic
+    and plain blur side by side. Nothing leaves the machine.
     """
     from degflow.explore.run import ExploreConfig, explore
 

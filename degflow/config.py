@@ -16,6 +16,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 T = TypeVar("T")
 HELP = {"--help", "-h", "help"}
+_CHECK = "--check"
 _KEYS = "Keys are given as key=value. They override those of config=FILE, a YAML file or the name of one that ships."
 
 
@@ -100,7 +101,7 @@ def read(text: str) -> dict[str, Any]:
 
 
 def run(main: Callable[[T], None], schema: type[T], about: str | None, arguments: Sequence[str] | None = None) -> None:
-    """Run a job: print its help, or load its configuration and call `main` with it.
+    """Run a job: print its help, or load its configuration and call `main` with it; `--check` only loads it.
 
     The exit code is 0 after success, 2 for a bad configuration and 1 when the job failed. The last line on stderr then
     says why. ValueError, OSError and ImportError are expected; other errors keep their traceback.
@@ -111,9 +112,11 @@ def run(main: Callable[[T], None], schema: type[T], about: str | None, arguments
             given = [word for word in words if word not in HELP | {"all"}]
             print(usage(schema, about or "", given, everything="all" in words))
             return
-        config = load(schema, words)
+        config = load(schema, [word for word in words if word != _CHECK])
     except ValueError as error:
         sys.exit(_complain(error, 2))
+    if _CHECK in words:
+        return
     try:
         main(config)
     except (ValueError, OSError, ImportError) as error:
@@ -145,6 +148,7 @@ def usage(schema: type, about: str, arguments: Sequence[str] = (), *, everything
     parts += ["\n".join([f"{group}:", *lines]) for group, lines in groups.items()]
     if len(shown) < len(keys):
         parts.append(f"{len(keys) - len(shown)} more keys: --help all")
+    parts.append(f"{_CHECK} says whether the keys are good, and stops: exit code 0, or 2.")
     return "\n\n".join(parts)
 
 

@@ -299,6 +299,7 @@ def test_help_shows_required_and_common_keys_in_groups_and_counts_the_rest():
         "network: Which network:\n  network.name=small\n      small or large",
         "network.small: A small network:\n  network.small.width=8\n      channels",
         "2 more keys: --help all",
+        "--check says whether the keys are good, and stops: exit code 0, or 2.",
     ]
 
 
@@ -363,6 +364,8 @@ run(main, Config, "About this job.")
         (["help", "all", "count=1"], 0, None),
         (["--help", "counts=1"], 2, "error: counts: Key 'counts' not in 'Config'. Did you mean: 'count'?"),
         (["mode=fine", "-h"], 0, None),
+        (["mode=interrupt", "--check"], 0, None),
+        (["--check"], 2, "error: mode: must be given (what to do)"),
         ([], 2, "error: mode: must be given (what to do)"),
         (["mode=fine", "counts=1"], 2, "error: counts: Key 'counts' not in 'Config'. Did you mean: 'count'?"),
         (["mode=value"], 1, "error: mode=value: is refused (DEGFLOW_TRACEBACK=1 shows where)"),
@@ -381,7 +384,7 @@ def test_a_jobs_exit_code_and_last_line(words, code, last, monkeypatch, capsys):
         found = stop.code
     out, err = capsys.readouterr()
     assert found == code
-    assert ("doing" in out) == (code != 2 and not {"-h", "--help", "help"} & set(words))
+    assert ("doing" in out) == (code != 2 and not {"-h", "--help", "help", "--check"} & set(words))
     if last:
         assert err.splitlines()[-1].startswith(last)
         assert ("DEGFLOW_TRACEBACK" in err) == (words in (["mode=value"], ["mode=missing"]))

@@ -3,10 +3,12 @@ written in several places agree."""
 
 import copy
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -23,7 +25,9 @@ from degflow.training.residual import TrainResidualConfig
 from tests import ROOT
 
 FOLDER = ROOT / "cluster/kubernetes"
-OVERLAYS = ("dev", "prod")
+OVERLAYS = ("dev", "prod")  # with GPUs, and all jobs
+ALL = (*OVERLAYS, "kind")
+COMPONENTS = ("volume", "service-account")
 TRAININGS = {
     "train-rae": (TrainRAEConfig, "realsr_rae"),
     "train-residual": (TrainResidualConfig, "realsr_residual"),
@@ -41,6 +45,16 @@ def rendered(overlay):
     done = subprocess.run([kubectl, "kustomize", FOLDER / overlay], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return list(yaml.safe_load_all(done.stdout))
+
+
+@cache
+def with_component(overlay, name):
+    """An overlay that takes a component, as docs/kubernetes.md says."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(FOLDER, folder, dirs_exist_ok=True)
+        with (Path(folder) / overlay / "kustomization.yaml").open("a") as file:
+            file.write(f"components: [../{name}]\n")
+        return rendered(Path(folder) / overlay)
 
 
 @cache
@@ -78,7 +92,11 @@ def is_valid(document):
 
 
 def one(overlay, kind, job):
-    found = [d for d in rendered(overlay) if d["kind"] == kind and d["metadata"]["labels"]["degflow/job"] == job]
+    return pick(rendered(overlay), kind, job)
+
+
+def pick(documents, kind, job):
+    found = [d for d in documents if d["kind"] == kind and d["metadata"]["labels"]["degflow/job"] == job]
     assert len(found) == 1
     return found[0]
 
@@ -98,6 +116,8 @@ def fields(value, path=()):
 def pods_of(document):
     """Group name -> pod template, for every pod of a document."""
     spec = document["spec"]
+    if document["kind"] == "Pod":
+        return {"files": document}
     if document["kind"] == "Job":
         return {"train": spec["template"]}
     cluster = spec["rayClusterSpec"]
@@ -106,11 +126,11 @@ def pods_of(document):
 
 
 def all_pods():
-    for overlay in OVERLAYS:
+    for overlay in ALL:
         for document in rendered(overlay):
-            if document["kind"] in ("Job", "RayJob"):
+            if document["kind"] in ("Job", "RayJob", "Pod"):
                 for group, pod in pods_of(document).items():
-                    yield pytest.param(document, pod, id=f"{overlay}-{document['metadata']['name']}-{group}")
+                    yield pytest.param(overlay, document, pod, id=f"{overlay}-{document['metadata']['name']}-{group}")
 
 
 def settings(overlay, job):
@@ -130,9 +150,68 @@ def test_what_is_rendered_is_valid_and_each_part_belongs_to_a_job(overlay):
         assert document["metadata"]["namespace"] == f"degflow-{overlay}"
 
 
-@pytest.mark.parametrize("kind", ["RayJob", "Job", "Service", "NetworkPolicy", "ConfigMap"])
+def test_kind_has_one_small_machine_without_gpu_s3_or_registry():
+    documents = rendered("kind")
+    kinds = [(d["kind"], d["metadata"]["labels"]["degflow/job"]) for d in documents]
+    files = [("PersistentVolumeClaim", "files"), ("Pod", "files")]
+    job = [(kind, "synthesize") for kind in ("ConfigMap", "NetworkPolicy", "RayJob")]
+    assert sorted(kinds) == sorted([*files, *job])
+    for document in documents:
+        validate(document)
+        assert document["metadata"]["namespace"] == "degflow-kind"
+    assert not re.search("gpu: |AWS_|secret|s3:|registry", json.dumps(documents))
+    config = load(SynthesizeConfig, [f"config={FOLDER}/kind/synthesize.yaml"])
+    cluster = one("kind", "RayJob", "synthesize")["spec"]["rayClusterSpec"]
+    (group,) = cluster["workerGroupSpecs"]
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert (config.actors.gpus, config.actors.max) == ("0", group["maxReplicas"])
+    assert config.actors.threads == int(limits["cpu"])
+    assert 0 < config.memory <= int(limits["memory"].removesuffix("Gi")) / 4
+    assert config.input.startswith("/data/")
+    assert config.output.startswith("/data/")
+    images = {container["image"] for pod in all_pods_of("kind") for container in pod["spec"]["containers"]}
+    assert images == {"degflow:kind"}  # no :latest, which would be pulled
+
+
+def all_pods_of(overlay):
+    return [pod for parameters in all_pods() for pod in parameters.values[2:] if parameters.values[0] == overlay]
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_a_component_gives_every_pod_that_reads_or_writes_another_access(overlay, component):
+    documents = with_component(overlay, component)
+    for document in documents:
+        validate(document)
+    pods = {
+        (document["metadata"]["name"], group): pod["spec"]
+        for document in documents
+        if document["kind"] in ("Job", "RayJob")
+        for group, pod in pods_of(document).items()
+        if group != "submitter"
+    }
+    assert len(pods) == len(TRAININGS) + 3
+    for spec in pods.values():
+        (container,) = spec["containers"]
+        names = {entry["name"] for entry in container.get("env", ()) if entry["name"].startswith("AWS_")}
+        if component == "volume":
+            assert names == set()
+            assert {"name": "data", "mountPath": "/data"} in container["volumeMounts"]
+            assert {"name": "data", "persistentVolumeClaim": {"claimName": "degflow-data"}} in spec["volumes"]
+        else:
+            assert names == {"AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION"}
+            assert spec["serviceAccountName"] == "degflow"
+    kinds = {document["kind"] for document in documents if document["metadata"]["labels"]["degflow/job"] not in JOBS}
+    assert kinds == ({"PersistentVolumeClaim", "Pod"} if component == "volume" else {"ServiceAccount"})
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["RayJob", "Job", "Service", "NetworkPolicy", "ConfigMap", "PersistentVolumeClaim", "Pod", "ServiceAccount"],
+)
 def test_any_misspelt_field_is_refused(kind):
-    document = next(d for d in rendered("prod") if d["kind"] == kind)
+    documents = [*rendered("prod"), *rendered("kind"), *with_component("prod", "service-account")]
+    document = next(d for d in documents if d["kind"] == kind)
     paths = list(fields(document))
     accepted = []
     for path in paths:
@@ -203,6 +282,10 @@ def test_a_training_s_machines_processes_and_batch_agree(overlay, job):
     values = {entry["name"]: entry.get("value") for entry in container["env"]}
     assert spec["completionMode"] == "Indexed"
     assert spec["completions"] == spec["parallelism"] == int(values["NODES"])
+    first, second = spec["podFailurePolicy"]["rules"]
+    assert first["action"] == "FailJob"
+    assert first["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2]}
+    assert second["action"] == "Ignore"
     limits = container["resources"]["limits"]
     assert values["PROCESSES"] == limits["nvidia.com/gpu"]
     assert int(values["PROCESSES"]) * int(values["THREADS"]) == int(limits["cpu"])
@@ -224,17 +307,28 @@ def test_a_training_s_machines_processes_and_batch_agree(overlay, job):
     assert config.fit.batch % (int(values["NODES"]) * int(values["PROCESSES"]) * config.fit.accumulate) == 0
 
 
-@pytest.mark.parametrize(("document", "pod"), list(all_pods()))
-def test_every_pod_is_bounded_unprivileged_and_names_its_secrets_only(document, pod):
+def test_bad_keys_end_a_training_pod_with_the_code_that_fails_its_job():
+    environment = os.environ | {"NODES": "1", "RANK": "0", "HEAD": "localhost", "PROCESSES": "2"}
+    environment |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    words = [ROOT / "cluster/train.sh", ROOT / "jobs/train_rae.py", "scenes.data=x", "output=y", "fit.stepz=1"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    rule = one("prod", "Job", "train-rae")["spec"]["podFailurePolicy"]["rules"][0]
+    assert done.returncode in rule["onExitCodes"]["values"]
+    assert done.stderr.startswith("error: fit.stepz: ")
+
+
+@pytest.mark.parametrize(("overlay", "document", "pod"), list(all_pods()))
+def test_every_pod_is_bounded_unprivileged_and_names_its_secrets_only(overlay, document, pod):
     spec = pod["spec"]
     assert spec["securityContext"]["runAsNonRoot"] is True
     assert spec["securityContext"]["runAsUser"] == 1000
     assert pod["metadata"]["labels"]["degflow/job"] == document["metadata"]["labels"]["degflow/job"]
     for container in spec["containers"]:
-        assert container["image"] == "registry.example.com/degflow:0.1.0"
+        assert container["image"] == ("degflow:kind" if overlay == "kind" else "registry.example.com/degflow:0.1.0")
         assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
         assert set(container["resources"]) == {"requests", "limits"}
-        assert {"cpu", "memory"} <= set(container["resources"]["limits"])
+        for bounds in container["resources"].values():
+            assert {"cpu", "memory", "ephemeral-storage"} <= set(bounds)
         for entry in container.get("env", ()):
             if entry["name"].startswith("AWS_"):
                 assert list(entry) == ["name", "valueFrom"]
@@ -252,9 +346,20 @@ def test_the_network_policy_covers_the_ray_cluster_alone():
     ]
 
 
-def test_the_readme_names_each_field_that_is_to_be_changed():
-    readme = (ROOT / "docs/kubernetes.md").read_text()
+def test_the_page_names_each_field_that_is_to_be_changed_before_the_first_apply():
+    page = (ROOT / "docs/kubernetes.md").read_text()
+    first = page.index("kubectl apply")
     for file in FOLDER.rglob("*.yaml"):
         if "CHANGE" in file.read_text():
-            assert f"`{file.name}`" in readme
-    assert set(re.findall(r"[a-z]+(?:-[a-z]+)?", readme)) >= JOBS
+            assert f"`{file.name}`" in page[:first]
+    assert set(re.findall(r"[a-z]+(?:-[a-z]+)?", page)) >= JOBS
+    for folder in (*ALL, *COMPONENTS):
+        assert (FOLDER / folder / "kustomization.yaml").exists()
+        assert f"`{folder}`" in page
+
+
+def test_the_page_s_operator_is_that_of_the_tested_schema():
+    page = (ROOT / "docs/kubernetes.md").read_text()
+    tested = re.search(r"KubeRay (\d+\.\d+\.\d+)", (ROOT / "tests/cluster/kuberay/NOTICE").read_text())
+    assert tested
+    assert re.findall(r"kuberay/kuberay-operator --version (\S+)", page) == [tested[1]]

@@ -41,8 +41,9 @@ def test_shellcheck_sees_an_unquoted_variable():
     assert "SC2086" in said
 
 
-def test_the_dockerfile_passes_hadolint():
-    assert lint("hadolint", DOCKERFILE) == (0, "")
+@pytest.mark.parametrize("file", [DOCKERFILE, ROOT / "cluster/ray/Dockerfile"], ids=("cluster", "ray"))
+def test_a_dockerfile_passes_hadolint(file):
+    assert lint("hadolint", file) == (0, "")
 
 
 def test_hadolint_sees_an_unpinned_base_and_package():

@@ -6,6 +6,7 @@ They need root and Debian's Slurm: `bash .ci/run` runs them, `bash tests/run.sh`
 import hashlib
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import ROOT
-from tests.slurm import Slurm
+from tests.slurm import NODES, Slurm
 from tests.sources import save_model
 from tests.training.test_jobs import LFM, RAE, tree  # noqa: F401 (a fixture)
 
@@ -69,20 +70,37 @@ def content(output):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((output / "data").iterdir())}
 
 
-def test_a_dataset_over_the_allocation_requeued_before_its_time_limit(slurm, photos, model, tmp_path):
+def cut(slurm, verb):
+    """Add (verb=add) or delete (del) a hole in the network between the two nodes; both still see the controller."""
+    if slurm.namespaces:
+        subprocess.run([*slurm.hosts["n2"], "ip", "route", verb, "blackhole", NODES["n1"]], check=True)
+
+
+def test_a_dataset_goes_on_without_bad_nodes_and_requeued_before_its_time_limit(slurm, photos, model, tmp_path):
     output, log, nodes = tmp_path / "out", tmp_path / "log", 2 if slurm.namespaces else 1
     words = words_of(KEYS, input=photos, output=output, model=model)
-    job = submit(slurm, "synthesize.sbatch", log, *words, nodes=nodes, options=["--cpus-per-task=2"])
+    options = ["--cpus-per-task=2", "--export=ALL,JOIN_SECONDS=30"]
+    cut(slurm, "add")
+    job = submit(slurm, "synthesize.sbatch", log, *words, nodes=nodes, options=options)
     slurm.until(lambda: len(list(output.glob("data/part-*"))) >= 3, "three shards")
+    cut(slurm, "del")
     slurm.run("scancel", "--batch", "--signal=USR1", job)  # as --signal=B:USR1@120 does before the time limit
-    slurm.until(lambda: slurm.show(job)["Restarts"] == "1", "the requeue", 60)
+    slurm.until(lambda: slurm.show(job)["Restarts"] == "1", "the requeue", 120)
     done = content(output)
     assert 3 <= len([name for name in done if name.startswith("part-")]) < SHARDS
     assert not (output / "_SUCCESS").exists()
-    assert slurm.wait(job)["JobState"] == "COMPLETED", log.read_text()
     said = log.read_text()
+    assert ("degflow: without n2: no Ray from there within 30 s" in said) == slurm.namespaces
+    assert len(re.findall(r"^degflow: Ray at \S+ with 1 nodes", said, re.M)) == 1
+    slurm.until(lambda: len(re.findall("degflow: Ray at", log.read_text())) == 2, "the second Ray")
+    cut(slurm, "add")  # a node that dies while the job runs
+    slurm.until(lambda: (output / "_SUCCESS").exists() or slurm.show(job)["JobState"] != "RUNNING", "the dataset")
+    cut(slurm, "del")
+    fields = slurm.wait(job)
+    said = log.read_text()
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), said
     assert "is requeued; it goes on where it was" in said
-    assert len(re.findall(rf"^degflow: Ray at \S+ with {nodes} nodes", said, re.M)) == 2
+    assert len(re.findall(rf"^degflow: Ray at \S+ with {nodes} nodes", said, re.M)) == 3 - nodes
     found = re.findall(rf"^{SHARDS} images .* in {SHARDS} shards, (\d+) of them done;", said, re.M)
     assert len(found) == 1
     assert 3 <= int(found[0]) < SHARDS
@@ -97,13 +115,17 @@ def test_a_dataset_over_the_allocation_requeued_before_its_time_limit(slurm, pho
     assert (output / "_SUCCESS").exists()
 
 
-def test_a_failing_dataset_job_fails_in_slurm_and_ends_its_ray(slurm, photos, model, tmp_path):
+@pytest.mark.parametrize(
+    ("key", "code", "said"), [("scale.high", "1:0", "scale.high=9.0"), ("scale.hihg", "2:0", "scale.hihg")]
+)
+def test_a_failing_dataset_job_fails_in_slurm_and_ends_its_ray(slurm, photos, model, tmp_path, key, code, said):
     log = tmp_path / "log"
-    words = words_of(input=photos, output=tmp_path / "out", model=model, **{"scale.high": 9})
+    words = words_of(input=photos, output=tmp_path / "out", model=model, **{key: 9})
     job = submit(slurm, "synthesize.sbatch", log, *words, nodes=1)
     fields = slurm.wait(job)
-    assert (fields["JobState"], fields["ExitCode"]) == ("FAILED", "1:0")
-    assert "scale.high=9.0" in log.read_text()
+    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", code, "0")
+    assert said in log.read_text()
+    assert ("degflow: Ray at" in log.read_text()) == (code == "1:0")  # bad keys start no Ray
 
 
 def stage(slurm, tmp_path, name, job, keys, **more):
