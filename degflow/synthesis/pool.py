@@ -113,10 +113,11 @@ def pool_of(actors: ActorsConfig) -> Iterator[Pool]:
     """Join the running Ray (RAY_ADDRESS, or `ray start` on this machine), or start one for the time of the block.
 
     Raises:
-        ValueError: more GPUs or threads for an actor than this machine has.
+        ValueError: more GPUs or threads for an actor than this machine has, or no Ray at RAY_ADDRESS.
     """
     joined = ray.is_initialized()
     if not joined:
+        check_address(os.environ.get("RAY_ADDRESS", ""))
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # real failures arrive as Python exceptions
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
@@ -124,6 +125,21 @@ def pool_of(actors: ActorsConfig) -> Iterator[Pool]:
     finally:
         if not joined:
             ray.shutdown()
+
+
+def check_address(address: str, seconds: float = 15.0) -> None:
+    """Raise ValueError if nothing answers at an address HOST:PORT, where Ray itself would wait for minutes, noisily."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    deadline = time.monotonic() + seconds  # for a head that is being started
+    while host and port.isdigit():
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=5):
+                return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                advice = "start it, or unset RAY_ADDRESS (RAY_ADDRESS=local starts one here)"
+                raise ValueError(f"RAY_ADDRESS={address}: no Ray answers there ({error}); {advice}") from None
+        time.sleep(0.5)
 
 
 def _measured(actors: ActorsConfig, own: bool) -> Pool:

@@ -255,6 +255,15 @@ def test_a_run_whose_images_are_mostly_rejects_ends_early(shared_ray, model, tmp
     assert 200 <= len(rejects_of(tmp_path / "out")) < 1500
 
 
+def test_an_address_where_no_ray_answers_is_named_at_once():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        for address in (f"127.0.0.1:{port}", f"ray://localhost:{port}", "", "auto", "local"):
+            pool.check_address(address, seconds=0)
+    with pytest.raises(ValueError, match=rf"^RAY_ADDRESS=127\.0\.0\.1:{port}: no Ray answers there \(.*; start it, or"):
+        pool.check_address(f"127.0.0.1:{port}", seconds=0)
+
+
 def test_what_a_failed_attempt_had_counted_is_taken_back():
     count = _Count(tqdm(disable=True), 2)
     for report in ((0, 3, 1), (1, 4, 0), (0, 2, 0)):
