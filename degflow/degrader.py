@@ -4,9 +4,9 @@ Images that would need more working memory than `memory` allows are encoded and 
 would be at once: see `tiling`. What lies between works on the whole latent.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import Any, NamedTuple, cast, overload
 
 import numpy as np
 import torch
@@ -29,11 +29,11 @@ from degflow.models import (
 )
 from degflow.models.files import load_checkpoint, save_checkpoint
 from degflow.models.inputs import Picture, check_batch, check_range, pixels_of, scales_of, seeds_of
+from degflow.models.precision import computing
 from degflow.tiling import Costs, Plan
 from degflow.trajectory import Timeline
 
 MEMORY = 4.0  # GB
-PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SHIPPED = str(Path(__file__).parent / "models" / "weights" / "canon-simulated.safetensors")
 SHIPPED_SHA256 = "82fbc8b362d7effe52f41b11992554d7dd670f2feb6bac5a24ce722ee7e1cf78"
 
@@ -54,6 +54,7 @@ class Degrader(nn.Module):
             raise ValueError(f"latent_channels={flow.latent_channels}: must be the autoencoder's, {own}")
         self.autoencoder = autoencoder
         self.flow = flow
+        self._compiled: _Ways | None = None
         self.eval()
         self.levels = dict(levels)
         self.timeline = Timeline(tuple(self.levels.values()))
@@ -103,7 +104,8 @@ class Degrader(nn.Module):
 
         Args:
             hr: float32 "B 3 H W" in [-1, 1]; any H and W from 8 up.
-            scale: "B", a scale for each image; or "B N", N scales of each image; or a number, for all images.
+            scale: "B", a scale for each image; or "B N", N scales of each image; or a number, for all images. It is
+                looked at: on the CPU, wherever hr lies, that waits for no device. So are seed and place.
             seed: decides what is drawn. int64 of the shape of `scale`, in [0, 2^63), or a number: the first image's,
                 counted on from there, scale by scale and image by image. The published flow draws nothing.
             spread: 1 gives draws from what a camera does, 0 their mean, between them less noise.
@@ -112,8 +114,8 @@ class Degrader(nn.Module):
             steps: solver steps; 0: the flow's own number. solver: euler, midpoint, heun, rk4 or rk5; "": its own.
             memory: GB (1e9 bytes) to work in, beside the weights and the images in and out. What does not fit is done
                 image by image, and what still does not tile by tile; the result is the same to rounding.
-            precision: float32, float16 or bfloat16, of the networks' matrix products and convolutions (autocast); the
-                latent, its steps and the last convolution stay in float32.
+            precision: float32, tf32, bfloat16 or float16, of the networks' matrix products and convolutions; the
+                latent, its steps and the last convolution stay in float32 (see `models.precision`).
 
         Returns:
             "B 3 H W" or "B N 3 H W" in [-1, 1].
@@ -151,14 +153,12 @@ class Degrader(nn.Module):
         precision: str = "float32",
     ) -> Tensor:
         """`forward` of checked images."""
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision={precision}: must be one of {', '.join(PRECISIONS)}")
         if not 0 <= spread <= 1:
             raise ValueError(f"spread={spread}: must lie in [0, 1]")
+        scale, seeds = scale.cpu(), seeds_of(seed, scale).cpu()
         self.check_scales(float(scale.min()), float(scale.max()))
-        seeds = seeds_of(seed, scale).to(hr.device)
-        places = self._latent_places(place, len(hr)).to(hr.device)
-        scales = scale.double().clamp(self.low, self.high).to(hr.device)
+        places = self._latent_places(place, len(hr)).cpu()
+        scales = scale.double().clamp(self.low, self.high)
         time = self.timeline.time(scales).clamp(0, 1).float()
         shape, columns = scale.shape, (len(hr), -1)
         default_solver, default_steps = self.flow.solver
@@ -166,9 +166,9 @@ class Degrader(nn.Module):
         asked = [x.reshape(columns) for x in (scales, time, seeds)]
         lr = hr.new_empty((*asked[0].shape, *hr.shape[1:]))
         plan = self.plan(hr.shape[-2], hr.shape[-1], memory)
-        for part in torch.arange(len(hr)).split(plan.batch):
-            at = slice(int(part[0]), int(part[-1]) + 1)
-            with torch.autocast(hr.device.type, PRECISIONS[precision], enabled=precision != "float32"):
+        with computing(precision, hr.device.type):
+            for first in range(0, len(hr), plan.batch):
+                at = slice(first, first + plan.batch)
                 draw = Draw(asked[0][at], asked[1][at], asked[2][at], *how, place=places[at])
                 self._degrade(hr[at], draw, lr[at], plan)
         return lr.view(*shape, *hr.shape[1:])
@@ -179,14 +179,14 @@ class Degrader(nn.Module):
         def see(image: Tensor, needs_skips: bool) -> Seen:
             return self._encode(image, plan, needs_skips)
 
-        decoder, r = self.autoencoder.decoder, self.autoencoder.config.compression
+        ways, r = self._ways, self.autoencoder.config.compression
         for n, (latent, seen) in enumerate(self.flow.carry(see, hr, draw)):
             for tile in plan.grid.tiles():
                 if seen.skips:
                     skips = tuple(tile.cut(skip, r >> level) for level, skip in enumerate(seen.skips))
                 else:
-                    skips = decoder.merged(self.autoencoder.skips(tile.cut(seen.image, r)))
-                tile.paste(lr[:, n], decoder(tile.cut(latent, 1), skips).clamp_(-1, 1), r)
+                    skips = ways.merge(ways.skips(tile.cut(seen.image, r)))
+                tile.paste(lr[:, n], ways.decode(tile.cut(latent, 1), skips).clamp_(-1, 1), r)
 
     def _encode(self, image: Tensor, plan: Plan, needs_skips: bool) -> Seen:
         """Pad and encode an image, tile by tile; skips are merged, and there are none unless needed and kept."""
@@ -194,11 +194,11 @@ class Degrader(nn.Module):
         if padded is image and not image.is_inference():
             # Compiled networks tell inference mode's tensors, as padding makes them, from others.
             padded = image.clone()
-        config, decoder, (height, width) = self.autoencoder.config, self.autoencoder.decoder, padded.shape[-2:]
+        config, ways, (height, width) = self.autoencoder.config, self._ways, padded.shape[-2:]
         r, keep, grid = config.compression, plan.keep and needs_skips, plan.grid
         if grid.whole:
-            latent, skips = self.autoencoder.encode(padded)
-            return Seen(padded, latent.to(padded.dtype), decoder.merged(skips) if keep else ())
+            latent, skips = ways.encode(padded)
+            return Seen(padded, latent, ways.merge(skips) if keep else ())
         latent = padded.new_empty((len(padded), config.latent_channels, grid.height, grid.width))
         kept = tuple(
             padded.new_empty((len(padded), height >> level, width >> level, channels)).permute(0, 3, 1, 2)
@@ -206,10 +206,10 @@ class Degrader(nn.Module):
             if keep
         )
         for tile in grid.tiles():
-            inner, skips = self.autoencoder.encode(tile.cut(padded, r))
+            inner, skips = ways.encode(tile.cut(padded, r))
             tile.paste(latent, inner, 1)
             if keep:
-                for level, (whole, part) in enumerate(zip(kept, decoder.merged(skips), strict=True)):
+                for level, (whole, part) in enumerate(zip(kept, ways.merge(skips), strict=True)):
                     tile.paste(whole, part, r >> level)
         return Seen(padded, latent, kept)
 
@@ -245,13 +245,22 @@ class Degrader(nn.Module):
             raise ValueError(f"{error} for {width} x {height} pixels") from None
 
     def compile(self, *args: Any, **options: Any) -> None:
-        """torch.compile the three networks (not what cuts and joins tiles); takes torch.compile's arguments.
+        """torch.compile the networks (not what cuts and joins tiles); takes torch.compile's arguments.
 
         With dynamic=True one compilation, which takes minutes on a busy CPU, does for images of all sizes; with
-        dynamic=False each size costs one.
+        dynamic=False each size costs one. A copy of a compiled degrader is not compiled.
         """
-        for network in (self.autoencoder.encoder, self.autoencoder.decoder, self.flow.network):
-            network.compile(*args, **options)
+        self._compiled = None
+        self._compiled = _Ways(*(torch.compile(way, *args, **options) for way in self._ways))
+        self.flow.network.compile(*args, **options)
+
+    @property
+    def _ways(self) -> "_Ways":
+        encoder, decoder = self.autoencoder.encoder, self.autoencoder.decoder
+        return self._compiled or _Ways(encoder, encoder.skips, decoder.merged, decoder)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_compiled": None}  # else a copy would call the original's networks
 
     def check_scales(self, low: float, high: float) -> None:
         """Raise ValueError unless [low, high] lies in the trained range."""
@@ -351,6 +360,15 @@ class Degrader(nn.Module):
             raise ValueError(f"{uri or SHIPPED}: a damaged degrader ({type(error).__name__}: {reason})") from None
         degrader.sha256 = digest
         return degrader.to(device).eval()
+
+
+class _Ways(NamedTuple):
+    """The ways into the autoencoder, compiled or not."""
+
+    encode: Callable[[Tensor], tuple[Tensor, tuple[Tensor, ...]]]  # image -> latent, skips
+    skips: Callable[[Tensor], tuple[Tensor, ...]]  # image -> skips
+    merge: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]  # skips -> merged skips
+    decode: Callable[[Tensor, tuple[Tensor, ...]], Tensor]  # latent, merged skips -> image
 
 
 def _flow(description: Mapping[str, Any], config: AutoencoderConfig) -> PathFlow | ResidualFlow:

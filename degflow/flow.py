@@ -44,7 +44,8 @@ def integrate(velocity: Velocity, z0: Tensor, end_time: Tensor, *, steps: int = 
         z0: "B *S" at time 0.
         end_time: "B": each sample takes `steps` steps of end_time / steps. "B N": one integration over [0, 1] on a
             fixed grid of `steps` steps, as far as the last time needs, read off at the N times by cubic Hermite
-            interpolation, so that the result at one time does not depend on which others are asked for.
+            interpolation, so that the result at one time does not depend on which others are asked for. Times are
+            looked at: on the CPU, wherever z0 lies, that waits for no device.
         steps: number of steps, >= 1.
         solver: euler, midpoint, heun, rk4 or rk5 (orders 1, 2, 2, 4, 5; read off between steps at most 4).
 
@@ -58,7 +59,8 @@ def integrate(velocity: Velocity, z0: Tensor, end_time: Tensor, *, steps: int = 
         raise ValueError(f"solver={solver}: must be one of {', '.join(SOLVERS)}")
     if steps < 1:
         raise ValueError(f"steps={steps}: must be at least 1")
-    if end_time.numel() and not bool(((end_time >= 0) & (end_time <= 1)).all()):
+    end_time = end_time.to("cpu", torch.float32 if z0.dtype.itemsize < 4 else z0.dtype)
+    if not bool(((end_time >= 0) & (end_time <= 1)).all()):
         raise ValueError(f"end_time from {float(end_time.min())} to {float(end_time.max())}: must lie in [0, 1]")
     if end_time.ndim == 1:
         return _to_end(velocity, z0, end_time, steps, solver)
@@ -66,26 +68,34 @@ def integrate(velocity: Velocity, z0: Tensor, end_time: Tensor, *, steps: int = 
 
 
 def _to_end(velocity: Velocity, z0: Tensor, end_time: Tensor, steps: int, solver: str) -> Tensor:
-    z, h = z0, end_time.to(torch.float32 if z0.dtype.itemsize < 4 else z0.dtype) / steps
+    z, h = z0, _beside(end_time, z0) / steps
     for n in range(steps):
         z, _ = _step(velocity, z, n * h, h, solver)
     return z
 
 
 def _dense(velocity: Velocity, z0: Tensor, end_time: Tensor, steps: int, solver: str) -> Tensor:
-    times = end_time.to(torch.float32 if z0.dtype.itemsize < 4 else z0.dtype)
-    interval = (times * steps).ceil().long() - 1  # interval n is (n / steps, (n + 1) / steps]; -1 is time 0
-    out = z0[:, None].repeat(1, times.shape[1], *[1] * (z0.ndim - 1))
-    h = torch.full((len(z0),), 1 / steps, dtype=times.dtype, device=z0.device)
-    z, slope = z0, None
-    for n in range(int(interval.max()) + 1):
+    flat = end_time.flatten()
+    interval = (flat * steps).ceil().long() - 1  # interval n is (n / steps, (n + 1) / steps]; -1 is time 0
+    order = interval.argsort(stable=True)
+    counts = torch.bincount(interval + 1, minlength=1).tolist()
+    samples = _beside(order // end_time.shape[1], z0).split(counts)
+    places = _beside(flat[order] * steps, z0).split(counts)  # in steps
+    h = z0.new_full((len(z0),), 1 / steps, dtype=end_time.dtype)
+    read, z, slope = [z0.index_select(0, samples[0])], z0, None
+    for n, (sample, place) in enumerate(zip(samples[1:], places[1:], strict=True)):
         ahead, slope = _step(velocity, z, n * h, h, solver, slope)
         slope_ahead = velocity(ahead, (n + 1) * h)
-        for sample, k in (interval == n).nonzero().tolist():
-            u = times[sample, k] * steps - n
-            out[sample, k] = _hermite(z[sample], slope[sample], ahead[sample], slope_ahead[sample], u, 1 / steps)
+        u = (place - n).to(z0.dtype).view((-1,) + (1,) * (z0.ndim - 1))
+        ends = (end.index_select(0, sample) for end in (z, slope, ahead, slope_ahead))
+        read.append(_hermite(*ends, u, 1 / steps))
         z, slope = ahead, slope_ahead
-    return out
+    return torch.cat(read).index_select(0, _beside(order.argsort(), z0)).unflatten(0, end_time.shape)
+
+
+def _beside(host: Tensor, z: Tensor) -> Tensor:
+    """A tensor of the CPU on z's device."""
+    return host.to(z.device, non_blocking=True)
 
 
 def _hermite(z0: Tensor, v0: Tensor, z1: Tensor, v1: Tensor, u: Tensor, h: float) -> Tensor:
@@ -122,7 +132,7 @@ See = Callable[[Tensor, bool], Seen]  # (image "B 3 H W", whether the decoder wi
 
 
 class Draw(NamedTuple):
-    """What is asked for: N LR images of each of B HR images."""
+    """What is asked for: N LR images of each of B HR images. Its tensors lie on the CPU, wherever the images lie."""
 
     scale: Tensor  # "B N"
     time: Tensor  # "B N", of the scales, in [0, 1]

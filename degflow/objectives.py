@@ -3,6 +3,8 @@
 `RAEObjective` is stage 1 (DegFlow, section 2.1), `LFMObjective` the published stage 2 (section 2.2), and
 `ResidualObjective` stage 2 for flows that draw (`models.residual`). Whatever is random in a sample (its level, its
 times, its noise) was drawn with the sample. So every tensor here has a fixed shape, and nothing waits for a device.
+In a narrower precision (`models.precision`) only the trained network and the decoder compute: what they are compared
+with, the frozen encoder's latents and LPIPS, is made in float32.
 """
 
 from typing import NamedTuple
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from degflow.models import ResidualAutoencoder, ResidualFlow, Spread
 from degflow.models.counter import gaussian, sample_keys
+from degflow.models.precision import exactly
 from degflow.models.residual import Guide, correlated, lost_detail
 from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear, next_knot, taylor_step
 
@@ -104,8 +107,8 @@ class LFMObjective(_Stage2):
             number: int64 "B", the samples' numbers.
         """
         image, time = to_float(images), time.float()
-        values, skips = self._encode(image)
-        with torch.autocast(image.device.type, enabled=False):  # it would round the path to half precision
+        with exactly(image.device.type):
+            values, skips = self._encode(image)
             point = self.path.at(values, time)
         velocity = self.network(point.position, time, sample_keys(self.seed, number)).float()
         flow = F.mse_loss(velocity, point.velocity)
@@ -115,7 +118,8 @@ class LFMObjective(_Stage2):
         after, gap = next_knot(self.path.knots, time)
         decoded = self.autoencoder.decode(taylor_step(point, velocity, gap), skips).float()
         level = after.view(-1, 1, 1, 1, 1).expand(-1, 1, *image.shape[2:])
-        lpips = self.perceptual(decoded, image.gather(1, level)[:, 0]).mean()
+        with exactly(image.device.type):
+            lpips = self.perceptual(decoded, image.gather(1, level)[:, 0]).mean()
         return Losses(flow + self.weight * lpips, {"cfm": flow.detach(), "lpips": lpips.detach()})
 
     @torch.no_grad()
@@ -123,7 +127,7 @@ class LFMObjective(_Stage2):
         """Latents of all levels "B K C_z h w" and the HR image's skips."""
         latent, skips = self.autoencoder.encode(image[:, 0])
         lower = self.autoencoder.encode(image[:, 1:].flatten(0, 1))[0].unflatten(0, (len(image), -1))
-        return torch.cat((latent[:, None], lower), 1).float(), skips
+        return torch.cat((latent[:, None], lower), 1), skips
 
 
 class ResidualObjective(_Stage2):
@@ -163,7 +167,8 @@ def residuals(
 ) -> tuple[Guide, Tensor]:
     """What is known of captured latents, and their whitened residuals "B C_z h w"; arguments as above."""
     image = to_float(torch.stack((hr, skeleton, lr), 1))
-    latents = autoencoder.encode(image.flatten(0, 1))[0].unflatten(0, (-1, 3)).float()
+    with exactly(image.device.type):
+        latents = autoencoder.encode(image.flatten(0, 1))[0].unflatten(0, (-1, 3))
     source, optics, captured = latents.unbind(1)
     guide = Guide(optics, source, lost_detail(image[:, 0], image[:, 1], autoencoder.config.compression), time)
     _, deviation = spread.at(time)

@@ -108,9 +108,11 @@ class NaturalCubicSpline(nn.Module):
             t = 1, to its left).
         """
         before, after, width, elapsed = _interval(self.knots, values, time)
-        bend = torch.einsum("jk,bk...->bj...", self.curvature.to(values.dtype), values)
+        # Without a matrix product, which GPUs may round.
+        rows = self.curvature.to(values.dtype)[torch.stack((before, after))]  # "2 B K"
+        m0, m1 = (rows.view(rows.shape + (1,) * (values.ndim - 2)) * values).sum(2)
         samples = torch.arange(len(time), device=values.device)
-        z0, z1, m0, m1 = values[samples, before], values[samples, after], bend[samples, before], bend[samples, after]
+        z0, z1 = values[samples, before], values[samples, after]
         # On [t_k, t_{k+1}], with u = t - t_k:  mu = z_k + b u + m_k u^2 / 2 + j u^3 / 6
         jerk = (m1 - m0) / width
         slope = (z1 - z0) / width - width * (2 * m0 + m1) / 6

@@ -33,6 +33,19 @@ GROUPS = {
 ORDER = {file: (group, place) for group, files in enumerate(GROUPS.values()) for place, file in enumerate(files)}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where the tests of numerics compute")
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device of --device; without it on this machine, the test is skipped and counted as such."""
+    device = torch.device(request.config.getoption("--device"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        pytest.skip("--device cuda: this machine has no such device")
+    return device
+
+
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory):
     """A real S3 server that this process's environment points to; see tests/s3.py."""

@@ -184,7 +184,7 @@ def test_the_bounds_themselves_are_accepted_in_either_precision():
 
 
 def test_an_unknown_precision_is_named(degrader):
-    with pytest.raises(ValueError, match=r"precision=half: must be one of float32, float16, bfloat16"):
+    with pytest.raises(ValueError, match=r"precision=half: must be one of float32, tf32, bfloat16, float16"):
         degrader(pictures(1, 32, 32), torch.tensor([2.0]), precision="half")
 
 
@@ -536,16 +536,57 @@ def test_compiling_changes_no_image_and_no_name_in_the_file(degrader):
     assert compiled.state_dict().keys() == degrader.state_dict().keys()
 
 
-def test_compiled_for_all_sizes_new_sizes_compile_nothing_anew(degrader):
+def compiled_copy(degrader, calls):
+    """A copy that is compiled for all sizes, and the list that each compiled graph joins."""
     torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
     compiled, graphs = copy.deepcopy(degrader), []
-    compiled.compile(dynamic=True, backend="eager", fullgraph=True)
-    # Large enough that torch's convolutions take their threaded way at every level. The last is to be padded.
-    for height, width in ((432, 416), (416, 432), (448, 448), (425, 437)):
+
+    def backend(graph, example):
+        graphs.append(graph)
+        return lambda *inputs: calls.append(graph) or graph.forward(*inputs)
+
+    compiled.compile(dynamic=True, backend=backend, fullgraph=True)
+    return compiled, graphs
+
+
+def test_compiled_for_all_sizes_new_sizes_compile_nothing_anew(degrader):
+    compiled, graphs = compiled_copy(degrader, [])
+    seen = []
+    # Large enough that torch's convolutions take their threaded way at every level. Two are to be padded.
+    for height, width in ((432, 416), (416, 432), (448, 448), (425, 437), (435, 420)):
         compiled(pictures(1, height, width), torch.tensor([[2.0]]))
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert graphs == graphs[:1] * 4
+        seen.append(len(graphs))
+    assert seen == seen[:1] * 5
+
+
+def test_compiled_every_pass_is_a_compiled_graphs_in_tiles_too():
+    calls = []
+    compiled, graphs = compiled_copy(degrader_of("path"), calls)
+    plan = compiled.plan(432, 416, 0.172)
+    assert (len(list(plan.grid.tiles())), plan.keep) == (4, False)
+    compiled(pictures(1, 432, 416), torch.tensor([[2.0]]), memory=0.172, steps=1, solver="euler")
+    # For each tile: encode; then make the skips again, merge and decode. And two evaluations of the velocity.
+    assert len(calls) == 4 * (1 + 3) + 2
+    before = len(graphs)
+    compiled(pictures(1, 425, 437), torch.tensor([[3.0]]), memory=0.172, steps=1, solver="euler")
+    assert len(graphs) == before
+    assert copy.deepcopy(compiled)._compiled is None  # it would call the networks of the one that it was copied from
+
+
+# Devices
+
+
+@pytest.mark.parametrize("kind", ["path", "residual"])
+@pytest.mark.parametrize("memory", [4.0, 0.2, 0.177], ids=["whole", "in tiles", "encoded twice"])
+def test_a_degrader_never_waits_for_its_device(kind, memory):
+    # Tensors without numbers: what reads one raises, and so does what mixes them with the CPU's.
+    degrader, hr = degrader_of(kind).to("meta"), torch.empty(2, 3, 512, 500, device="meta")
+    grid, keep = degrader.plan(512, 500, memory)[1:]
+    assert (grid.whole, keep) == (memory == 4, memory > 0.177)
+    for scales in (torch.tensor([2.0, 3.75]), torch.tensor([[1.0, 2.2, 3.0], [2.0, 1.5, 3.75]])):
+        for spread in (0.0, 0.5):
+            lr = degrader(hr, scales, seed=3, spread=spread, memory=memory)
+            assert (lr.device.type, lr.shape) == ("meta", (*scales.shape, 3, 512, 500))
 
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from degflow.benchmarking.measure import Table, Timing, alternate, flop
 from degflow.benchmarking.plain import exact, released
-from degflow.degrader import PRECISIONS, Degrader
+from degflow.degrader import Degrader
 from degflow.flow import PathFlow
 from degflow.models.autoencoder import Decoder
+from degflow.models.precision import PRECISIONS, computing
 
 ONE, SWEEP = ", one scale", ", sweep"  # the names of the timed ways end in these
 CANDIDATES = (
@@ -73,7 +74,8 @@ def accuracy(degrader: Degrader, crops: Sequence[Tensor], count: int = 9, name: 
     scales = torch.linspace(degrader.low, degrader.high, count + 1, dtype=torch.float64)[1:].tolist()
     references = [exact(degrader, hr, scales) for hr in crops]
     exactly = statistics.median(reference.evaluations for reference in references)
-    halves = [(*degrader.flow.solver, precision) for precision in PRECISIONS if precision != "float32"]
+    narrower = [precision for precision in PRECISIONS if precision not in _same_as_float32(crops[0].device)]
+    halves = [(*degrader.flow.solver, precision) for precision in narrower]
     rows = []
     for solver, steps, precision in (*((*candidate, "float32") for candidate in CANDIDATES), *halves):
         options, found = {"solver": solver, "steps": steps}, []
@@ -87,6 +89,10 @@ def accuracy(degrader: Degrader, crops: Sequence[Tensor], count: int = 9, name: 
         f"scales of an image), {len(crops)} photographs x {count} scales. Evaluations: for the largest scale."
     )
     return Table(f"Accuracy of the solvers{name}", about, ("solver", "evaluations", "smallest", "median"), rows)
+
+
+def _same_as_float32(device: torch.device) -> set[str]:
+    return {"float32"} if device.type == "cuda" else {"float32", "tf32"}
 
 
 def comparison(
@@ -170,17 +176,22 @@ def roofline(
     scale = torch.full((len(hr), 1), degrader.high)
     matrix = torch.randn(side, side, device=hr.device, dtype=PRECISIONS[precision])
     models = {"degflow": degrader} | ({"degflow, compiled": compiled_copy(degrader, hr, precision)} if compiled else {})
-    ways = {"product": lambda n: matrix @ matrix}
+
+    def product(n: int) -> Tensor:
+        with computing(precision, hr.device.type):
+            return matrix @ matrix
+
+    ways = {"product": product}
     ways |= {way: lambda n, model=model: model(hr, scale, precision=precision) for way, model in models.items()}
     for once in ways.values():
         once(0)
     timings = alternate(ways, repeats, hr.device.type)
     with pixel_by_pixel(degrader.autoencoder.decoder):
         work = flop(lambda n: degrader(hr, scale))
-    rows, product = [], timings["product"]
+    rows, alone = [], timings["product"]
     for way in models:
-        rates = (work / timings[way].median, 2 * side**3 / product.median)
-        share = timings[way].faster_than(product) * work / (2 * side**3)
+        rates = (work / timings[way].median, 2 * side**3 / alone.median)
+        share = timings[way].faster_than(alone) * work / (2 * side**3)
         rows.append((way, f"{work / 1e9:.0f}", *(f"{rate / 1e9:.0f}" for rate in rates), f"{share:.0%}"))
     about = (
         f"One image of {hr.shape[-1]} x {hr.shape[-2]} pixels to the largest scale, {precision}; the product is "

@@ -13,9 +13,10 @@ from degflow.benchmarking.measure import Table, machine
 from degflow.benchmarking.optimisations import optimisations
 from degflow.benchmarking.steps import training
 from degflow.config import option
-from degflow.degrader import PRECISIONS, Degrader
+from degflow.degrader import Degrader
 from degflow.flow import PathFlow
 from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityNetwork
+from degflow.models.precision import PRECISIONS
 from degflow.perceptual import Perceptual
 from degflow.storage import Place
 
@@ -34,7 +35,7 @@ class BenchmarkConfig:
     parts: tuple[str, ...] = option(PARTS, "which tables to make", common=True)
     sizes: tuple[int, ...] = option((256,), "sides of the square images of the comparison (full width: 64)")
     repeats: int = option(3, "alternating repeats of everything timed", common=True)
-    precision: str = option("float32", "of degflow in comparison and roofline: float32, float16 or bfloat16")
+    precision: str = option("float32", f"of degflow in comparison and roofline: {', '.join(PRECISIONS)}")
     compile: bool = option(True, "measure with torch.compile as well")
     full_width: bool = option(
         True, "accuracy and comparison also of the published networks at full width, with random weights"

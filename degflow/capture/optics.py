@@ -158,7 +158,7 @@ class Optics(nn.Module):
         """Log H at the rings' frequencies, "B 3 R", of the tables' type."""
         levels, rings = self.levels, torch.arange(self.rings, device=self.levels.device)
         reduced = reduction.to(levels) if isinstance(reduction, Tensor) else reduction
-        at = scale.to(levels) * reduced  # on the grid that HR was captured on
+        at = scale.to(levels, non_blocking=True) * reduced  # on the grid that HR was captured on
         upper = torch.bucketize(at, levels).clamp(1, len(levels) - 1)
         low, high = levels[upper - 1], levels[upper]
         from_hr = upper == 1

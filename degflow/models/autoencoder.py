@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from degflow.config import option
+from degflow.models.precision import exactly
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ class Expand(nn.Module):
         """M N W and its bias, "4*fine coarse" and "4*fine", the pixels of a 2 x 2 block one after the other."""
         (merge, _), (narrow, shift), (wide, shifts) = map(_matrix, (self.merge, self.narrow, self.widen))
         merge = merge[:, : len(narrow)]
-        with torch.autocast(merge.device.type, enabled=False):  # multiplied out first, rounded afterwards
+        with exactly(merge.device.type):  # multiplied out first, rounded afterwards
             narrow, shift = merge @ narrow, merge @ shift
             weight = torch.einsum("fm,mpc->pfc", narrow, wide.unflatten(0, (-1, 4)))
             bias = torch.einsum("fm,mp->pf", narrow, shifts.unflatten(0, (-1, 4))) + shift
@@ -185,7 +186,9 @@ class Encoder(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Image "B 3 H W" -> latent, skips; see `ResidualAutoencoder.encode`."""
         skips = self.skips(image)
-        return self.head(self.levels[-1](skips[-1])), skips
+        x = self.levels[-1](skips[-1])
+        with exactly(x.device.type):
+            return self.head(x.to(self.head.weight.dtype)), skips
 
     def skips(self, image: Tensor) -> tuple[Tensor, ...]:
         """Image "B 3 H W" -> skips alone."""
@@ -219,7 +222,7 @@ class Decoder(nn.Module):
         for level, expand, part in zip(self.levels[:-1], self.expands, reversed(merged), strict=True):
             x = expand(level(x), part)
         x = self.levels[-1](x)
-        with torch.autocast(x.device.type, enabled=False):  # half precision here would show in 8-bit images
+        with exactly(x.device.type):  # rounded, it would show in 8-bit images
             return self._pixels(F.gelu(x.to(self.head.weight.dtype)))
 
     def _pixels(self, x: Tensor) -> Tensor:

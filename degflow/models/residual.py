@@ -221,8 +221,10 @@ class ResidualFlow(nn.Module):
         for n in range(draw.scale.shape[1]):
             seen = see(self.optics(hr, draw.scale[:, n]), True)
             gain = lost_detail(source.image, seen.image, self.compression)
-            guide = Guide(seen.latent, source.latent, gain, draw.time[:, n])
-            yield self.latent(guide, draw.seed[:, n], draw.spread, draw.steps, draw.solver, draw.place), seen
+            asked = (draw.time[:, n], draw.seed[:, n], draw.place)
+            time, seed, place = (x.to(hr.device, non_blocking=True) for x in asked)
+            guide = Guide(seen.latent, source.latent, gain, time)
+            yield self.latent(guide, seed, draw.spread, draw.steps, draw.solver, place), seen
 
     def latent(
         self, guide: Guide, seed: Tensor, spread: float, steps: int, solver: str, place: Tensor | None = None
@@ -246,7 +248,7 @@ class ResidualFlow(nn.Module):
         if spread > 0:
             drawn = correlated(factor, gaussian(seed, *y.shape[1:], place=place))
             if self.has_solver:
-                drawn = integrate(velocity, drawn, guide.time.new_ones(len(y)), steps=steps, solver=solver)
+                drawn = integrate(velocity, drawn, torch.ones(len(y)), steps=steps, solver=solver)
             y = torch.lerp(y, drawn, spread)
         return guide.optics + guide.gain * deviation * y
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from degflow import images
 from degflow.config import option, plain, required
 from degflow.dataset.scales import ScaleConfig
-from degflow.degrader import PRECISIONS, Degrader
+from degflow.degrader import Degrader
 from degflow.flow import SOLVERS
+from degflow.models.precision import PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class SynthesizeConfig:
         "GB for one forward pass, besides weights and images; larger images are cut into tiles; 0: 3/4 of a GPU's "
         "memory, 4 GB on CPUs",
     )
-    precision: str = option("float32", f"of the networks: {', '.join(PRECISIONS)}; float16 is for GPUs")
+    precision: str = option("float32", f"of the networks: {', '.join(PRECISIONS)}; all but float32 are for GPUs")
     batch: int = option(4, "images in each stage at a time; those of equal size share a forward pass")
     actors: ActorsConfig = option(ActorsConfig())
     shard: ShardConfig = option(ShardConfig())

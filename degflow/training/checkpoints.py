@@ -86,7 +86,7 @@ def read_checkpoint(place: Place, name: str) -> dict[str, Any]:
     except Exception as error:  # torch.load raises UnpicklingError, RuntimeError, EOFError, KeyError, ... on damage
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         raise ValueError(f"{place.uri_of(name)}: not a readable training checkpoint ({reason})") from None
-    wanted = {"step", "network", "ema", "optimizer", "scaler", "settings", "frozen"}
+    wanted = {"step", "network", "ema", "optimizer", "scaler", "unlogged", "settings", "frozen"}
     if not isinstance(state, dict) or not wanted <= state.keys():
         raise ValueError(f"{place.uri_of(name)}: not a training checkpoint (those are called checkpoints/step-N.pt)")
     return state

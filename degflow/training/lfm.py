@@ -16,7 +16,7 @@ from degflow.objectives import LFMObjective
 from degflow.perceptual import Perceptual
 from degflow.training.loop import Validation, fit
 from degflow.training.processes import is_main_process, local_share
-from degflow.training.rae import load_stage1
+from degflow.training.rae import load_stage1, watched_crops
 from degflow.training.settings import FitConfig
 from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear, Timeline
 
@@ -66,8 +66,7 @@ def train_lfm(config: TrainLFMConfig) -> None:
     scenes = SceneImages(config.scenes, quiet=not main, share=local_share())
     if main:
         print(scenes.describe())
-    watched = SceneImages(replace(config.scenes, data=config.validation), quiet=True) if config.validation else scenes
-    crops = evaluation.validation_crops(watched)
+    crops = watched_crops(scenes, config.validation) if main else None
     knots = Timeline(tuple(config.scenes.levels.values())).knots
     path = NaturalCubicSpline(knots) if config.path == "spline" else PiecewiseLinear(knots)
     torch.manual_seed(config.fit.seed)
@@ -79,6 +78,7 @@ def train_lfm(config: TrainLFMConfig) -> None:
         return Degrader(frozen, PathFlow(network), config.scenes.levels)
 
     def validate(network: nn.Module) -> Validation:
+        assert crops is not None
         return Validation(*evaluation.generation(degrader(network), crops, list(config.scenes.levels)))
 
     samples = PathCrops(scenes.pixels, config.scenes.crop, config.fit.seed)

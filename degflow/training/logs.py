@@ -1,19 +1,58 @@
-"""TensorBoard logs of a training: scalars and pictures, in `logs/` of its output."""
+"""TensorBoard logs of a training: scalars and pictures, in `logs/` of its output; and the means that are logged."""
 
 import os
 import tempfile
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
 
 from degflow.storage import Place
+
+PART = 1 << 20  # bytes of an event file from which on, in an object store, the next one is begun
+
+
+class Means:
+    """Means of scalars over the steps since they were last taken, and over the processes.
+
+    Steps are kept apart until then, on their device. So nothing waits for it in between, and a training that is
+    interrupted between two log lines logs the same numbers.
+
+    Args:
+        accelerator: of the processes.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.settled: list[dict[str, float]] = []
+        self.waiting: list[dict[str, Tensor]] = []
+
+    def add(self, scalars: dict[str, Tensor]) -> None:
+        """Add a step's scalars, of the same names in each step."""
+        self.waiting.append({name: value.detach().float() for name, value in scalars.items()})
+
+    def settle(self) -> list[dict[str, float]]:
+        """All steps since the last `take`, means over the processes; waits for the device."""
+        if self.waiting:
+            steps = torch.stack([torch.stack(tuple(step.values())) for step in self.waiting])
+            rows = cast(Tensor, self.accelerator.reduce(steps, "mean")).tolist()
+            self.settled += [dict(zip(self.waiting[0], row, strict=True)) for row in rows]
+            self.waiting = []
+        return self.settled
+
+    def take(self) -> dict[str, float]:
+        """The means, and begin anew."""
+        steps, self.settled = self.settle(), []
+        return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
 
 
 class Logs:
     """The event file of one run or continuation.
 
     TensorBoard appends to its file, which object stores cannot do. There the file is kept in a temporary local folder,
-    and `flush` uploads it whole.
+    and `flush` uploads it. Once it is large, it stays as it is and another one is begun.
 
     Args:
         place: the output.
@@ -22,17 +61,17 @@ class Logs:
 
     def __init__(self, place: Place, step: int):
         self.place, self.folder = place, None
-        self.writer = self._writer(step)
+        self.writer = self._writer(step + 1)
 
-    def _writer(self, step: int) -> Any:
+    def _writer(self, purge_step: int | None) -> Any:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             print('no TensorBoard logs: pip install "degflow[train]" adds them')
             return None
-        if not self.place.local:
+        if not self.place.local and not self.folder:
             self.folder = tempfile.TemporaryDirectory(prefix="degflow-logs-")
-        return SummaryWriter(self.folder.name if self.folder else self.place.path("logs"), purge_step=step + 1)
+        return SummaryWriter(self.folder.name if self.folder else self.place.path("logs"), purge_step=purge_step)
 
     def add(self, group: str, scalars: dict[str, float], step: int, picture: np.ndarray | None = None) -> None:
         """Scalars "group/name", and a picture "H W 3" uint8, at a step."""
@@ -51,12 +90,21 @@ class Logs:
         if self.folder:
             for name in os.listdir(self.folder.name):
                 self.place.upload(f"{self.folder.name}/{name}", f"logs/{name}")
+            self._begin_another()
+
+    def _begin_another(self) -> None:
+        assert self.folder
+        (file,) = (f"{self.folder.name}/{name}" for name in os.listdir(self.folder.name))
+        if os.path.getsize(file) >= PART:
+            self.writer.close()
+            os.remove(file)
+            self.writer = self._writer(None)
 
     def close(self) -> None:
         """Flush and close the file."""
         if self.writer is None:
             return
-        self.writer.close()
         self.flush()
+        self.writer.close()
         if self.folder:
             self.folder.cleanup()

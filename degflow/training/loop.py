@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -24,12 +24,17 @@ from tqdm import tqdm
 from degflow import config as configuration
 from degflow import images
 from degflow.models.files import load_checkpoint
+from degflow.models.precision import computing
 from degflow.storage import Place, split_uri
+from degflow.training.average import Average
 from degflow.training.checkpoints import Checkpoints, read_checkpoint
-from degflow.training.logs import Logs
-from degflow.training.processes import gathered, join, largest, lost
+from degflow.training.logs import Logs, Means
+from degflow.training.processes import Hosts, gathered, join, lost
 from degflow.training.settings import FitConfig
 from degflow.training.stopping import Notice, Shield, Stopped
+
+_EXACT = "fit.precision=float32"
+POLL = 4  # steps after which the processes tell each other of signals
 
 
 class Validation(NamedTuple):
@@ -109,16 +114,18 @@ def _train(
             seconds += time.perf_counter() - begun
             bar.update()
             if parts:
+                norm = {"gradient_norm": parts.pop("gradient_norm")} if "gradient_norm" in parts else {}
                 rate = (run.step - counted) * config.batch / seconds
                 counted, seconds = run.step, 0.0
                 line = ", ".join(f"{name} {value:.4g}" for name, value in parts.items()) + f", {rate:.1f} images/s"
                 bar.set_postfix_str(line)
                 if main and not terminal:
                     print(f"step {run.step} of {config.steps}: {line}", flush=True)
-                run.log({**parts, "learning_rate": learning_rate(run.step - 1, config), "images_per_s": rate})
+                scalars = {**parts, **norm, "learning_rate": learning_rate(run.step - 1, config), "images_per_s": rate}
+                run.log(scalars)
             if validate and main and run.due(config.validate_every):
                 run.report(validate(run.averaged()))
-            stop = largest(run.accelerator, notice.given())
+            stop = run.hosts.largest(notice.given()) if run.due(POLL) or run.hosts.alone else 0
             if stop or run.due(config.save_every):
                 run.save()
             if stop and run.step < config.steps:
@@ -159,13 +166,14 @@ class _Run:
         self.accelerator, self.config, self.place, self.settings = accelerator, config, place, settings
         self.step = 0
         self.network: nn.Module = objective.network  # type: ignore[assignment]
-        trainable = [p for p in self.network.parameters() if p.requires_grad]
-        adam = torch.optim.Adam(trainable, lr=config.learning_rate, betas=config.betas)
+        trainable, on_gpu = [p for p in self.network.parameters() if p.requires_grad], accelerator.device.type == "cuda"
+        adam = torch.optim.Adam(trainable, lr=config.learning_rate, betas=config.betas, fused=on_gpu or None)
         self.frozen = _digest(objective)
         if config.compile:
             objective.compile()
         self.objective, self.optimizer = accelerator.prepare(objective, adam)
-        self.ema = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
+        self.average = Average(self.network, config.ema)
+        self.means, self.hosts = Means(accelerator), Hosts(accelerator, config.timeout)
         self.logs: Logs | None = None
         self.checkpoints = Checkpoints(place, config.keep)
         self.shield = Shield()
@@ -217,33 +225,37 @@ class _Run:
         )
 
     def train_step(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, float]:
-        """One optimiser step; returns the parts of the loss, means over the global batch, if this step logs them."""
+        """One optimiser step; returns what this step logs: means over the global batches since the last log line."""
         self._seed()
         rate = learning_rate(self.step, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.objective.train()
-        totals: dict[str, Tensor] = {}
+        device, totals = self.accelerator.device, {}
         for micro in range(self.config.accumulate):
-            batch = {k: v.to(self.accelerator.device, non_blocking=True) for k, v in next(batches).items()}
-            last = micro == self.config.accumulate - 1
-            with self.accelerator.autocast(), _synchronised(self.accelerator, self.objective, last):
-                losses = self.objective(**batch)
+            batch = {k: v.to(device, non_blocking=True) for k, v in next(batches).items()}
+            with _synchronised(self.accelerator, self.objective, micro == self.config.accumulate - 1):
+                with computing(self.config.precision, device.type):
+                    losses = self.objective(**batch)
                 self.accelerator.backward(losses.total / self.config.accumulate)
             for name, value in losses.parts.items():
-                totals[name] = totals.get(name, torch.zeros_like(value)) + value / self.config.accumulate
+                totals[name] = totals.get(name, 0) + value / self.config.accumulate
         if self.config.clip:
-            self.accelerator.clip_grad_norm_(self.network.parameters(), self.config.clip)
+            norm = self.accelerator.clip_grad_norm_(self.network.parameters(), self.config.clip)
+            totals["gradient_norm"] = cast(Tensor, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        self._average()
-        if self.step % self.config.log_every and self.step != self.config.steps:
-            return {}
-        parts = {name: float(self.accelerator.reduce(value, "mean")) for name, value in totals.items()}  # type: ignore
-        if not all(math.isfinite(value) for value in parts.values()):
-            raise ValueError(f"step {self.step}: the loss is {parts}; lower fit.learning_rate or use precision=no")
-        return parts
+        self.average.update(self.step)
+        self.means.add(totals)
+        return self._means() if self.due(self.config.log_every) else {}
+
+    def _means(self) -> dict[str, float]:
+        means = self.means.take()
+        losses = {name: value for name, value in means.items() if name != "gradient_norm"}
+        if not all(math.isfinite(value) for value in losses.values()):
+            raise ValueError(f"step {self.step}: the loss is {losses}; lower fit.learning_rate or use {_EXACT}")
+        return means
 
     def _seed(self) -> None:
         # So that what a network draws from the global generator repeats after a resume. It differs between processes;
@@ -255,20 +267,10 @@ class _Run:
         """Whether the step is a multiple of `every`, or the last."""
         return self.step % every == 0 or self.step == self.config.steps
 
-    @torch.no_grad()
-    def _average(self) -> None:
-        # A smaller decay in the first steps, so that the average soon forgets the initial weights.
-        decay = min(self.config.ema, self.step / (self.step + 10))
-        for name, tensor in self.network.state_dict().items():
-            if tensor.is_floating_point():
-                self.ema[name].lerp_(tensor, 1 - decay)
-            else:
-                self.ema[name].copy_(tensor)
-
     def averaged(self) -> nn.Module:
         """A copy of the network with the averaged weights, in eval mode."""
         network = copy.deepcopy(self.network)
-        network.load_state_dict(self.ema)
+        network.load_state_dict(self.average.state)
         return network.eval()
 
     def log(self, scalars: dict[str, float]) -> None:
@@ -293,10 +295,9 @@ class _Run:
             ValueError: the weights are not finite; the older checkpoints stay.
             OSError: the checkpoint cannot be written.
         """
-        if not all(bool(tensor.isfinite().all()) for tensor in self.network.state_dict().values()):
-            raise ValueError(
-                f"step {self.step}: the weights are not finite; lower fit.learning_rate or use precision=no"
-            )
+        if not bool(torch.stack([tensor.isfinite().all() for tensor in self.network.state_dict().values()]).all()):
+            raise ValueError(f"step {self.step}: the weights are not finite; lower fit.learning_rate or use {_EXACT}")
+        unlogged = self.means.settle()
         if self.accelerator.is_main_process:
             assert self.logs
             self.logs.flush()  # a resumed run does not log these steps again
@@ -304,9 +305,10 @@ class _Run:
             state = {
                 "step": self.step,
                 "network": self.network.state_dict(),
-                "ema": self.ema,
+                "ema": self.average.state,
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": scaler.state_dict() if scaler else {},
+                "unlogged": unlogged,
                 "settings": configuration.plain(self.settings),
                 "frozen": self.frozen,
             }
@@ -319,8 +321,8 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.ema = {key: tensor.to(self.accelerator.device) for key, tensor in state["ema"].items()}
-        self.step = state["step"]
+        self.average.set(state["ema"])
+        self.step, self.means.settled = state["step"], state["unlogged"]
         self.accelerator.print(f"resuming after step {self.step} ({self.place.uri_of(name)})")
 
     def _start_from(self, uri: str) -> None:
@@ -333,7 +335,7 @@ class _Run:
         except RuntimeError as error:
             reasons = [line.strip() for line in str(error).splitlines()[1:3]]
             raise ValueError(f"fit.start_from={uri}: holds another network ({' '.join(reasons)} ...)") from None
-        self.ema = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
+        self.average.set(self.network.state_dict())
 
 
 def _part_for(network: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ def join(precision: str, timeout: int) -> Accelerator:
     """Connect to the other processes.
 
     Args:
-        precision: no, fp16 or bf16.
+        precision: one of `PRECISIONS`. Accelerate scales the gradients of float16; `fit` does the rest.
         timeout: seconds after which waiting for another process is an error.
 
     Raises:
@@ -34,7 +34,8 @@ def join(precision: str, timeout: int) -> Accelerator:
     """
     patience = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))
     with lost(timeout):
-        accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[patience])
+        scaled = "fp16" if precision == "float16" else "no"
+        accelerator = Accelerator(mixed_precision=scaled, kwargs_handlers=[patience])
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(
             f"accelerate launch --gradient_accumulation_steps={accelerator.gradient_accumulation_steps}: "
@@ -47,11 +48,26 @@ def join(precision: str, timeout: int) -> Accelerator:
     return accelerator
 
 
-def largest(accelerator: Accelerator, number: int) -> int:
-    """The largest of the processes' numbers, the same in all of them."""
-    if accelerator.num_processes == 1:
-        return number
-    return max(gathered(accelerator, number))
+class Hosts:
+    """What the processes tell each other from host to host, without waiting for their devices.
+
+    Args:
+        accelerator: of `join`.
+        timeout: as in `join`.
+    """
+
+    def __init__(self, accelerator: Accelerator, timeout: int):
+        self.alone = accelerator.num_processes == 1
+        patience = timedelta(seconds=timeout)
+        self.group = None if self.alone else distributed.new_group(backend="gloo", timeout=patience)
+
+    def largest(self, number: int) -> int:
+        """The largest of the processes' numbers, the same in all of them."""
+        if self.alone:
+            return number
+        found = torch.tensor(number)
+        distributed.all_reduce(found, distributed.ReduceOp.MAX, self.group)
+        return int(found)
 
 
 def gathered(accelerator: Accelerator, number: int) -> list[int]:

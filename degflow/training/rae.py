@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from degflow import evaluation
 from degflow.capture.optics import Optics
@@ -59,13 +59,13 @@ def train_rae(config: TrainRAEConfig) -> None:
     if config.skips == "optics":
         optics = Optics.fit(scenes)
         stacks = [stack.pixels for stack in stacks_of(scenes, optics, config.scenes.reductions, quiet=not main)]
-    watched = replace(config.scenes, data=config.validation) if config.validation else config.scenes
-    crops = evaluation.validation_crops(SceneImages(watched, quiet=True) if config.validation else scenes)
+    crops = watched_crops(scenes, config.validation) if main else None
     torch.manual_seed(config.fit.seed)
     objective = RAEObjective(ResidualAutoencoder(config.autoencoder))
     samples = LevelCrops(stacks, len(config.scenes.levels), config.scenes.crop, config.fit.seed)
 
     def validate(network: nn.Module) -> Validation:
+        assert crops is not None
         autoencoder = cast(ResidualAutoencoder, network)
         return Validation(*evaluation.reconstruction(autoencoder, crops, config.scenes.levels, optics))
 
@@ -82,8 +82,20 @@ def train_rae(config: TrainRAEConfig) -> None:
         print(f"autoencoder: {config.output}/rae.safetensors")
 
 
+def watched_crops(scenes: SceneImages, validation: str) -> Tensor:
+    """The crops that a training is watched on, uint8 "N K 3 H W"; one process alone needs them.
+
+    Args:
+        scenes: the training's.
+        validation: another split of the tree; "": central crops of the training's scenes.
+    """
+    if validation:
+        scenes = SceneImages(replace(scenes.config, data=validation), quiet=True)
+    return evaluation.validation_crops(scenes)
+
+
 @torch.no_grad()
-def latent_spread(network: ResidualAutoencoder, crops: torch.Tensor) -> torch.Tensor:
+def latent_spread(network: ResidualAutoencoder, crops: Tensor) -> Tensor:
     """Standard deviation of each latent channel over all levels, "C_z": the unit that stage 2 learns easily in."""
     latents = [network.encode(to_float(scene))[0] for scene in crops]
     return torch.cat(latents).std((0, 2, 3)).clamp(min=1e-6)

@@ -19,7 +19,7 @@ from degflow.objectives import ResidualObjective, residuals
 from degflow.training.lfm import provenance
 from degflow.training.loop import Validation, fit
 from degflow.training.processes import is_main_process, local_share
-from degflow.training.rae import load_stage1
+from degflow.training.rae import load_stage1, watched_crops
 from degflow.training.settings import FitConfig
 from degflow.trajectory import Timeline
 
@@ -55,8 +55,7 @@ def train_residual(config: TrainResidualConfig) -> None:
     scenes = SceneImages(config.scenes, quiet=not main, share=local_share())
     if main:
         print(scenes.describe())
-    watched = SceneImages(replace(config.scenes, data=config.validation), quiet=True) if config.validation else scenes
-    crops = evaluation.validation_crops(watched)
+    crops = watched_crops(scenes, config.validation) if main else None
     stacks = stacks_of(scenes, optics, config.scenes.reductions, quiet=not main)
     timeline = Timeline(tuple(config.scenes.levels.values()))
     times = [tuple(timeline.time(scale) for scale in stack.scales) for stack in stacks]
@@ -71,6 +70,7 @@ def train_residual(config: TrainResidualConfig) -> None:
         return Degrader(autoencoder, flow, config.scenes.levels).to(device)
 
     def validate(network: nn.Module) -> Validation:
+        assert crops is not None
         return Validation(*evaluation.generation(degrader(network), crops, list(config.scenes.levels)))
 
     trained: nn.Module | None = network if main else None

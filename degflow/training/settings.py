@@ -22,7 +22,9 @@ class FitConfig:
     betas: tuple[float, float] = option((0.9, 0.999), "Adam's decay of the first and of the second moment")
     clip: float = option(1.0, "largest gradient norm; 0: no clipping")
     ema: float = option(0.999, "decay of the averaged weights, which are the result; 0: no averaging")
-    precision: Literal["no", "fp16", "bf16"] = option("no", "mixed precision: no, fp16 or bf16", common=True)
+    precision: Literal["float32", "tf32", "bfloat16", "float16"] = option(
+        "float32", "of the trained network's products: float32, or on a GPU tf32, bfloat16 or float16", common=True
+    )
     compile: bool = option(False, "torch.compile the objective")
     workers: int = option(2, "data loader processes per training process", common=True)
     seed: int = option(0, "decides initial weights, order, crops, flips, levels, times and dropout")

@@ -228,7 +228,7 @@ def test_parts_that_compare_solvers_need_a_model_with_one(tmp_path):
     [
         ("parts=[speed]", r"parts=\('speed',\): must be some of accuracy, comparison"),
         ("repeats=0", "repeats=0: must be at least 1"),
-        ("precision=float8", "precision=float8: must be one of float32, float16, bfloat16"),
+        ("precision=float8", "precision=float8: must be one of float32, tf32, bfloat16, float16"),
         ("device=tpu", "device=tpu: must be auto, cpu or cuda"),
     ],
 )

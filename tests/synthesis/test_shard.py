@@ -423,7 +423,7 @@ def test_the_plan_comes_back_as_it_was_written(photos, tmp_path):
         ("scale.distribution=list scale.values=[2] scale.low=1", "scale.low=1.0: is not for scale.distribution=list"),
         ("scale.low=3 scale.high=2", "scale.low=3.0: must not be above scale.high=2.0"),
         ("scale.high=-1", "scale.high=-1.0: must be a positive number"),
-        ("precision=half", "precision=half: must be one of float32, float16, bfloat16"),
+        ("precision=half", "precision=half: must be one of float32, tf32, bfloat16, float16"),
         ("solver.solver=dopri5", "solver.solver=dopri5: must be one of euler, midpoint, heun, rk4, rk5"),
         ("solver.steps=-1", "solver.steps=-1: must not be negative"),
         ("spread=1.5", r"spread=1.5: must lie in \[0, 1\]"),

@@ -22,7 +22,9 @@ from degflow.models import AutoencoderConfig, ResidualAutoencoder
 from degflow.models.counter import sample_keys
 from degflow.models.dropout import SampleDropout
 from degflow.objectives import Losses, RAEObjective
-from degflow.training.loop import RankSampler, Validation, fit, learning_rate
+from degflow.storage import Place
+from degflow.training.loop import RankSampler, Validation, _Run, fit, learning_rate
+from degflow.training.processes import join
 from degflow.training.settings import FitConfig
 from degflow.training.stopping import EXIT_CODE
 from tests import ROOT
@@ -464,16 +466,53 @@ def test_training_learns_and_says_how_it_goes(tmp_path, capsys):
     assert float(lines[-1][2]) > 10
 
 
-def test_bf16_keeps_float32_weights(tmp_path):
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(True)
-    train(tmp_path / "bf16", replace(BASE, precision="bf16"))
-    AcceleratorState._reset_state(True)
-    train(tmp_path / "no")
-    assert all(tensor.dtype != torch.bfloat16 for tensor in checkpoint(tmp_path / "bf16", 12)["network"].values())
-    half, full = curve(tmp_path / "bf16")[1], curve(tmp_path / "no")[1]
+def test_bfloat16_keeps_float32_weights_and_its_backward_pass_is_outside_of_autocast(tmp_path):
+    objective, seen = ToyObjective(), []
+    objective.network.first.weight.register_hook(
+        lambda grad: seen.append((grad.dtype, torch.is_autocast_enabled("cpu")))
+    )
+    objective.network.register_forward_hook(
+        lambda *found: seen.append((found[-1].dtype, torch.is_autocast_enabled("cpu")))
+    )
+    train(tmp_path / "narrow", replace(BASE, precision="bfloat16"), objective)
+    assert set(seen) == {(torch.bfloat16, True), (torch.float32, False)}
+    train(tmp_path / "exact")
+    assert all(tensor.dtype != torch.bfloat16 for tensor in checkpoint(tmp_path / "narrow", 12)["network"].values())
+    half, full = curve(tmp_path / "narrow")[1], curve(tmp_path / "exact")[1]
     assert 0 < np.abs(half - full).max() < 0.05
+
+
+def test_a_training_step_never_waits_for_its_device(tmp_path):
+    # Tensors without numbers: what reads one raises, and so does what mixes them with the CPU's.
+    config = replace(BASE, log_every=50, precision="float32", accumulate=2)
+    accelerator = join(config.precision, config.timeout)
+    accelerator.state.device = torch.device("meta")
+    try:
+        run = _Run(accelerator, ToyObjective(0.3), config, Place(str(tmp_path)), {})
+        batches = run.loader(ToySamples())
+        assert [run.train_step(batches) for _ in range(3)] == [{}] * 3
+    finally:
+        accelerator.state.device = torch.device("cpu")
+    assert {tensor.device.type for tensor in run.average.state.values()} == {"meta"}
+    assert len(run.means.waiting) == 3
+
+
+def test_a_log_line_has_the_means_since_the_last_one_also_of_what_was_interrupted(tmp_path):
+    config = replace(BASE, save_every=100)
+    train(tmp_path / "each", config)
+    train(tmp_path / "means", replace(config, log_every=5))
+    with pytest.raises(InterruptedError):
+        train(
+            tmp_path / "cut", replace(config, log_every=5, save_every=3), samples=ToySamples(8 * 7, InterruptedError())
+        )
+    time.sleep(1.1)  # TensorBoard orders its files by their names, which tell whole seconds
+    train(tmp_path / "cut", replace(config, log_every=5))
+    for name in ("loss", "gradient_norm"):
+        each = curve(tmp_path / "each", f"train/{name}")[1].astype(np.float64)
+        steps, means = curve(tmp_path / "means", f"train/{name}")
+        assert steps == [5, 10, 12]
+        np.testing.assert_allclose(means, [each[:5].mean(), each[5:10].mean(), each[10:].mean()], rtol=1e-6)
+        np.testing.assert_array_equal(curve(tmp_path / "cut", f"train/{name}")[1], means)
 
 
 def test_compile_keeps_the_names_and_the_curve(tmp_path):

@@ -1,0 +1,93 @@
+"""In which numbers the networks compute: the one place that knows, for inference and for training.
+
+float32 means float32. PyTorch's own default on NVIDIA GPUs does not: there cuDNN rounds what it convolves to TF32, with
+10 bits of mantissa in place of 23. `computing` sets that too. A narrower precision is for the networks' many products.
+What decides an image's last bits stays in float32 (`exactly`): the latent, its path and its steps, the first and the
+last image, the targets of a training and LPIPS.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+PRECISIONS = {  # name -> type of the products' factors; tf32 is float32, rounded inside of the GPU
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@contextlib.contextmanager
+def computing(precision: str, device: str) -> Iterator[None]:
+    """The networks' matrix products and convolutions in this precision; everything else as `exactly`.
+
+    TF32 is a switch of the whole process, so that threads that compute at once need the same precision.
+
+    Args:
+        precision: one of `PRECISIONS`.
+        device: cpu, cuda, ...
+
+    Raises:
+        ValueError: an unknown precision.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision}: must be one of {', '.join(PRECISIONS)}")
+    dtype = PRECISIONS[precision]
+    with _TF32(precision == "tf32"), _autocast(device, dtype, enabled=dtype != torch.float32):
+        yield
+
+
+def exactly(device: str) -> AbstractContextManager[Any]:
+    """Float32 inside of `computing`, whatever its precision. Of narrower tensors make float32 ones first."""
+    if _TF32.on:  # torch.compile cannot trace the switch, and begins another graph here
+        stack = contextlib.ExitStack()
+        stack.enter_context(_TF32(False))
+        stack.enter_context(_autocast(device, enabled=False))
+        return stack
+    return _autocast(device, enabled=False)
+
+
+def _autocast(device: str, dtype: torch.dtype | None = None, *, enabled: bool) -> AbstractContextManager[Any]:
+    if device == "meta":  # tensors without numbers, which autocast does not know
+        return contextlib.nullcontext()
+    return torch.autocast(device, dtype, enabled=enabled)
+
+
+class _TF32:
+    """A context in which NVIDIA GPUs may, or may not, round float32 factors to TF32."""
+
+    on = False  # what the innermost context says
+
+    def __init__(self, allowed: bool):
+        self.allowed = allowed
+
+    def __enter__(self) -> None:
+        switches = _switches()
+        self.before, _TF32.on = (_TF32.on, switches), self.allowed
+        allowed = {bool: self.allowed, str: "tf32" if self.allowed else "ieee"}[type(switches[0])]
+        _switch(allowed, allowed)
+
+    def __exit__(self, *error: object) -> None:
+        _TF32.on, switches = self.before
+        _switch(*switches)
+
+
+def _switches() -> tuple[bool | str, bool | str]:
+    """The switches of matrix products and of convolutions, as the process has them."""
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    try:
+        return cuda.matmul.allow_tf32, cudnn.allow_tf32
+    except RuntimeError:  # the process set them by PyTorch's newer names, which do not mix with the older ones
+        return cuda.matmul.fp32_precision, cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+
+
+def _switch(products: bool | str, convolutions: bool | str) -> None:
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    if isinstance(products, str):
+        cuda.matmul.fp32_precision, cudnn.conv.fp32_precision = products, convolutions  # type: ignore[attr-defined]
+    else:
+        cuda.matmul.allow_tf32, cudnn.allow_tf32 = products, bool(convolutions)

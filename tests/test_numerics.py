@@ -1,0 +1,73 @@
+"""Numbers of a device (`--device`, by default the CPU) against float64 on the CPU; on a GPU also what it waits for."""
+
+import copy
+
+import pytest
+import torch
+
+from degflow.models.counter import gaussian
+from degflow.models.precision import computing
+from tests.test_degrader import degrader_of, pictures
+from tests.test_objectives import KINDS, batch_of, objective_of
+
+SCALES = torch.tensor([[2.0, 3.75]])
+
+
+def only_on_gpu(device):
+    if device.type == "cpu":
+        pytest.skip("of a GPU: --device cuda")
+
+
+def decibels(found, wanted):
+    error = (found.cpu().double() - wanted.double()).square().mean()
+    return float(10 * (4 / error).log10())
+
+
+@pytest.mark.parametrize("kind", ["path", "residual"])
+@pytest.mark.parametrize("memory", [4.0, 0.17], ids=["whole", "in tiles"])
+def test_a_degraders_float32_is_float32(device, kind, memory):
+    degrader, hr = degrader_of(kind), pictures(1, 256, 200)
+    exact = copy.deepcopy(degrader).double()(hr.double(), SCALES, seed=5)
+    found = degrader.to(device)(hr.to(device), SCALES, seed=5, memory=memory)
+    assert decibels(found, exact) > 110  # with convolutions in TF32 it is below 90
+
+
+@pytest.mark.parametrize(("precision", "least"), [("tf32", 50), ("bfloat16", 40), ("float16", 50)])
+def test_narrower_precisions_are_near_and_narrower(device, precision, least):
+    only_on_gpu(device)
+    degrader, hr = degrader_of("residual").to(device), pictures(1, 256, 200).to(device)
+    exact, found = (degrader(hr, SCALES, precision=kind) for kind in ("float32", precision))
+    assert least < decibels(found, exact.cpu()) < 110
+
+
+def test_noise_has_the_same_numbers_everywhere(device):
+    seeds = torch.tensor([0, 7, 2**40])
+    found = gaussian(seeds.to(device), 4, 33, 20).cpu()
+    torch.testing.assert_close(found, gaussian(seeds, 4, 33, 20), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_objectives_loss_and_gradient_are_the_cpus(device, kind):
+    only_on_gpu(device)
+    results = []
+    for where in (torch.device("cpu"), device):
+        objective = objective_of(kind).train().to(where)
+        with computing("float32", where.type):
+            losses = objective(**{name: value.to(where) for name, value in batch_of(kind).items()})
+        losses.total.backward()
+        gradient = torch.cat([parameter.grad.flatten().cpu() for parameter in objective.network.parameters()])
+        results.append((losses.total.detach().cpu(), gradient / gradient.norm()))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["path", "residual"])
+@pytest.mark.parametrize("memory", [4.0, 0.17], ids=["whole", "in tiles"])
+def test_a_degrader_does_not_wait_for_the_gpu(device, kind, memory):
+    only_on_gpu(device)
+    degrader, hr = degrader_of(kind).to(device), pictures(1, 256, 200).to(device)
+    degrader(hr, SCALES, memory=memory)  # the libraries wait when they are first used
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        degrader(hr, SCALES, memory=memory)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
