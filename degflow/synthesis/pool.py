@@ -19,6 +19,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -32,6 +33,7 @@ from tqdm import tqdm
 from degflow.dataset.layout import Record
 from degflow.dataset.plan import Plan
 from degflow.storage import Source
+from degflow.synthesis.cluster import NoCompiler, Watch, check_address, check_compiler, lack, unstarted
 from degflow.synthesis.codec import CodecDied, Threads
 from degflow.synthesis.settings import ActorsConfig
 from degflow.synthesis.shard import Progress, ShardMaker
@@ -66,12 +68,13 @@ class Pool:
         set aside.
 
         Raises:
-            OSError: storage that failed.
+            OSError: storage that failed, or a node without a compiler.
             ValueError: shards that were set aside, when all others are made; or going on makes no sense, because
                 `HOPELESS` shards failed and none was made, or most images were rejected.
         """
         total, ray_maker = plan.images(pending), ray.put(maker)
-        with _quiet_ray_data(), tqdm(total=total, desc="degrading", unit="image", mininterval=_interval()) as bar:
+        bar = tqdm(total=total, desc="degrading", unit="image", mininterval=_interval())
+        with _quiet_ray_data(), bar, Watch(partial(unstarted, self.gpus, self.threads), bar.write):
             count = _Count(bar, len(pending))
             waiting = pending
             while waiting:
@@ -113,10 +116,12 @@ def pool_of(actors: ActorsConfig) -> Iterator[Pool]:
     """Join the running Ray (RAY_ADDRESS, or `ray start` on this machine), or start one for the time of the block.
 
     Raises:
-        ValueError: more GPUs or threads for an actor than this machine has.
+        OSError: a running Ray is named, but does not answer.
+        ValueError: an actor needs what this machine has not, and Ray was started here.
     """
     joined = ray.is_initialized()
     if not joined:
+        check_address()
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # real failures arrive as Python exceptions
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
@@ -135,14 +140,16 @@ def _measured(actors: ActorsConfig, own: bool) -> Pool:
         raise ValueError(f"actors.gpus={actors.gpus}: Ray finds no GPU on this machine")
     if own and actors.threads > max(cpus):
         raise ValueError(f"actors.threads={actors.threads}: Ray finds {max(cpus)} CPUs on this machine")
-    if not gpus and cpus and actors.threads > max(cpus):
-        print(f"actors.threads={actors.threads}: no node has so many CPUs now; waiting for one that has")
+    if own and actors.compile:
+        check_compiler("cuda" if gpus else "cpu")
     shares = [c // g if gpus else c for c, g in zip(cpus, offered, strict=True) if g or not gpus]
     threads = actors.threads or max(1, min([4, *shares]))
     fits = [g if gpus else c // threads for c, g in zip(cpus, offered, strict=True)]
     cluster = "this machine" if own else f"a Ray cluster (nodes with CPUs: {len(nodes)})"
     kind = "one GPU each" if gpus else "on CPUs"
     print(f"running on {cluster}: actors {kind}, with {threads} threads; room for {sum(fits)} now", flush=True)
+    if missing := lack(gpus, threads):
+        print(missing, flush=True)
     return Pool(actors, gpus, threads, sum(fits))
 
 
@@ -231,6 +238,7 @@ class _ShardActor:
         maker: ShardMaker = ray.get(self.reference)
         degrader = maker.degrader.degrader.to(self.device())
         if self.compiled:
+            check_compiler(self.device())
             degrader.compile(dynamic=True)
         return maker
 
@@ -246,8 +254,8 @@ class _ShardActor:
                 yield _report(number, images, rejects, record=json.dumps(asdict(record)) if record else "")
             self.workers = self.usual
         except Exception as error:
-            if isinstance(error, OSError) and error.errno not in _OF_ONE_MACHINE:
-                yield _report(number, storage_failure=f"shard {number}: {type(error).__name__}: {error}")
+            if isinstance(error, NoCompiler) or (isinstance(error, OSError) and error.errno not in _OF_ONE_MACHINE):
+                yield _report(number, fatal=f"shard {number}: {type(error).__name__}: {error}")
                 return
             self.failed = True
             time.sleep(self.PAUSE)
@@ -278,8 +286,8 @@ class _Count:
         Raises:
             OSError, ValueError: see `Pool.make`.
         """
-        if report["storage_failure"]:
-            raise OSError(report["storage_failure"])
+        if report["fatal"]:
+            raise OSError(report["fatal"])
         number = report["shard"]
         if report["failure"]:
             self._failed(number, report["failure"])
@@ -347,7 +355,7 @@ def _seldom(reports: Iterable[Progress], seconds: float = 1.0) -> Iterator[Progr
 
 
 def _row(shard: int = -1, images: int = 0, rejects: int = 0, **texts: str) -> dict[str, Any]:
-    texts = {"record": "", "storage_failure": "", "failure": ""} | texts
+    texts = {"record": "", "fatal": "", "failure": ""} | texts
     return {"shard": shard, "images": images, "rejects": rejects, **texts}
 
 
