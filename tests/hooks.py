@@ -8,6 +8,7 @@ import time
 import ray
 
 DEADLY = b"\x89PNG\r\n\x1a\nthis one kills its decoder"
+HUNGRY = b"\x89PNG\r\n\x1a\nthis one makes its decoder take all memory"
 
 
 def fragile_decoder():
@@ -22,6 +23,21 @@ def fragile_decoder():
         return decode(data, **rule)
 
     images.decode = dies
+
+
+def hungry_decoder():
+    """Let one file's decoder take up to 8 GiB, a little at a time, until it is killed."""
+    from degflow import images
+
+    decode, full = images.decode, []
+
+    def takes(data, **rule):
+        while data == HUNGRY and len(full) < 256:
+            full.append(b"\1" * (1 << 25))
+            time.sleep(0.01)
+        return decode(data, **rule)
+
+    images.decode = takes
 
 
 def trace():
@@ -43,9 +59,3 @@ def trace():
 
     Codec.load, Codec.encode = traced(Codec.load, "load"), traced(Codec.encode, "encode")
     ShardWriter.__init__ = traced(ShardWriter.__init__, "actor")  # an actor makes one for each of its shards
-
-
-def wait_at_gate():
-    """Let no process start before the file named by DEGFLOW_GATE is there."""
-    while not os.path.exists(os.environ["DEGFLOW_GATE"]):
-        time.sleep(0.1)

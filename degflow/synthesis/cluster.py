@@ -1,4 +1,4 @@
-"""What keeps a run from starting, in words: no Ray at its address, no node for an actor, an actor that does not start."""
+"""What keeps a run from starting, in words: no Ray at its address, no node for an actor, none that starts."""
 
 import contextlib
 import os
@@ -11,11 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray._common.utils import get_ray_address_file
 from ray._private import services, state
-from ray._private.utils import get_ray_address_file
 
-ANSWERS_WITHIN = 10.0  # seconds, for a Ray that is just starting
+ANSWERS_WITHIN = 5.0  # seconds, for a Ray that is just starting
 FIRST_WORD, NEXT_WORD = 20.0, 60.0  # seconds without an actor
+_UNNAMED: Any = None  # as `ray.init` asks, although the type is str
 _HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"  # what a gRPC client sends first
 _COMPILERS = {"cpu": ("CXX", "clang++" if sys.platform == "darwin" else "g++"), "cuda": ("CC", "gcc", "clang")}
 
@@ -29,9 +30,9 @@ def check_address() -> None:
         OSError: none does.
     """
     named = os.environ.get("RAY_ADDRESS", "")
-    address = named.partition("://")[2] or services.canonicalize_bootstrap_address(None)
+    address = named.partition("://")[2] or services.canonicalize_bootstrap_address(_UNNAMED)
     if address is None:
-        return
+        return None
     host, _, port = address.rpartition(":")
     deadline = time.monotonic() + ANSWERS_WITHIN
     while True:
@@ -84,7 +85,7 @@ def lack(gpus: int, threads: int) -> str:
     elif gpus and not most:
         what, otherwise = "no node of the cluster has a CPU, which decoding and encoding need", "start one"
     elif not gpus and most < max(1, threads):
-        what, otherwise = f"actors.threads={threads}: no node of the cluster has so many CPUs", f"at most {most} work now"
+        what, otherwise = f"actors.threads={threads}: no node of the cluster has so many CPUs", f"take at most {most}"
     else:
         return ""
     return f"{what}. Waiting for one: a cluster that adds nodes by itself may need minutes; in another, {otherwise}"
@@ -94,20 +95,16 @@ def unstarted(gpus: int, threads: int) -> str:
     """Why no actor of this job runs, and what to do; "" if one runs."""
     if missing := lack(gpus, threads):
         return missing
-    actors = [actor for actor in state.actors(job_id=ray.get_runtime_context().job_id).values() if _makes_shards(actor)]
-    if any(actor["State"] == "ALIVE" for actor in actors):
+    running = state.state.actor_table(None, ray.get_runtime_context().job_id, "ALIVE")
+    if any(actor["ActorClassName"].startswith("MapWorker") for actor in running.values()):  # as Ray Data calls them
         return ""
     kind, count = ("GPU", 1) if gpus else ("CPU", threads)
     if not any(node.get(kind, 0) >= count for node in state.available_resources_per_node().values()):
         return f"no actor runs: other jobs hold the {kind}s of the cluster (`ray status` shows them). Waiting for them"
     return (
         "no actor runs, though a node has room for one. On a busy machine a start takes a minute; if it takes longer, "
-        "the newest worker-*.err and raylet.err in session_latest/logs below Ray's folder (/tmp/ray) on the nodes say why"
+        "the newest worker-*.err and raylet.err in /tmp/ray/session_latest/logs (Ray's folder) of the nodes say why"
     )
-
-
-def _makes_shards(actor: dict[str, Any]) -> bool:
-    return actor["ActorClassName"].startswith("MapWorker")  # as Ray Data calls the actors of a pool
 
 
 class Watch:

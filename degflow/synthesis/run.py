@@ -156,7 +156,7 @@ class Run:
             if pool.threads != self.config.actors.threads:
                 self.config = replace(self.config, actors=replace(self.config.actors, threads=pool.threads))
                 self._save_config()
-            pool.make(self.maker(), self.shards, pending)
+            pool.make(self.maker(), self.shards, pending, self.config.price.per_hour)
         self.made += self.shards.images(pending)
         self.done = finished_shards(self.output, self.shards, self.recipe.digest)
         if missing := self.pending():
@@ -248,6 +248,7 @@ class Run:
         sizes = [item.pixels.shape[0] * item.pixels.shape[1] for item in loaded if isinstance(item, Loaded)]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
         planned = f"planned with {peak:.0f} MB of memory at most; dry_run=true: nothing was started or written"
+        planned = "\n".join([*self._time_left(plan), planned])
         if not sizes:
             return f"none of {len(sources)} sampled files is a readable image, so there is no estimate\n{planned}"
         mean = sum(sizes) / len(sizes)
@@ -256,6 +257,16 @@ class Run:
             f"some {total / 1e6:,.0f} megapixels of LR to make: of {len(sources)} sampled files {len(sizes)} are "
             f"readable, with {mean / 1e6:.2f} megapixels on average\n{planned}"
         )
+
+    def _time_left(self, plan: Plan) -> list[str]:
+        """A line on the time and price of what is left, by the shards that are done; none before the first one."""
+        done, price = plan.images(self.done), self.config.price.per_hour
+        if not done:
+            return []
+        left = plan.images(number for number in range(len(plan)) if number not in self.done)
+        hours = sum(record.seconds for record in self.done.values()) / done * left / 3600
+        cost = f", which cost {price * hours:.2f}" if price else ""
+        return [f"{left} images are left; by the shards that are done they take {hours:.2f} hours of one actor{cost}"]
 
     def summary(self) -> str:
         """What the dataset holds, and how fast this process was."""

@@ -2,6 +2,7 @@
 
 import http.server
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -12,15 +13,12 @@ from pathlib import Path
 import pytest
 import ray
 
-from degflow.config import load
 from degflow.synthesis import cluster, pool
 from degflow.synthesis.cluster import NoCompiler, check_address, check_compiler
-from degflow.synthesis.run import synthesize
-from degflow.synthesis.settings import SynthesizeConfig
+from degflow.synthesis.pool import _ShardActor
 from tests import ROOT
 from tests.sources import rows_of
-from tests.synthesis.clusters import own_cluster
-from tests.synthesis.test_pool import OnCpu, hooked
+from tests.synthesis.test_pool import run
 
 
 @pytest.fixture
@@ -56,7 +54,9 @@ def test_a_ray_that_answers_is_joined(shared_ray, elsewhere, monkeypatch):
 
 def test_an_address_of_a_dead_ray_is_named_with_what_to_do(elsewhere, monkeypatch, other_program):
     elsewhere.write_text("127.0.0.1:1")
-    with pytest.raises(OSError, match=rf"^no Ray answers at .*:1 \(.*refused\), which the file {elsewhere} names.*local"):
+    with pytest.raises(
+        OSError, match=rf"^no Ray answers at .*:1 \(.*refused\), which the file {elsewhere} names.*local"
+    ):
         check_address()
     for address in (f"127.0.0.1:{other_program}", f"ray://127.0.0.1:{other_program}"):
         monkeypatch.setenv("RAY_ADDRESS", address)
@@ -78,59 +78,58 @@ def test_a_job_ends_soon_if_its_ray_is_dead(model, photos, tmp_path):
     assert "rpc_client" not in process.stderr
 
 
-def test_a_run_says_what_it_waits_for_until_it_comes(photos, model, tmp_path, monkeypatch, capsys):
-    gate, said, lines = tmp_path / "gate", [], {}
-    monkeypatch.setattr(pool, "_ShardActor", OnCpu)
+class Toolless(_ShardActor):
+    """An actor on a machine without compilers."""
+
+    def load(self):
+        os.environ["PATH"] = "/nowhere"
+        return super().load()
+
+
+@ray.remote(num_cpus=2)
+class Other:
+    """All CPUs of the shared Ray, in another's hands."""
+
+    def answer(self):
+        return 1
+
+
+def until(condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_run_says_again_and_again_what_it_waits_for_until_it_comes(shared_ray, photos, model, tmp_path, monkeypatch):
+    said: list[str] = []
     monkeypatch.setattr(cluster, "FIRST_WORD", 0.5)
     monkeypatch.setattr(cluster, "NEXT_WORD", 0.5)
     monkeypatch.setattr(pool.tqdm, "write", lambda bar, line: said.append(line))
-    words = [f"input={photos}", f"output={tmp_path}/out", f"model={model}", "actors.gpus=1", "actors.threads=1"]
-
-    def wait_for(name, text):
-        deadline = time.monotonic() + 120
-        while sum(text in line for line in list(said)) < 2:
-            assert time.monotonic() < deadline, said
-            time.sleep(0.1)
-        lines[name] = next(line for line in said if text in line)
-
-    def open_the_gates(ray_cluster):
-        wait_for("GPU", "no node of the cluster has a GPU")
-        ray_cluster.add_node(num_cpus=1, num_gpus=1)
-        wait_for("start", "no actor runs, though a node has room for one")
-        gate.touch()
-
-    (tmp_path / "bash").symlink_to("/bin/bash")  # all that Ray itself needs
-    environment = hooked("wait_at_gate", DEGFLOW_GATE=str(gate), PATH=str(tmp_path))
-    with own_cluster({"num_cpus": 1}, runtime_env=environment) as (ray_cluster, _), ThreadPoolExecutor(1) as thread:
-        opened = thread.submit(open_the_gates, ray_cluster)
-        synthesize(load(SynthesizeConfig, [*words, "limit=3"]))
-        opened.result()
-        with pytest.raises(OSError, match=r"actors\.compile=true: .* has no compiler \(g\+\+\)"):
-            synthesize(load(SynthesizeConfig, [*words, "extend=true", "actors.compile=true"]))
-    assert len(rows_of(tmp_path / "out")) == 3
-    assert "actors.gpus=0" in lines["GPU"]
-    assert "worker-*.err" in lines["start"]
-    assert "actors.gpus=1: no node of the cluster has a GPU. Waiting for one" in capsys.readouterr().out  # at once
-
-
-def test_threads_that_no_node_has_are_named(shared_ray):
-    assert cluster.lack(0, 2) == ""
-    assert cluster.lack(0, 3).startswith("actors.threads=3: no node of the cluster has so many CPUs. Waiting for one")
-
-
-def test_work_of_others_is_named(shared_ray):
-    @ray.remote(num_cpus=2)
-    class Other:
-        def answer(self):
-            return 1
-
+    until(lambda: "no actor runs, though a node has room for one" in cluster.unstarted(0, 1))
     other = Other.remote()
     assert ray.get(other.answer.remote()) == 1
-    deadline = time.monotonic() + 30
-    while "other jobs hold the CPUs" not in cluster.unstarted(0, 1):
-        assert time.monotonic() < deadline, cluster.unstarted(0, 1)
-        time.sleep(0.1)
-    ray.kill(other)
+    with ThreadPoolExecutor(1) as thread:
+        made = thread.submit(run, photos, tmp_path / "out", model, "limit=3")
+        try:
+            until(lambda: sum("other jobs hold the CPUs" in line for line in said) >= 2)
+        finally:
+            ray.kill(other)
+        until(lambda: not cluster.unstarted(0, 1))  # an actor runs
+        made.result()
+    assert len(rows_of(tmp_path / "out")) == 3
+
+
+def test_what_no_node_has_is_named_with_what_to_do(shared_ray):
+    assert cluster.lack(0, 2) == ""
+    assert re.match(r"actors\.threads=3: no node .* so many CPUs\. Waiting for one.*at most 2$", cluster.lack(0, 3))
+    assert re.match(r"actors\.gpus=1: no node .* a GPU\. Waiting for one.*actors\.gpus=0$", cluster.unstarted(1, 1))
+
+
+def test_a_node_without_a_compiler_ends_the_run(shared_ray, photos, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "_ShardActor", Toolless)
+    with pytest.raises(OSError, match=r"NoCompiler: actors\.compile=true: .* has no compiler \(g\+\+\)"):
+        run(photos, tmp_path / "out", model, "limit=3", "actors.compile=true")
 
 
 def test_a_compiler_is_one_on_the_path_or_one_that_is_named(tmp_path, monkeypatch):
