@@ -10,7 +10,7 @@ from ray._private.utils import get_used_memory
 from degflow import images
 from degflow.storage import Place
 from degflow.synthesis import pool
-from degflow.synthesis.codec import Codec, NeedsMemory
+from degflow.synthesis.codec import Codec, Draw, NeedsMemory
 from degflow.synthesis.tasks import Tasks
 from tests.hooks import HUNGRY
 from tests.sources import rejects_of, rows_of
@@ -47,7 +47,7 @@ def test_a_task_asks_for_what_the_header_says_and_no_more_than_a_node_has(shared
     assert handle.result().pixels.shape == (4000, 4000, 3)
     assert tasks.asked == [256, 512]
     lrs = np.zeros((1, 4000, 4000, 3), np.uint8)
-    assert len(tasks.encode(flat, handle, [], lrs[:0]).result().rows) == 0
+    assert len(tasks.encode(flat, handle, [Draw(2.0, 0.5, 0)], lrs).result().rows) == 1
     assert tasks.asked == [256, 512, 1024]
     small = Asking()
     small._most, small._seen = 300 * MB, math.inf  # the largest node's
