@@ -106,6 +106,22 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         raise ImageError(f"damaged image: {_in_words(error)}") from error
 
 
+def decoding_memory(data: bytes, *, max_pixels: int = MAX_PIXELS) -> int:
+    """Bytes of memory that `decode` takes at most, by the file's header; no pixel is decompressed."""
+    _silence()
+    try:
+        with _reader(data[:12])(data, max_pixels) as image:
+            pixels = image.height * image.width
+    except Exception:  # Pillow's readers raise many kinds of errors; `decode` will say what is wrong
+        pixels = 0
+    return bytes_to_decode(pixels if pixels <= max_pixels else 0, len(data))
+
+
+def bytes_to_decode(pixels: int, size: int) -> int:
+    """The module's bound on the memory that decoding takes, for so many pixels in a file of `size` bytes."""
+    return 20 * pixels + 2 * size
+
+
 def from_picture(picture: Image.Image, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Apply the module's rule to an opened PIL image, from step 2 on; see `decode`."""
     check_size(picture.height, picture.width, max_pixels)

@@ -65,9 +65,10 @@ class Place:
 
     Args:
         uri: any fsspec URI; one without a scheme is a local path.
+        patience: seconds for which failures are retried; None: `PATIENCE`.
     """
 
-    def __init__(self, uri: str):
+    def __init__(self, uri: str, *, patience: float | None = None):
         if not uri:
             raise ValueError("an empty URI names no place")
         if re.match(r"[a-z0-9+.]+://[^/@]*:[^/@]*@|s3a?://(?!arn:)[^/@:]*:[^@]*@", uri, re.IGNORECASE):
@@ -79,6 +80,7 @@ class Place:
         self.fs, root = fsspec.core.url_to_fs(self.uri, **_options(self.uri))
         self.root = root.rstrip("/")
         self.local = isinstance(self.fs, LocalFileSystem)
+        self.patience = patience
 
     def is_same(self, other: "Place") -> bool:
         """Whether both are the same place, even if their URIs differ."""
@@ -302,7 +304,8 @@ class Place:
                 message = f"{self.uri_of(name)}: {kind}: {_line(error)}"
                 if kind in _REFUSED:
                     raise PermissionError(message) from None
-                deadline = min(deadline, time.monotonic() + PATIENCE)  # counted from the first failure
+                patience = PATIENCE if self.patience is None else self.patience
+                deadline = min(deadline, time.monotonic() + patience)  # counted from the first failure
                 if time.monotonic() + pause > deadline:
                     raise StorageError(f"{message} (attempts: {attempt})", attempt) from None
                 _log.info("%s; retrying", message)

@@ -10,6 +10,9 @@ from tests import s3 as server
 GROUPS = {
     "ray": (  # two Rays at a time would share ports, memory and this machine's cores
         "tests/synthesis/test_pool.py",
+        "tests/synthesis/test_cluster.py",
+        "tests/synthesis/test_tasks.py",
+        "tests/synthesis/test_metrics.py",
         "tests/synthesis/test_storms.py",
         "tests/synthesis/test_run.py",
         "tests/synthesis/test_oddities.py",

@@ -24,7 +24,7 @@ class Here:
 
     threads = 1
 
-    def make(self, maker, plan, pending):
+    def make(self, maker, plan, pending, price):
         for number in pending:
             list(maker.make(number, plan[number], Threads(1)))
 

@@ -3,10 +3,12 @@
 import functools
 import os
 import signal
+import time
 
 import ray
 
 DEADLY = b"\x89PNG\r\n\x1a\nthis one kills its decoder"
+HUNGRY = b"\x89PNG\r\n\x1a\nthis one makes its decoder take all memory"
 
 
 def fragile_decoder():
@@ -21,6 +23,21 @@ def fragile_decoder():
         return decode(data, **rule)
 
     images.decode = dies
+
+
+def hungry_decoder():
+    """Let one file's decoder take up to 8 GiB, a little at a time, until it is killed."""
+    from degflow import images
+
+    decode, full = images.decode, []
+
+    def takes(data, **rule):
+        while data == HUNGRY and len(full) < 256:
+            full.append(b"\1" * (1 << 25))
+            time.sleep(0.01)
+        return decode(data, **rule)
+
+    images.decode = takes
 
 
 def trace():

@@ -365,3 +365,13 @@ def test_shrunk_size_rounds_each_side_and_keeps_a_pixel():
     assert images.shrunk_size(101, 99, 2.7) == (37, 37)
     assert images.shrunk_size(64, 48, 1.0) == (64, 48)
     assert images.shrunk_size(8, 100, 40) == (1, 2)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_the_memory_that_decoding_takes_is_told_by_the_header(kind):
+    buffer = io.BytesIO()
+    Image.new("RGB", (70, 50)).save(buffer, kind)
+    data = buffer.getvalue()
+    assert images.decoding_memory(data) == 20 * 70 * 50 + 2 * len(data)
+    assert images.decoding_memory(data, max_pixels=100) == 2 * len(data)  # it is refused by its header
+    assert images.decoding_memory(b"no image") == 16

@@ -93,7 +93,7 @@ def test_a_dataset_is_made_and_exported_from_an_empty_folder(installed, empty):
     assert run(degflow, "--version", folder=empty).stdout == f"degflow {__version__}\n"
     words = ("input=photos", "output=runs/dataset", "actors.max=1", "actors.threads=1")
     said = run(degflow, "synthesize", *words, folder=empty).stdout
-    assert said.splitlines()[-1] == "preview: runs/dataset/preview.png"
+    assert said.splitlines()[-1] == "preview: runs/dataset/preview.html"
     rows = rows_of(empty / "runs/dataset")
     assert sorted(rows) == [("0.png", 0), ("1.png", 0)]
     assert png(rows["1.png", 0]["lr"]["bytes"]).shape == (48, 64, 3)

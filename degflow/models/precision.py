@@ -90,4 +90,4 @@ def _switch(products: bool | str, convolutions: bool | str) -> None:
     if isinstance(products, str):
         cuda.matmul.fp32_precision, cudnn.conv.fp32_precision = products, convolutions  # type: ignore[attr-defined]
     else:
-        cuda.matmul.allow_tf32, cudnn.allow_tf32 = products, bool(convolutions)
+        cuda.matmul.allow_tf32, cudnn.allow_tf32 = products, bool(convolutions)  # type: ignore[attr-defined]

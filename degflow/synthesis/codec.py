@@ -6,7 +6,7 @@ it too, so this module does not import torch, which takes seconds and hundreds o
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -18,6 +18,8 @@ from degflow.dataset.layout import Reject
 from degflow.dataset.references import reference_to
 from degflow.storage import Place, Source, StorageError
 
+_USUAL_SIZE = 4 << 20  # bytes, of a file whose size is unknown
+
 
 class Loaded(NamedTuple):
     """A decoded HR image."""
@@ -25,6 +27,18 @@ class Loaded(NamedTuple):
     key: str
     pixels: np.ndarray  # uint8 "H W 3"
     sha256: str  # of the file
+
+
+class Postponed(NamedTuple):
+    """The store answers, but does not give this file now."""
+
+    key: str
+
+
+class NeedsMemory(NamedTuple):
+    """`Codec.load` did not decode: by the file's header that takes so many bytes, more than its room."""
+
+    bytes: int
 
 
 class Encoded(NamedTuple):
@@ -64,8 +78,16 @@ class Codec:
     seed: int
     model_sha256: str
 
-    def load(self, source: Source) -> Loaded | Reject:
+    def load(
+        self, source: Source, patience: float | None = None, room: int | None = None
+    ) -> Loaded | Reject | Postponed | NeedsMemory:
         """Read and decode a file; a bad file is a reject.
+
+        Args:
+            source: the planned file.
+            patience: seconds after which a file that the store does not give is postponed; None: it is asked for with
+                the usual patience, and then is a reject.
+            room: bytes that decoding may take; None: any.
 
         Raises:
             StorageError: the store answers for no file at all, or refuses our credentials.
@@ -73,7 +95,7 @@ class Codec:
         place = Place(self.root)
         try:
             images.check_bytes(source.size, self.max_pixels)
-            data, etag = place.read_tagged(source.key)
+            data, etag = Place(self.root, patience=patience).read_tagged(source.key)
         except FileNotFoundError:
             return Reject(source.key, "read", "no longer there")
         except images.ImageError as error:
@@ -81,17 +103,31 @@ class Codec:
         except (StorageError, PermissionError) as error:
             if not place.local and not place.answers():
                 raise StorageError(str(error), getattr(error, "attempts", 1)) from None
+            if patience is not None and isinstance(error, StorageError):
+                return Postponed(source.key)
             return Reject(source.key, "read", str(error), getattr(error, "attempts", 1))
         except Exception as error:  # object stores do not only raise OSErrors
             return Reject(source.key, "read", _reason(error))
         if source.size not in (-1, len(data)) or source.etag not in ("", etag):
             planned = f"size {source.size}, tag {source.etag}"
             return Reject(source.key, "read", f"changed since the plan: {planned}, now size {len(data)}, tag {etag}")
+        if room is not None and (needed := images.decoding_memory(data, max_pixels=self.max_pixels)) > room:
+            return NeedsMemory(needed)
         try:
             pixels = images.decode(data, max_pixels=self.max_pixels)
         except (images.ImageError, MemoryError) as error:
             return Reject(source.key, "decode", _reason(error))
         return Loaded(source.key, pixels, hashlib.sha256(data).hexdigest())
+
+    def memory_for(self, source: Source) -> int:
+        """Bytes that loading a file takes, judged from its planned size: most have less than 4 pixels per byte."""
+        size = source.size if source.size >= 0 else _USUAL_SIZE
+        return images.bytes_to_decode(min(4 * size, self.max_pixels), size)
+
+    def memory_to_encode(self, lrs: np.ndarray) -> int:
+        """Bytes that `encode` takes at most."""
+        count, height, width, _ = lrs.shape
+        return height * width * (36 + 6 * count)  # measured on noise: 30 + 4 for each LR image
 
     def encode(self, item: Loaded, draws: Sequence[Draw], lrs: np.ndarray) -> Encoded | Reject:
         """Make the rows of an image; `lrs` is uint8 "N H W 3", one LR image for each draw."""
@@ -156,8 +192,12 @@ class Handle(Protocol):
 class Workers(Protocol):
     """Run the functions of a codec."""
 
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> Handle:
-        """Start a call; an argument that is a handle is replaced by its result."""
+    def load(self, codec: Codec, source: Source, patience: float | None = None) -> Any:
+        """Start `Codec.load`; returns its handle."""
+        ...
+
+    def encode(self, codec: Codec, item: Any, draws: Sequence[Draw], lrs: np.ndarray) -> Any:
+        """Start `Codec.encode` of what `item`, the handle of a `load`, gives; returns its handle."""
         ...
 
 
@@ -167,6 +207,10 @@ class Threads:
     def __init__(self, count: int):
         self.pool = ThreadPoolExecutor(count)
 
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future:
-        """Start a call."""
-        return self.pool.submit(lambda: function(*(a.result() if isinstance(a, Future) else a for a in arguments)))
+    def load(self, codec: Codec, source: Source, patience: float | None = None) -> Future:
+        """Start `Codec.load`."""
+        return self.pool.submit(codec.load, source, patience)
+
+    def encode(self, codec: Codec, item: Future, draws: Sequence[Draw], lrs: np.ndarray) -> Future:
+        """Start `Codec.encode`."""
+        return self.pool.submit(lambda: codec.encode(item.result(), draws, lrs))

@@ -17,8 +17,9 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -32,9 +33,12 @@ from tqdm import tqdm
 from degflow.dataset.layout import Record
 from degflow.dataset.plan import Plan
 from degflow.storage import Source
-from degflow.synthesis.codec import CodecDied, Threads
+from degflow.synthesis.cluster import NoCompiler, Watch, check_address, check_compiler, lack, unstarted
+from degflow.synthesis.codec import Threads
+from degflow.synthesis.metrics import ActorMetrics, DriverMetrics
 from degflow.synthesis.settings import ActorsConfig
 from degflow.synthesis.shard import Progress, ShardMaker
+from degflow.synthesis.tasks import Tasks
 
 ATTEMPTS = 3  # of a shard
 HOPELESS = 10  # failures end the run as long as no shard is made
@@ -59,20 +63,21 @@ class Pool:
     threads: int
     room: int
 
-    def make(self, maker: ShardMaker, plan: Plan, pending: list[int]) -> None:
-        """Make the pending shards of the plan, and show the progress.
+    def make(self, maker: ShardMaker, plan: Plan, pending: list[int], price: float = 0.0) -> None:
+        """Make the pending shards of the plan, and show the progress, with what it costs at a `price` per actor's hour.
 
         A shard whose actor failed is tried again, by another process, after all others; after `ATTEMPTS` failures it is
         set aside.
 
         Raises:
-            OSError: storage that failed.
+            OSError: storage that failed, or a node without a compiler.
             ValueError: shards that were set aside, when all others are made; or going on makes no sense, because
                 `HOPELESS` shards failed and none was made, or most images were rejected.
         """
         total, ray_maker = plan.images(pending), ray.put(maker)
-        with _quiet_ray_data(), tqdm(total=total, desc="degrading", unit="image", mininterval=_interval()) as bar:
-            count = _Count(bar, len(pending))
+        bar = tqdm(total=total, desc="degrading", unit="image", mininterval=_interval())
+        with _quiet_ray_data(), bar, Watch(partial(unstarted, self.gpus, self.threads), bar.write):
+            count = _Count(bar, len(pending), price, DriverMetrics(maker.output))
             waiting = pending
             while waiting:
                 for report in self._reports(ray_maker, plan, waiting):
@@ -113,11 +118,12 @@ def pool_of(actors: ActorsConfig) -> Iterator[Pool]:
     """Join the running Ray (RAY_ADDRESS, or `ray start` on this machine), or start one for the time of the block.
 
     Raises:
-        ValueError: more GPUs or threads for an actor than this machine has, or no Ray at RAY_ADDRESS.
+        OSError: a running Ray is named, but does not answer.
+        ValueError: an actor needs what this machine has not, and Ray was started here.
     """
     joined = ray.is_initialized()
     if not joined:
-        check_address(os.environ.get("RAY_ADDRESS", ""))
+        check_address()
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # real failures arrive as Python exceptions
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
@@ -125,21 +131,6 @@ def pool_of(actors: ActorsConfig) -> Iterator[Pool]:
     finally:
         if not joined:
             ray.shutdown()
-
-
-def check_address(address: str, seconds: float = 15.0) -> None:
-    """Raise ValueError if nothing answers at an address HOST:PORT, where Ray itself would wait for minutes, noisily."""
-    host, _, port = address.rpartition("://")[2].rpartition(":")
-    deadline = time.monotonic() + seconds  # for a head that is being started
-    while host and port.isdigit():
-        try:
-            with socket.create_connection((host.strip("[]"), int(port)), timeout=5):
-                return
-        except OSError as error:
-            if time.monotonic() > deadline:
-                advice = "start it, or unset RAY_ADDRESS (RAY_ADDRESS=local starts one here)"
-                raise ValueError(f"RAY_ADDRESS={address}: no Ray answers there ({error}); {advice}") from None
-        time.sleep(0.5)
 
 
 def _measured(actors: ActorsConfig, own: bool) -> Pool:
@@ -151,56 +142,22 @@ def _measured(actors: ActorsConfig, own: bool) -> Pool:
         raise ValueError(f"actors.gpus={actors.gpus}: Ray finds no GPU on this machine")
     if own and actors.threads > max(cpus):
         raise ValueError(f"actors.threads={actors.threads}: Ray finds {max(cpus)} CPUs on this machine")
-    if not gpus and cpus and actors.threads > max(cpus):
-        print(f"actors.threads={actors.threads}: no node has so many CPUs now; waiting for one that has")
+    if own and actors.compile:
+        check_compiler("cuda" if gpus else "cpu")
     shares = [c // g if gpus else c for c, g in zip(cpus, offered, strict=True) if g or not gpus]
     threads = actors.threads or max(1, min([4, *shares]))
     fits = [g if gpus else c // threads for c, g in zip(cpus, offered, strict=True)]
     cluster = "this machine" if own else f"a Ray cluster (nodes with CPUs: {len(nodes)})"
     kind = "one GPU each" if gpus else "on CPUs"
     print(f"running on {cluster}: actors {kind}, with {threads} threads; room for {sum(fits)} now", flush=True)
+    if missing := lack(gpus, threads):
+        print(missing, flush=True)
     return Pool(actors, gpus, threads, sum(fits))
 
 
 def _actor_limits() -> dict[str, int]:
     # Nodes may be taken away many times; but an actor that always dies, e.g. of one huge image, must end the job.
     return {"max_restarts": 20, "max_task_retries": 20}
-
-
-@ray.remote(max_retries=3)
-def _call(function: Callable[..., Any], *arguments: Any) -> Any:
-    return function(*arguments)
-
-
-class _Task:
-    """A Ray task that was started; a `codec.Handle`."""
-
-    def __init__(self, reference: ray.ObjectRef):
-        self.reference = reference
-
-    def result(self) -> Any:
-        """Wait for its result, and raise what the function raised."""
-        try:
-            return ray.get(self.reference)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
-        except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
-            raise CodecDied(f"its process died, 4 times over ({type(error).__name__})") from None
-
-
-class _Tasks:
-    """Run the codec's functions as Ray tasks, in other processes; `codec.Workers`.
-
-    If the actors are on GPUs, a task takes one CPU of any node; Ray prefers nodes without GPUs. If they are on CPUs, it
-    takes none, because the actors may have taken all of them.
-    """
-
-    def __init__(self, gpus: int):
-        self.call = _call.options(num_cpus=1 if gpus else 0)
-
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> _Task:
-        """Start a call."""
-        return _Task(self.call.remote(function, *(a.reference if isinstance(a, _Task) else a for a in arguments)))
 
 
 def keep_freed_memory() -> None:
@@ -231,11 +188,12 @@ class _ShardActor:
     def __init__(self, maker: ray.ObjectRef, gpus: int, threads: int, compiled: bool):
         torch.set_num_threads(threads)
         keep_freed_memory()
-        self.usual = _Tasks(gpus) if gpus else Threads(threads)
+        self.usual = Tasks(gpus) if gpus else Threads(threads)
         restarted = ray.get_runtime_context().was_current_actor_reconstructed
-        self.workers = _Tasks(gpus) if restarted else self.usual
+        self.workers = Tasks(gpus) if restarted else self.usual
         self.reference, self.compiled = maker, compiled
         self.maker: ShardMaker | None = None
+        self.metrics: ActorMetrics | None = None
         self.failed = False
 
     def device(self) -> str:
@@ -247,6 +205,7 @@ class _ShardActor:
         maker: ShardMaker = ray.get(self.reference)
         degrader = maker.degrader.degrader.to(self.device())
         if self.compiled:
+            check_compiler(self.device())
             degrader.compile(dynamic=True)
         return maker
 
@@ -258,12 +217,14 @@ class _ShardActor:
         sources = [Source(*source.values()) for source in shard["sources"]]
         try:
             self.maker = self.maker or self.load()
-            for images, rejects, record in _seldom(self.maker.make(number, sources, self.workers)):
+            self.metrics = self.metrics or ActorMetrics(self.maker.output)
+            reports = self.metrics.counting(self.maker, self.maker.make(number, sources, self.workers))
+            for images, rejects, record in _seldom(reports):
                 yield _report(number, images, rejects, record=json.dumps(asdict(record)) if record else "")
             self.workers = self.usual
         except Exception as error:
-            if isinstance(error, OSError) and error.errno not in _OF_ONE_MACHINE:
-                yield _report(number, storage_failure=f"shard {number}: {type(error).__name__}: {error}")
+            if isinstance(error, NoCompiler) or (isinstance(error, OSError) and error.errno not in _OF_ONE_MACHINE):
+                yield _report(number, fatal=f"shard {number}: {type(error).__name__}: {error}")
                 return
             self.failed = True
             time.sleep(self.PAUSE)
@@ -276,10 +237,13 @@ class _Count:
     Args:
         bar: shows the images.
         shards: of the run.
+        price: of an hour of an actor; 0: unknown.
+        metrics: show the numbers of shards.
     """
 
-    def __init__(self, bar: tqdm, shards: int):
-        self.bar, self.shards = bar, shards
+    def __init__(self, bar: tqdm, shards: int, price: float = 0.0, metrics: DriverMetrics | None = None):
+        self.bar, self.shards, self.price, self.metrics = bar, shards, price, metrics
+        self.seconds = 0.0  # of actors, for the shards that are made
         self.open: dict[int, Counter[str]] = {}  # images and rejects of each shard that is being made
         self.whole: Counter[str] = Counter()  # of all shards that are made
         self.rejects = 0
@@ -294,8 +258,8 @@ class _Count:
         Raises:
             OSError, ValueError: see `Pool.make`.
         """
-        if report["storage_failure"]:
-            raise OSError(report["storage_failure"])
+        if report["fatal"]:
+            raise OSError(report["fatal"])
         number = report["shard"]
         if report["failure"]:
             self._failed(number, report["failure"])
@@ -303,13 +267,29 @@ class _Count:
         shard = self.open.setdefault(number, Counter())
         shard.update(images=report["images"], rejects=report["rejects"])
         self.rejects += report["rejects"]
-        self.bar.set_postfix(rejects=self.rejects, refresh=False)
-        self.bar.update(report["images"])
         if report["record"]:
+            record = Record(**json.loads(report["record"]))
             self.made.add(number)
             self.whole.update(self.open.pop(number))
-            self.bar.write(_log_line(Record(**json.loads(report["record"]))))
+            self.seconds += record.seconds
+            self.bar.write(_log_line(record))
+            self._show()
             self._judge()
+        self.bar.set_postfix({"rejects": self.rejects, **self._cost()}, refresh=False)
+        self.bar.update(report["images"])
+
+    def _cost(self) -> dict[str, str]:
+        """What the made shards cost, and by them all images of the run; nothing before the first one."""
+        if not self.price or not self.whole["images"]:
+            return {}
+        cost = self.price * self.seconds / 3600
+        total = cost * (self.bar.total or 0) / self.whole["images"]
+        return {"cost": f"{cost:.2f}", "in all": f"{total:.2f}"}
+
+    def _show(self) -> None:
+        if self.metrics:
+            aside = sum(len(texts) >= ATTEMPTS for number, texts in self.failures.items() if number not in self.made)
+            self.metrics.show(self.shards - len(self.made) - aside, aside)
 
     def _judge(self) -> None:
         """End a run that mostly makes rejects. Shards that are made count alone: their rejects can be read."""
@@ -339,6 +319,7 @@ class _Count:
             if number not in self.failed:
                 self._failed(number, self.broke)
         self.failed = set()
+        self._show()
         return [number for number in left if len(self.failures.get(number, [])) < ATTEMPTS]
 
     def check(self) -> None:
@@ -363,7 +344,7 @@ def _seldom(reports: Iterable[Progress], seconds: float = 1.0) -> Iterator[Progr
 
 
 def _row(shard: int = -1, images: int = 0, rejects: int = 0, **texts: str) -> dict[str, Any]:
-    texts = {"record": "", "storage_failure": "", "failure": ""} | texts
+    texts = {"record": "", "fatal": "", "failure": ""} | texts
     return {"shard": shard, "images": images, "rejects": rejects, **texts}
 
 

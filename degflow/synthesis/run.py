@@ -11,7 +11,7 @@ from degflow.dataset.card import card, preview, samples
 from degflow.dataset.gallery import gallery
 from degflow.dataset.layout import CARD, CONFIG, GALLERY, PREVIEW, SUCCESS, find_objects, is_doomed_first, is_leftover
 from degflow.dataset.manifest import first_rejects, parts_in_manifest, rejects_of, write_manifest, write_rejects
-from degflow.dataset.plan import Part, joined, write_part
+from degflow.dataset.plan import Part, Plan, joined, write_part
 from degflow.dataset.scales import scales_of
 from degflow.degrader import Degrader
 from degflow.storage import Place, Source
@@ -170,7 +170,7 @@ class Run:
                 self.config = replace(self.config, actors=replace(self.config.actors, threads=pool.threads))
                 self._save_config()
             try:
-                pool.make(self.maker(), self.state.plan, pending)
+                pool.make(self.maker(), self.state.plan, pending, self.config.price.per_hour)
             except ValueError:  # it may point to the rejects
                 self.state.read()
                 write_rejects(self.output, self.state.plan, self.state.done)
@@ -271,6 +271,7 @@ class Run:
         sizes = [item.pixels.shape[0] * item.pixels.shape[1] for item in loaded if isinstance(item, Loaded)]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
         planned = f"planned with {peak:.0f} MB of memory at most; dry_run=true: nothing was started or written"
+        planned = "\n".join([*self._time_left(plan), planned])
         if not sizes:
             return f"none of {len(sources)} sampled files is a readable image, so there is no estimate\n{planned}"
         mean = sum(sizes) / len(sizes)
@@ -279,6 +280,17 @@ class Run:
             f"some {total / 1e6:,.0f} megapixels of LR to make: of {len(sources)} sampled files {len(sizes)} are "
             f"readable, with {mean / 1e6:.2f} megapixels on average\n{planned}"
         )
+
+    def _time_left(self, plan: Plan) -> list[str]:
+        """A line on the time and price of what is left, by the shards that are done; none before the first one."""
+        finished, price = self.state.done, self.config.price.per_hour
+        done = plan.images(finished)
+        if not done:
+            return []
+        left = plan.images(number for number in range(len(plan)) if number not in finished)
+        hours = sum(record.seconds for record in finished.values()) / done * left / 3600
+        cost = f", which cost {price * hours:.2f}" if price else ""
+        return [f"{left} images are left; by the shards that are done they take {hours:.2f} hours of one actor{cost}"]
 
     def summary(self) -> str:
         """What the dataset holds, and how fast this process was."""

@@ -59,6 +59,17 @@ class ShardConfig:
 
 
 @dataclass(frozen=True)
+class PriceConfig:
+    """What the machines cost."""
+
+    per_hour: float = option(0.0, "price of an actor's hour: the progress and dry_run show costs; 0: unknown")
+
+    def __post_init__(self):
+        if self.per_hour < 0:
+            raise ValueError(f"price.per_hour={self.per_hour}: must not be negative")
+
+
+@dataclass(frozen=True)
 class SynthesizeConfig:
     """Keys of synthesize."""
 
@@ -91,6 +102,7 @@ class SynthesizeConfig:
     precision: str = option("float32", f"of the networks: {', '.join(PRECISIONS)}; all but float32 are for GPUs")
     batch: int = option(4, "images in each stage at a time; those of equal size share a forward pass")
     actors: ActorsConfig = option(ActorsConfig())
+    price: PriceConfig = option(PriceConfig())
     shard: ShardConfig = option(ShardConfig())
     max_reject_rate: float = option(0.05, "the job fails if a larger share of the files is rejected")
     limit: int = option(0, "use the first N images only; 0: all", common=True)

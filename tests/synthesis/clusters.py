@@ -9,7 +9,8 @@ from ray.cluster_utils import Cluster
 def share_ray() -> None:
     """Start the Ray that tests share, of two CPUs, unless it runs; only after the S3 server, whose address it needs."""
     if not ray.is_initialized():
-        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+        often = {"metrics_report_interval_ms": 1000}
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, _system_config=often)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import socket
 import sys
@@ -9,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import ray
 import ray.data
@@ -255,15 +257,6 @@ def test_a_run_whose_images_are_mostly_rejects_ends_early(shared_ray, model, tmp
     assert 200 <= len(rejects_of(tmp_path / "out")) < 1500
 
 
-def test_an_address_where_no_ray_answers_is_named_at_once():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        for address in (f"127.0.0.1:{port}", f"ray://localhost:{port}", "", "auto", "local"):
-            pool.check_address(address, seconds=0)
-    with pytest.raises(ValueError, match=rf"^RAY_ADDRESS=127\.0\.0\.1:{port}: no Ray answers there \(.*; start it, or"):
-        pool.check_address(f"127.0.0.1:{port}", seconds=0)
-
-
 def test_what_a_failed_attempt_had_counted_is_taken_back():
     count = _Count(tqdm(disable=True), 2)
     for report in ((0, 3, 1), (1, 4, 0), (0, 2, 0)):
@@ -292,3 +285,22 @@ def test_reports_summed_up_lose_no_count():
     reports = [Progress(1, 0), Progress(1, 1), Progress(0, 0), Progress(2, 0), Progress(0, 0, record)]
     assert list(_seldom(reports, seconds=0)) == reports
     assert list(_seldom(reports, seconds=60)) == [Progress(4, 1, record)]
+
+
+def test_costs_are_told_with_the_progress_and_for_what_is_left(photos, model, tmp_path, capsys):
+    count = _Count(tqdm(total=10, disable=True), 3, price=1800.0)
+    assert count._cost() == {}
+    for number, made, seconds in ((0, 3, 4.0), (1, 2, 6.0)):
+        record = Record(f"data/part-{number:06d}.parquet", made, 0, 1, "", "", seconds, None, None, None)
+        count.take(pool._row(number, made, record=json.dumps(asdict(record))))
+    assert count._cost() == {"cost": "5.00", "in all": "10.00"}  # 10 s for 5 of 10 images
+    words = ["shard.images=2", "price.per_hour=3600"]
+    synthesize_here(photos, tmp_path / "out", model, "limit=4", *words)
+    synthesize_here(photos, tmp_path / "out", model, "dry_run=true", "extend=true", *words)
+    said = capsys.readouterr().out
+    found = re.search(r"^8 images are left; .* take \S+ hours of one actor, which cost (\S+)$", said, re.M)
+    assert found
+    done = pq.read_table(tmp_path / "out/manifest.parquet").to_pylist()
+    assert float(found[1]) == pytest.approx(sum(row["seconds"] for row in done) / 4 * 8, abs=0.01)
+    with pytest.raises(ValueError, match=r"price\.per_hour=-1\.0: must not be negative"):
+        load(SynthesizeConfig, ["input=a", "output=b", "price.per_hour=-1"])

@@ -1,11 +1,13 @@
 import dataclasses
 import hashlib
+import io
 import os
 import re
 import weakref
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from s3fs import S3FileSystem
@@ -21,6 +23,7 @@ from degflow.dataset.plan import Plan, plan_files, read_plan, write_part
 from degflow.dataset.scales import ScaleConfig, noise_seed_of, scales_of, uniform_of
 from degflow.degrader import Degrader
 from degflow.storage import Place, Source
+from degflow.synthesis import shard
 from degflow.synthesis.codec import Codec, Loaded, Threads
 from degflow.synthesis.inventory import Input
 from degflow.synthesis.run import Run
@@ -475,6 +478,44 @@ def test_a_store_that_fails_is_no_reject_but_a_file_that_does_is(s3, monkeypatch
             load(source)
     finally:
         s3.start()
+
+
+class Notes(Threads):
+    """Threads that note which file is loaded when, and let a proxy give everything as the files that waited come."""
+
+    def __init__(self, proxy=None):
+        super().__init__(2)
+        self.loads, self.proxy = [], proxy
+
+    def load(self, codec, source, patience=None):
+        self.loads.append(source.key)
+        if patience is None and self.proxy:
+            self.proxy.broken = None
+        return super().load(codec, source, patience)
+
+
+@pytest.mark.parametrize("comes", [True, False], ids=["it comes at last", "it never comes"])
+def test_a_file_that_the_store_withholds_comes_last_and_holds_no_other_up(s3, model, photos, monkeypatch, comes):
+    place, output = Place(s3.uri("in")), Place(s3.uri("out"))
+    for name in "abcdef":
+        place.write(f"{name}.png", (photos / "astronaut.PNG").read_bytes())
+    run = open_run(place.uri, output.uri, model, "batch=2")
+    plan = plan_of(place.uri, output.uri)
+    monkeypatch.setattr(shard, "FIRST_PATIENCE", 0.5)
+    monkeypatch.setattr(storage, "PATIENCE", 30 if comes else 1)
+    with monkeypatch.context() as patch, proxying(s3.endpoint, broken="b.png") as (proxy, endpoint):
+        patch.setenv("AWS_ENDPOINT_URL", endpoint)
+        forget_clients()
+        notes = Notes(proxy if comes else None)
+        reports = list(run.maker().make(0, plan[0], notes))
+    forget_clients()
+    assert notes.loads == [f"{name}.png" for name in "abcdefb"]
+    assert sum(report.images for report in reports) == 6
+    found = pq.read_table(io.BytesIO(output.read("data/part-000000.parquet"))).to_pylist()
+    assert [row["key"] for row in found] == [f"{name}.png" for name in ("acdefb" if comes else "acdef")]
+    assert [scales_of(run.config.scale, 0, row["key"])[0] for row in found] == [row["scale"] for row in found]
+    rejects = pq.read_table(io.BytesIO(output.read("rejects/part-000000.parquet"))).to_pylist()
+    assert [(row["key"], row["stage"]) for row in rejects] == ([] if comes else [("b.png", "read")])
 
 
 def test_the_preview_shows_no_source_that_changed_since(model, tmp_path):

@@ -1,0 +1,137 @@
+"""What keeps a run from starting, in words: no Ray at its address, no node for an actor, none that starts."""
+
+import contextlib
+import os
+import shutil
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray._common.utils import get_ray_address_file
+from ray._private import services, state
+
+ANSWERS_WITHIN = 5.0  # seconds, for a Ray that is just starting
+FIRST_WORD, NEXT_WORD = 20.0, 60.0  # seconds without an actor
+_UNNAMED: Any = None  # as `ray.init` asks, although the type is str
+_HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"  # what a gRPC client sends first
+_COMPILERS = {"cpu": ("CXX", "clang++" if sys.platform == "darwin" else "g++"), "cuda": ("CC", "gcc", "clang")}
+
+
+def check_address() -> None:
+    """See that a Ray answers at the address that `ray.init` would join, if there is one.
+
+    Ray itself tries for two minutes, and its C++ code writes a line every few seconds.
+
+    Raises:
+        OSError: none does.
+    """
+    named = os.environ.get("RAY_ADDRESS", "")
+    address = named.partition("://")[2] or services.canonicalize_bootstrap_address(_UNNAMED)
+    if address is None:
+        return None
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + ANSWERS_WITHIN
+    while True:
+        try:
+            return _greet(host.strip("[]"), int(port))
+        except OSError as error:
+            if time.monotonic() > deadline:
+                where = f"RAY_ADDRESS={named}" if named else f"the file {get_ray_address_file(None)}"
+                raise OSError(
+                    f"no Ray answers at {address} ({error}), which {where} names: it was killed, or runs elsewhere. "
+                    "Start it again, or set RAY_ADDRESS=local, and the job starts a Ray of its own on this machine"
+                ) from None
+        time.sleep(0.5)
+
+
+def _greet(host: str, port: int) -> None:
+    """Raise an OSError unless a gRPC server answers; after a killed Ray, its port may be another program's."""
+    with socket.create_connection((host, port), timeout=5) as connection:
+        if os.environ.get("RAY_USE_TLS", "0") in ("", "0"):
+            connection.sendall(_HTTP2)
+            if connection.recv(9)[3:4] != b"\4":  # the kind of the frame that a server sends first
+                raise OSError("what answers there is another program")
+
+
+class NoCompiler(ValueError):
+    """A machine lacks the compiler that `torch.compile` calls."""
+
+
+def check_compiler(device: str) -> None:
+    """See that this machine has the compiler that `torch.compile` calls.
+
+    Raises:
+        NoCompiler: it has not.
+    """
+    variable, *usual = _COMPILERS[device]
+    wanted = [os.environ[variable]] if os.environ.get(variable) else usual
+    if not any(shutil.which(name) for name in wanted):
+        raise NoCompiler(
+            f"actors.compile=true: {socket.gethostname()} has no compiler ({' or '.join(wanted)}). Install it on every "
+            f"node, name another one in {variable} there, or leave actors.compile=false"
+        )
+
+
+def lack(gpus: int, threads: int) -> str:
+    """What an actor needs and no node of the cluster has, and what to do; "" if there is nothing."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    most = max((int(node.get("CPU", 0)) for node in nodes), default=0)
+    if gpus and not any(node.get("GPU", 0) >= 1 for node in nodes):
+        what, otherwise = f"actors.gpus={gpus}: no node of the cluster has a GPU", "start one, or take actors.gpus=0"
+    elif gpus and not most:
+        what, otherwise = "no node of the cluster has a CPU, which decoding and encoding need", "start one"
+    elif not gpus and most < max(1, threads):
+        what, otherwise = f"actors.threads={threads}: no node of the cluster has so many CPUs", f"take at most {most}"
+    else:
+        return ""
+    return f"{what}. Waiting for one: a cluster that adds nodes by itself may need minutes; in another, {otherwise}"
+
+
+def unstarted(gpus: int, threads: int) -> str:
+    """Why no actor of this job runs, and what to do; "" if one runs."""
+    if missing := lack(gpus, threads):
+        return missing
+    running = state.state.actor_table(None, ray.get_runtime_context().job_id, "ALIVE")
+    if any(actor["ActorClassName"].startswith("MapWorker") for actor in running.values()):  # as Ray Data calls them
+        return ""
+    kind, count = ("GPU", 1) if gpus else ("CPU", threads)
+    if not any(node.get(kind, 0) >= count for node in state.available_resources_per_node().values()):
+        return f"no actor runs: other jobs hold the {kind}s of the cluster (`ray status` shows them). Waiting for them"
+    return (
+        "no actor runs, though a node has room for one. On a busy machine a start takes a minute; if it takes longer, "
+        "the newest worker-*.err and raylet.err in /tmp/ray/session_latest/logs (Ray's folder) of the nodes say why"
+    )
+
+
+class Watch:
+    """Says, as long as no actor runs, why; a context manager.
+
+    Args:
+        cause: gives the reason, or "".
+        say: takes a line.
+    """
+
+    def __init__(self, cause: Callable[[], str], say: Callable[[str], Any]):
+        self.cause, self.say = cause, say
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        pause, started = FIRST_WORD, time.monotonic()
+        while not self._end.wait(pause):
+            pause = NEXT_WORD
+            with contextlib.suppress(Exception):  # Ray cannot say it, e.g. as it ends
+                if cause := self.cause():
+                    self.say(f"after {time.monotonic() - started:.0f} s: {cause}")

@@ -1,0 +1,90 @@
+"""The codec in Ray tasks: other processes, on any node, that ask for memory and may die."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+import ray.exceptions
+from ray._private import worker as ray_worker
+
+from degflow.storage import Source
+from degflow.synthesis.codec import Codec, CodecDied, Draw, NeedsMemory
+
+CRASHES = 3  # after which Ray starts a task again
+KILLS = 5  # by Ray's memory monitor; it alone would start a task again for ever
+_LEAST = 256 << 20  # bytes asked for, always a power of two: Ray keeps a queue for each size
+_FRESH = 60.0  # seconds for which the nodes' memory is believed
+
+
+@ray.remote(max_retries=CRASHES)
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    # A task with max_retries=0 would not be started again; but Ray then kills the actor instead of it.
+    process: Any = ray_worker.global_worker
+    if process.core_worker.get_current_task_attempt_number() >= KILLS:
+        raise CodecDied(f"its process died, {KILLS} times over: killed as its node ran out of memory")
+    return function(*arguments)
+
+
+class _Task:
+    """A Ray task; a `codec.Handle`. `start` starts it, with so many bytes of memory."""
+
+    def __init__(self, start: Callable[[int], ray.ObjectRef], memory: int):
+        self.start, self.reference = start, start(memory)
+
+    def result(self) -> Any:
+        """Wait for its result, and raise what the function raised; one that needs more memory is started again."""
+        try:
+            while isinstance(found := ray.get(self.reference), NeedsMemory):
+                self.reference = self.start(found.bytes)
+            return found
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+            raise CodecDied(f"its process died, {CRASHES + 1} times over ({type(error).__name__})") from None
+
+
+class Tasks:
+    """Run the codec as Ray tasks; `codec.Workers`.
+
+    If the actors are on GPUs, a task takes one CPU of any node; Ray prefers nodes without GPUs. If they are on CPUs, it
+    takes none, because the actors may have taken all of them. Either takes memory, so that no node is overfilled.
+
+    Args:
+        gpus: of an actor.
+    """
+
+    def __init__(self, gpus: int):
+        self.cpus = 1 if gpus else 0
+        self._most, self._seen = 0, 0.0
+
+    def load(self, codec: Codec, source: Source, patience: float | None = None) -> _Task:
+        """Start `Codec.load`."""
+
+        def start(memory: int) -> ray.ObjectRef:
+            asked = self._asked(memory)
+            # What no node has is not asked for: the file is then decoded with all the memory of the largest node.
+            room = asked if asked >= memory else None
+            return self._remote(asked).remote(codec.load, source, patience, room)
+
+        return _Task(start, codec.memory_for(source))
+
+    def encode(self, codec: Codec, item: _Task, draws: Sequence[Draw], lrs: np.ndarray) -> _Task:
+        """Start `Codec.encode` of what another task has loaded."""
+
+        def start(memory: int) -> ray.ObjectRef:
+            return self._remote(self._asked(memory)).remote(codec.encode, item.reference, draws, lrs)
+
+        return _Task(start, codec.memory_to_encode(lrs))
+
+    def _remote(self, memory: int) -> Any:
+        return _call.options(num_cpus=self.cpus, memory=memory)
+
+    def _asked(self, memory: int) -> int:
+        """The bytes to ask for: `memory`, rounded up, or all that the largest node has."""
+        if time.monotonic() - self._seen > _FRESH or not self._most:
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            able = [int(node.get("memory", 0)) for node in nodes if node.get("CPU", 0) >= self.cpus]
+            self._most, self._seen = max(able, default=0), time.monotonic()
+        return min(max(_LEAST, 1 << (memory - 1).bit_length()), self._most)
