@@ -16,10 +16,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from degflow import Degrader, config, images
-from degflow.models import AutoencoderConfig, VelocityConfig
+from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig
 from degflow.models.files import load_checkpoint, save_checkpoint
+from degflow.objectives import to_float
 from degflow.training.lfm import TrainLFMConfig
-from degflow.training.rae import TrainRAEConfig
+from degflow.training.rae import TrainRAEConfig, latent_spread
 from degflow.training.residual import TrainResidualConfig
 from tests import ROOT
 from tests.captures import save_scenes
@@ -325,3 +326,14 @@ def test_another_autoencoder_under_the_same_name_is_refused(tree, rae, tmp_path)
     code, words = fails("train_lfm", **keys)
     assert re.search(r"step-00000001.pt: was made with other frozen weights under the same file names", words)
     assert code == 1
+
+
+def test_the_unit_of_the_latents_is_measured_a_scene_at_a_time():
+    network = ResidualAutoencoder(AutoencoderConfig(4, (1, 2), 1, 2, gate_init=0.5))
+    crops = torch.randint(0, 256, (5, 3, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    batches = []
+    handle = network.encoder.register_forward_pre_hook(lambda module, inputs: batches.append(len(inputs[0])))
+    found = latent_spread(network, crops)
+    handle.remove()
+    assert batches == [3] * 5
+    torch.testing.assert_close(found, network.encode(to_float(crops.flatten(0, 1)))[0].std((0, 2, 3)))

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from torch import nn
 
 from degflow.models import AutoencoderConfig, ResidualAutoencoder
@@ -486,13 +487,13 @@ def test_a_training_step_never_waits_for_its_device(tmp_path):
     # Tensors without numbers: what reads one raises, and so does what mixes them with the CPU's.
     config = replace(BASE, log_every=50, precision="float32", accumulate=2)
     accelerator = join(config.precision, config.timeout)
-    accelerator.state.device = torch.device("meta")
+    accelerator.state.device = PartialState().device = torch.device("meta")
     try:
         run = _Run(accelerator, ToyObjective(0.3), config, Place(str(tmp_path)), {})
         batches = run.loader(ToySamples())
         assert [run.train_step(batches) for _ in range(3)] == [{}] * 3
     finally:
-        accelerator.state.device = torch.device("cpu")
+        accelerator.state.device = PartialState().device = torch.device("cpu")
     assert {tensor.device.type for tensor in run.average.state.values()} == {"meta"}
     assert len(run.means.waiting) == 3
 
