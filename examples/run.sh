@@ -5,4 +5,4 @@ cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || python3 -m venv .venv
 echo "installing into .venv (minutes the first time, seconds later)"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable .
-exec .venv/bin/python jobs/synthesize.py input=examples/photographs output=runs/example scale.per_image=5 "$@"
+exec .venv/bin/degflow synthesize input=examples/photographs output=runs/example scale.per_image=5 "$@"

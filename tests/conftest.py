@@ -20,6 +20,7 @@ GROUPS = {
         "tests/benchmarking/test_benchmark.py",
         "tests/protocol/test_protocol.py",
         "tests/test_wheel.py",
+        "tests/test_docs.py",
     ),
     "processes": (  # trainings of several processes, whose launchers open ports
         "tests/cluster/test_slurm.py",

@@ -56,7 +56,8 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
         buffer: number of rows in the buffer; None: as many as take some 256 MB on average, at most 1024.
         seed: decides order, crops, flips and rotations.
         repeat: continue with the next epoch, without end.
-        rank, world: of this process; None: from torch.distributed, else from RANK and WORLD_SIZE, else one process.
+        rank: of this process; None: from torch.distributed, else from RANK, else 0. Given with `world` or not at all.
+        world: number of processes; None: from torch.distributed, else from WORLD_SIZE, else 1.
         verify: compare each part with the manifest's sha256 before its first use.
 
     Raises:

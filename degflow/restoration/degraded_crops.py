@@ -53,7 +53,7 @@ class DegradedCrops(Dataset[dict[str, Any]]):
         per_photograph: crops of each photograph in an epoch.
         margin: pixels around a crop that are degraded with it and cut off.
         flips: mirror at random, left to right and upside down. rotations: turn by 0, 90, 180 or 270 degrees.
-        model, scale, low, high, value_range, spread, steps, solver, precision: see `RandomDegradation`.
+        model: see `RandomDegradation`; so are all others that are not here.
         seed: decides places, scales, noise, flips and rotations.
 
     Raises:

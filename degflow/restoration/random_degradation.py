@@ -37,14 +37,19 @@ class RandomDegradation:
     Args:
         model: a degrader's file or URI; None: the one that ships; or a `Degrader`, which then moves with the batches.
         scale: "uniform" or "loguniform" between `low` and `high`, or a list of scales to choose from.
-        low, high: bounds of the scales; None: the range that the degrader was trained on.
+        low: the smallest scale; None: that of the range that the degrader was trained on.
+        high: the largest scale; None: that of the range.
         seed: decides scales and noise, with the rank and the number of the call.
         rank: of this process; None: from torch.distributed, else from RANK, else 0.
         value_range: of HR and LR: (-1, 1) or (0, 1).
         margin: pixels that are cut off at each side of LR. A crop's edge is not the photograph's: there LR differs from
             the same place of the degraded photograph. 32 makes what is left almost equal; see docs/on_the_fly.md.
         rounded: round LR to the 256 levels of an 8-bit file, as in a dataset.
-        spread, steps, solver, memory, precision: see `Degrader.forward`.
+        spread: 1 draws LR images, 0 gives their mean.
+        steps: see `Degrader.forward`; so are the next three.
+        solver: of the flow.
+        memory: GB to work in.
+        precision: of the networks' products.
         device: where to degrade; None: where each batch is.
 
     Raises:
