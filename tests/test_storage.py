@@ -272,9 +272,15 @@ def test_a_missing_checkpoint_is_named(tmp_path, name):
         load_checkpoint(f"{tmp_path}/{name}", "degrader")
 
 
+def test_a_pointer_of_git_lfs_is_named(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\n")
+    with pytest.raises(ValueError, match=r"a\.safetensors: a pointer of Git LFS .*: `git lfs pull` fetches it$"):
+        load_checkpoint(f"{tmp_path}/a.safetensors", "degrader")
+
+
 def damaged_files():
     whole = safetensors.torch.save(TENSORS, {"degflow": json.dumps({"kind": "degrader"})})
-    yield "text", b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\n"
+    yield "text", b"<html>not found</html>"
     yield "empty", b""
     yield "cut in its header", whole[:20]
     yield "cut in its tensors", whole[:-4]
