@@ -25,7 +25,7 @@ class Average:
         # A smaller decay in the first steps, so that the average soon forgets the initial weights.
         decay = min(self.decay, step / (step + 10))
         averages, tensors = zip(*self.floats, strict=True)
-        torch._foreach_lerp_(averages, tensors, 1 - decay)
+        torch._foreach_lerp_(averages, tensors, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
         for kept, tensor in self.others:
             kept.copy_(tensor)
 
