@@ -251,8 +251,8 @@ class Degrader(nn.Module):
         dynamic=False each size costs one. A copy of a compiled degrader is not compiled.
         """
         self._compiled = None
-        ways = [torch.compile(way, *args, **options) for way in self._ways]
-        self._compiled = _Ways(*cast(tuple[Any, Any, Any, Any], tuple(ways)))
+        ways: list[Any] = [torch.compile(way, *args, **options) for way in self._ways]
+        self._compiled = _Ways(*ways)
         self.flow.network.compile(*args, **options)
 
     @property

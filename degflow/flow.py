@@ -87,8 +87,8 @@ def _dense(velocity: Velocity, z0: Tensor, end_time: Tensor, steps: int, solver:
         ahead, slope = _step(velocity, z, n * h, h, solver, slope)
         slope_ahead = velocity(ahead, (n + 1) * h)
         u = (place - n).to(z0.dtype).view((-1,) + (1,) * (z0.ndim - 1))
-        left, leaving, right, arriving = (end.index_select(0, sample) for end in (z, slope, ahead, slope_ahead))
-        read.append(_hermite(left, leaving, right, arriving, u, 1 / steps))
+        begin, v0, end, v1 = (x.index_select(0, sample) for x in (z, slope, ahead, slope_ahead))
+        read.append(_hermite(begin, v0, end, v1, u, 1 / steps))
         z, slope = ahead, slope_ahead
     return torch.cat(read).index_select(0, _beside(order.argsort(), z0)).unflatten(0, end_time.shape)
 

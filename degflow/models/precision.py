@@ -9,7 +9,7 @@ last image, the targets of a training and LPIPS.
 import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -78,16 +78,16 @@ class _TF32:
 
 def _switches() -> tuple[bool | str, bool | str]:
     """The switches of matrix products and of convolutions, as the process has them."""
-    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    cuda, cudnn = cast(Any, torch.backends.cuda), cast(Any, torch.backends.cudnn)
     try:
         return cuda.matmul.allow_tf32, cudnn.allow_tf32
     except RuntimeError:  # the process set them by PyTorch's newer names, which do not mix with the older ones
-        return cuda.matmul.fp32_precision, cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+        return cuda.matmul.fp32_precision, cudnn.conv.fp32_precision
 
 
 def _switch(products: bool | str, convolutions: bool | str) -> None:
-    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    cuda, cudnn = cast(Any, torch.backends.cuda), cast(Any, torch.backends.cudnn)
     if isinstance(products, str):
-        cuda.matmul.fp32_precision, cudnn.conv.fp32_precision = products, convolutions  # type: ignore[attr-defined]
+        cuda.matmul.fp32_precision, cudnn.conv.fp32_precision = products, convolutions
     else:
         cuda.matmul.allow_tf32, cudnn.allow_tf32 = products, bool(convolutions)  # type: ignore[attr-defined]

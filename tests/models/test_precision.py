@@ -67,6 +67,7 @@ def test_the_first_and_the_last_convolution_of_a_latents_way_are_exact(part):
     with torch.no_grad(), computing("bfloat16", "cpu"):
         latent, skips = network.encode(torch.rand(1, 3, 8, 8))
         result = latent if part == "encode" else network.decode(latent, skips)
+    assert result.dtype == torch.float32
     assert torch.equal(result, torch.full_like(result, 1 + 2**-12))
 
 
