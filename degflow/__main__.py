@@ -64,8 +64,8 @@ def train_rae():
         degflow train-rae config=small_rae scenes.data=runs/scenes/Canon/Train output=runs/rae
         accelerate launch -m degflow train-rae config=...     # on several GPUs
 
-    writes output/rae.safetensors. The validation lines show the PSNR of `decode(encode(LR))` and of HR, both against
-    LR. The first one must be higher: otherwise the decoder ignores the latent.
+    writes output/rae.safetensors. The validation lines show the PSNR of `decode(encode(LR))` against LR. It must become
+    higher than that of HR against LR. Otherwise the decoder ignores the latent.
 
     After a stop, the same command continues from the last checkpoint. SIGTERM and SIGUSR1 save one and end the job with
     exit code 75 (accelerate's launcher turns every code but 0 into 1).
