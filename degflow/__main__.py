@@ -17,13 +17,13 @@ Command = Callable[[], tuple[Callable[[Any], None], type]]
 
 
 def synthesize():
-    """HR images -> a dataset of LR images at randomly sampled, continuous degradation scales.
+    """HR photographs -> a dataset of LR images at random, continuous degradation scales.
 
         degflow synthesize input=photos output=runs/dataset
         ray job submit --runtime-env cluster/ray/runtime_env.yaml -- python jobs/synthesize.py input=s3://... output=s3://...
 
-    It joins a running Ray cluster (RAY_ADDRESS) or starts a Ray on this machine. The same command continues a run that
-    was stopped, and leaves a finished dataset alone.
+    It joins a running Ray cluster (RAY_ADDRESS), or starts Ray on this machine. The same command continues a run that
+    was stopped, and leaves a finished dataset as it is.
     """
     from degflow.synthesis.run import synthesize
     from degflow.synthesis.settings import SynthesizeConfig
@@ -36,9 +36,9 @@ def export():
 
         degflow export input=runs/dataset output=runs/paired                                   # gt/, lq/, meta_info
         degflow export input=s3://bucket/dataset output=runs/tars layout=webdataset
-        degflow export input=runs/dataset output=runs/tree layout=realsr labels='{2: 2.0, 3: 3.0, 4: 4.0}'
+        degflow export input=runs/dataset output=runs/tree layout=realsr 'labels={2: 2.0, 3: 3.0, 4: 4.0}'
 
-    The same command continues an export that was stopped, and leaves a finished one alone.
+    The same command continues an export that was stopped, and leaves a finished one as it is.
     """
     from degflow.dataset.exports import ExportConfig, export
 
@@ -48,7 +48,7 @@ def export():
 def simulate_scenes():
     """Photographs -> RealSR-like scene folders, captured by simulated cameras at several scales.
 
-        degflow simulate-scenes input=photos output=runs/scenes cameras=[canon]
+        degflow simulate-scenes input=photos output=runs/scenes 'cameras=[canon]'
 
     writes output/Canon/Train/2/Canon_001_HR.png, Canon_001_LR2.png, output/Canon/Test/1.532/Canon_003_LR1.532.png, ...
     Each photograph goes to one camera only, and to either Train or Test.
@@ -64,8 +64,8 @@ def train_rae():
         degflow train-rae config=small_rae scenes.data=runs/scenes/Canon/Train output=runs/rae
         accelerate launch -m degflow train-rae config=...     # on several GPUs
 
-    writes output/rae.safetensors. Compare `decode(encode(LR))` with LR in the validation lines: a decoder that ignores
-    the latent stays at the PSNR of HR.
+    writes output/rae.safetensors. The validation lines show the PSNR of `decode(encode(LR))` against LR. It must become
+    higher than that of HR against LR. Otherwise the decoder ignores the latent.
 
     After a stop, the same command continues from the last checkpoint. SIGTERM and SIGUSR1 save one and end the job with
     exit code 75 (accelerate's launcher turns every code but 0 into 1).
@@ -76,14 +76,14 @@ def train_rae():
 
 
 def train_residual():
-    """Stage 2 for draws: train the flow of captured residuals on a RealSR-like tree, stage 1 frozen.
+    """Stage 2 of the method that draws: train the residual flow on a RealSR-like tree, stage 1 frozen.
 
         degflow train-residual config=small_residual scenes.data=runs/scenes/Canon/Train \\
             rae=runs/rae/rae.safetensors output=runs/residual
         accelerate launch -m degflow train-residual config=...     # on several GPUs
 
-    Stage 1 must have been trained with skips=optics. It ends in ONE file, output/degrader.safetensors, for
-    `degflow synthesize model=...` and `Degrader.load`.
+    writes ONE file, output/degrader.safetensors, for `degflow synthesize model=...` and `Degrader.load`. Stage 1 must
+    have been trained with skips=optics.
 
     After a stop, the same command continues from the last checkpoint. SIGTERM and SIGUSR1 save one and end the job with
     exit code 75 (accelerate's launcher turns every code but 0 into 1).
@@ -94,13 +94,13 @@ def train_residual():
 
 
 def train_lfm():
-    """The published stage 2: train the latent flow on a RealSR-like tree, the autoencoder of stage 1 frozen.
+    """Stage 2 of the published method: train the latent flow on a RealSR-like tree, stage 1 frozen.
 
         degflow train-lfm config=small_lfm scenes.data=runs/scenes/Canon/Train \\
             rae=runs/rae/rae.safetensors output=runs/lfm
         accelerate launch -m degflow train-lfm config=...     # on several GPUs
 
-    It ends in ONE file, output/degrader.safetensors, for `degflow synthesize model=...` and `Degrader.load`.
+    writes ONE file, output/degrader.safetensors, for `degflow synthesize model=...` and `Degrader.load`.
 
     After a stop, the same command continues from the last checkpoint. SIGTERM and SIGUSR1 save one and end the job with
     exit code 75 (accelerate's launcher turns every code but 0 into 1).
@@ -111,12 +111,12 @@ def train_lfm():
 
 
 def import_released():
-    """The authors' two released weight files -> one degrader file for everything in degflow.
+    """The authors' two released weight files -> one degrader file, as degflow reads it.
 
         degflow import-released autoencoder=AE.pth flow=FLOW.pth output=runs/released/degrader.safetensors
 
-    Any width and depth of the released architecture is accepted, and safetensors files with the same names too. Files
-    are read as tensors only: a pickle that would run code is refused.
+    The released architecture may have any width and depth. Safetensors files with the same names are read too. Only
+    tensors are read from a file: a pickle that would run code is refused.
     """
     from degflow.training.released import ImportConfig, import_released
 
@@ -124,7 +124,7 @@ def import_released():
 
 
 def evaluate():
-    """How close a degrader's LR images come to captured ones, at seen and unseen scales, beside simple baselines.
+    """Compare a degrader's LR images, and simple baselines, with captured ones at seen and unseen scales.
 
         degflow evaluate data=runs/scenes/Canon/Test output=runs/fidelity
 
@@ -138,7 +138,7 @@ def evaluate():
 
 
 def train_sr():
-    """Train a super-resolution network on real or synthesized pairs, and test it under the published protocol.
+    """Train a super-resolution network on captured or generated pairs, and test it as the paper does.
 
         degflow train-sr config=paper_sr network.name=hat output=runs/hat \\
             'train={generated: runs/dataset}' 'test={canon: RealSR/Canon/Test, nikon: RealSR/Nikon/Test}'
@@ -146,7 +146,7 @@ def train_sr():
 
     A source of `train` is one split of a RealSR-like tree, at `levels`, or a dataset that `synthesize` made. The job
     writes output/network.safetensors, table.md (means of each test tree), measurements.csv (every image) and a picture
-    of each test tree. The keys of a network are shown by --help network.name=NAME.
+    of each test tree. `degflow train-sr --help network.name=NAME` shows the keys of a network.
 
     After a stop, the same command continues from the last checkpoint. SIGTERM and SIGUSR1 save one and end the job with
     exit code 75 (accelerate's launcher turns every code but 0 into 1).
@@ -158,19 +158,20 @@ def train_sr():
 
 
 def protocol():
-    """The paper's whole experiment from one configuration, cell by cell, into one table.
+    """The paper's whole experiment by one command: degraders, datasets, SR networks, and a table.
 
         degflow protocol config=small_protocol photographs=photos output=runs/protocol
 
-    1. A degrader is trained on camera A's pairs (or given), and so are its ablations. Each is compared with captured
-       LR.
-    2. It degrades the HR photographs of camera B.
+    1. A degrader and its ablations are trained on camera A's pairs (or given). Each is compared with captured LR.
+    2. Each degrades the HR photographs of camera B.
     3. SR networks are trained on real and on generated pairs, and tested on the test level of both cameras.
 
-    Each cell is a run of another command, with its log in output/cells. Finished cells are not run again, so the same
-    command continues after a stop. output/table.md shows the results beside the published ones and is rewritten after
-    each cell; results.csv has every single run. Lists of words (`rae`, `lfm`, ...) are added to the arguments of those
-    commands. Paths in them are relative to the current folder.
+    Each step, called a cell, is a run of another command, with its log in output/cells. Finished cells are not run
+    again, so the same command continues after a stop. After each cell, output/table.md shows the results so far beside
+    the published ones. results.csv has every single run.
+
+    Keys such as `rae` and `lfm` are lists of words, which are added to the words of the command that they name. Paths
+    in them are relative to the current folder.
     """
     from degflow.protocol.run import ProtocolConfig, run_protocol
 
@@ -178,7 +179,7 @@ def protocol():
 
 
 def benchmark():
-    """Speed: the released procedure beside ours with the same weights, training steps, the Ray job, codecs.
+    """Measure speed: degflow beside the released procedure, training steps, the Ray job, codecs.
 
         degflow benchmark output=runs/benchmark
 
@@ -191,12 +192,12 @@ def benchmark():
 
 
 def explore():
-    """A page on this machine that shows what a degrader does to one's own photograph.
+    """A local page that shows what a degrader does to your own photograph.
 
         degflow explore photograph=photo.jpg
 
-    prints the page's address. The page has a slider over the scale, draws again, and shows HR, generated LR, bicubic
-    and plain blur side by side. Nothing leaves the machine.
+    prints the page's address. The page has a slider for the scale and a button for another draw. It shows HR, generated
+    LR, bicubic, and HR with the optics' blur alone, side by side. Nothing leaves the machine.
     """
     from degflow.explore.run import ExploreConfig, explore
 

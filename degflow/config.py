@@ -17,7 +17,10 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 T = TypeVar("T")
 HELP = {"--help", "-h", "help"}
 _CHECK = "--check"
-_KEYS = "Keys are given as key=value. They override those of config=FILE, a YAML file or the name of one that ships."
+_KEYS = (
+    "Keys are given as key=value. config=NAME takes keys from a configuration that ships, and config=FILE from a YAML\n"
+    "file. Keys in the command override these."
+)
 
 
 class Key(NamedTuple):

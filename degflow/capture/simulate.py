@@ -16,7 +16,7 @@ from degflow.storage import Place
 
 @dataclass(frozen=True)
 class SimulateConfig:
-    """Keys of simulate_scenes."""
+    """Keys of simulate-scenes."""
 
     input: str = required("folder or URI with photographs (png, jpg, jpeg, webp, tif, tiff)")
     output: str = required("folder or URI for the tree")

@@ -18,7 +18,7 @@ class ExploreConfig:
 
     model: str = option("", "degrader file; empty: the one that ships")
     photograph: str = option("", "file or URI that the page opens first; empty: none")
-    port: int = option(7860, "of 127.0.0.1; 0 picks a free one")
+    port: int = option(7860, "port of the page, on 127.0.0.1; 0 picks a free one")
     window: int = option(320, "side in pixels of the part of a photograph that is worked on; larger takes longer")
     max_pixels: int = option(images.MAX_PIXELS, "largest accepted photograph, height x width")
     device: str = option("auto", "auto (cuda when there is one), cpu, cuda or cuda:N")

@@ -20,7 +20,7 @@ class ProtocolConfig:
     output: str = required("local folder for the cells and the tables")
     data: str = option("", "RealSR-like root that holds CAMERA/Train and CAMERA/Test", common=True)
     photographs: str = option("", "in place of data: photographs that the simulated cameras capture", common=True)
-    simulate: list[str] = option([], "words for simulate_scenes")
+    simulate: list[str] = option([], "words for simulate-scenes")
     cameras: tuple[str, str] = option(
         ("Canon", "Nikon"), "A, whose pairs train the degrader, and B, whose HR images it degrades"
     )
@@ -28,13 +28,13 @@ class ProtocolConfig:
     degraders: dict[str, list[str]] = option(
         {"draws": [], "published": ["stage2=train_lfm", "skips=hr"]},
         "name -> its own words: model=FILE (or model=shipped) in place of a training; stage2=train_lfm or "
-        "train_residual (the default); skips=..., autoencoder.* for train_rae; scenes.* for both trainings; levels=... "
+        "train_residual (the default); skips=..., autoencoder.* for train-rae; scenes.* for both trainings; levels=... "
         "for evaluate; scale.*, spread=... for synthesize; all others for stage 2",
         common=True,
     )
-    rae: list[str] = option(["config=paper_rae", "skips=optics"], "words for train_rae")
-    lfm: list[str] = option(["config=paper_lfm"], "words for train_lfm")
-    residual: list[str] = option([], "words for train_residual")
+    rae: list[str] = option(["config=paper_rae", "skips=optics"], "words for train-rae")
+    lfm: list[str] = option(["config=paper_lfm"], "words for train-lfm")
+    residual: list[str] = option([], "words for train-residual")
     evaluate: list[str] = option(["levels={1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0}"], "words for evaluate")
     synthesize: list[str] = option(["scale.low=2", "scale.high=4"], "words for synthesize")
     rows: dict[str, list[str]] = option(
@@ -42,14 +42,14 @@ class ProtocolConfig:
         "label -> training set of the SR networks: levels of real pairs, or names of degraders; {} trains none",
         common=True,
     )
-    row_words: dict[str, list[str]] = option({}, "row -> words for its train_sr, after all other words")
+    row_words: dict[str, list[str]] = option({}, "row -> words for its train-sr, after all other words")
     real: list[str] = option(["Canon"], "cameras whose Train gives the rows' real pairs")
     networks: dict[str, list[str]] = option(
         {name: [f"network.name={name}"] for name in ("swinir", "hat", "mambair")},
-        "name -> words for train_sr",
+        "name -> words for train-sr",
         common=True,
     )
-    sr: list[str] = option(["config=paper_sr"], "words for train_sr, before the network's")
+    sr: list[str] = option(["config=paper_sr"], "words for train-sr, before the network's")
     seeds: dict[str, int] = option({}, "network -> how many seeds; one for those not named")
     launch: list[str] = option(
         [],

@@ -11,7 +11,7 @@ from degflow.training.settings import FitConfig
 
 @dataclass(frozen=True)
 class TrainSRConfig:
-    """Keys of train_sr."""
+    """Keys of train-sr."""
 
     train: dict[str, str] = required("name -> one split of a RealSR-like tree, or a synthesized dataset", dict)
     output: str = required("folder or URI for checkpoints, network.safetensors and the tables")

@@ -23,7 +23,7 @@ from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear, Timeline
 
 @dataclass(frozen=True)
 class TrainLFMConfig:
-    """Keys of train_lfm."""
+    """Keys of train-lfm."""
 
     scenes: SceneConfig = option(SceneConfig())
     validation: str = option(

@@ -21,7 +21,7 @@ from degflow.training.settings import FitConfig
 
 @dataclass(frozen=True)
 class TrainRAEConfig:
-    """Keys of train_rae."""
+    """Keys of train-rae."""
 
     scenes: SceneConfig = option(SceneConfig())
     validation: str = option(
@@ -31,7 +31,7 @@ class TrainRAEConfig:
     skips: Literal["hr", "optics"] = option(
         "hr",
         "the image whose features the decoder gets: hr, as published; optics, HR after the optics, which are fitted on "
-        "the scenes and stored with the autoencoder (for train_residual)",
+        "the scenes and stored with the autoencoder (for train-residual)",
         common=True,
     )
     autoencoder: AutoencoderConfig = option(AutoencoderConfig())

@@ -26,7 +26,7 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """Keys of import_released."""
+    """Keys of import-released."""
 
     autoencoder: str = required("file or URI of the released autoencoder: encoder and decoder")
     flow: str = required("file or URI of the released velocity network")

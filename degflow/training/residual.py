@@ -26,7 +26,7 @@ from degflow.trajectory import Timeline
 
 @dataclass(frozen=True)
 class TrainResidualConfig:
-    """Keys of train_residual."""
+    """Keys of train-residual."""
 
     scenes: SceneConfig = option(SceneConfig(reductions=(1.0, 8 / 7, 4 / 3, 1.6)))
     validation: str = option(
@@ -47,7 +47,7 @@ def train_residual(config: TrainResidualConfig) -> None:
     """
     autoencoder, optics = load_stage1(config.rae, config.scenes.levels)
     if not optics:
-        raise ValueError(f"rae={config.rae}: holds no optics; train_rae makes them with skips=optics")
+        raise ValueError(f"rae={config.rae}: holds no optics; train-rae makes them with skips=optics")
     r = autoencoder.config.compression
     if config.scenes.crop % r:
         raise ValueError(f"scenes.crop={config.scenes.crop}: must be a multiple of the autoencoder's r = {r}")

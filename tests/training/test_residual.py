@@ -177,7 +177,7 @@ def test_each_stage_2_takes_its_own_kind_of_stage_1_alone(tree, rae, residual, t
     file = tmp_path / "rae/rae.safetensors"
     code, words = fails("train_residual", **{**keys_of(tree, rae, tmp_path / "none"), "rae": file})
     assert code == 1
-    assert f"error: rae={file}: holds no optics; train_rae makes them with skips=optics" in words
+    assert f"error: rae={file}: holds no optics; train-rae makes them with skips=optics" in words
     for file in (rae[0] / "rae.safetensors", residual[0] / "degrader.safetensors"):
         code, words = fails("train_lfm", **LFM, **{"scenes.data": tree, "rae": file, "output": tmp_path / "none"})
         assert code == 1
