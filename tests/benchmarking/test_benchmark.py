@@ -210,6 +210,10 @@ def test_the_job_saves_what_it_prints(tmp_path):
         "Bare loop and Ray job",
         "Scaling with actors (stand-in)",
         "Codecs",
+        "What a photograph costs outside the networks",
+        "One node (model)",
+        "Planning",
+        "Finding finished shards",
     ]
     assert all(table in done.stdout for table in saved.split("\n\n"))
 
