@@ -53,7 +53,7 @@ def node(photograph: np.ndarray, device_seconds: float, repeats: int, photograph
     pixels = (photograph + noise).round().clip(0, 255).astype(np.uint8)
     cost = measured(pixels, device_seconds, repeats, photographs)
     height, width, _ = pixels.shape
-    return [_costs(cost, f"{width} x {height}"), _rates(cost, device_seconds, f"{width} x {height}")]
+    return [_costs(cost, f"{width} x {height}"), rates(cost, device_seconds, f"{width} x {height}")]
 
 
 def measured(pixels: np.ndarray, device_seconds: float, repeats: int, photographs: int) -> Cost:
@@ -111,9 +111,10 @@ def _costs(cost: Cost, size: str) -> Table:
     return Table("What a photograph costs outside the networks", about, ("", "per photograph", ""), rows)
 
 
-def _rates(cost: Cost, device_seconds: float, size: str) -> Table:
-    threads = min(GPUS, GPUS * cost.actor / max(cost.actor, device_seconds))  # cores that the actors' threads hold
-    rates = {
+def rates(cost: Cost, device_seconds: float, size: str) -> Table:
+    """Photographs per second of each stage of a node, and which one binds."""
+    threads = GPUS * cost.actor / (cost.actor + device_seconds)  # cores that the actors' threads hold
+    stages = {
         "networks": (GPUS / device_seconds, f"{GPUS} GPUs at {device_seconds:g} s per photograph (given)"),
         "actors' own threads": (GPUS / cost.actor, f"{GPUS} at {cost.actor:.3f} CPU s"),
         "networks and own threads in turn": (
@@ -125,13 +126,13 @@ def _rates(cost: Cost, device_seconds: float, size: str) -> Table:
             f"{CORES - threads:.0f} cores at {cost.decode + cost.encode:.2f} CPU s",
         ),
     }
-    binding = min(rates, key=lambda name: rates[name][0])
+    binding = min(stages, key=lambda name: stages[name][0])
     rows = [
         (f"**{name}**" if name == binding else name, f"{rate:.1f}", "binds" if name == binding else "", how)
-        for name, (rate, how) in rates.items()
+        for name, (rate, how) in stages.items()
     ]
-    rate = rates[binding][0]
-    cores = (cost.decode + cost.encode) * rates["networks"][0]
+    rate = stages[binding][0]
+    cores = (cost.decode + cost.encode) * stages["networks"][0]
     about = (
         f"A MODEL of a node of {GPUS} H100s and {CORES} cores, from the costs above: photographs of {size} pixels with "
         f"{DRAWS} draws per second, if each stage were alone. {binding[0].upper()}{binding[1:]} bind at {rate:.1f}/s. "
