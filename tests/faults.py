@@ -22,19 +22,24 @@ class FaultProxy:
         rate: share of requests with a fault of a random kind.
         seed: of the draws.
         broken: requests whose path ends with this are always throttled.
+
+    Requests whose path starts with `throttled` are throttled for as long as it is set.
     """
 
     def __init__(self, target: str, rate: float = 0.0, seed: int = 0, broken: str | None = None):
         self.target, self.rate, self.broken = target, rate, broken
         self.random, self.met = random.Random(seed), Counter()
+        self.throttled: str | None = None
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         kind = self.random.choice(KINDS) if self.random.random() < self.rate else "none"
         if self.broken and request.path.endswith(self.broken):
             kind = "throttle"
+        if self.throttled and request.path.startswith(self.throttled):
+            kind = "throttled prefix"
         body = await request.read()
         self.met[kind] += 1
-        if kind == "throttle":
+        if kind.startswith("throttle"):
             return web.Response(status=503, body=SLOW_DOWN, content_type="application/xml")
         if kind == "reset":
             request.transport.abort()

@@ -2,7 +2,9 @@
 
 import functools
 import os
+import random
 import signal
+import sys
 import time
 
 import ray
@@ -59,3 +61,39 @@ def trace():
 
     Codec.load, Codec.encode = traced(Codec.load, "load"), traced(Codec.encode, "encode")
     ShardWriter.__init__ = traced(ShardWriter.__init__, "actor")  # an actor makes one for each of its shards
+
+
+def stress():
+    """Let a share of an actor's calls and starts raise, and write PNGs at another level; see tests/stress.py.
+
+    DEGFLOW_STRESS_RATE is the share, and each error is a line in DEGFLOW_STRESS_LOG. DEGFLOW_STRESS_PNG is the level.
+    Every process of a node runs this, so it does not import torch.
+    """
+    from degflow import images
+    from degflow.dataset.writer import ShardWriter
+    from degflow.synthesis.codec import Codec, Threads
+
+    rate, draw = float(os.environ["DEGFLOW_STRESS_RATE"]), random.SystemRandom()
+    images.encode_png = functools.partial(images.encode_png, compress_level=int(os.environ["DEGFLOW_STRESS_PNG"]))
+
+    def unreliable(function):
+        @functools.wraps(function)
+        def call(*arguments, **options):
+            if draw.random() < rate:
+                with open(os.environ["DEGFLOW_STRESS_LOG"], "a") as file:
+                    file.write(f"{function.__qualname__}\n")
+                raise RuntimeError(f"injected into {function.__qualname__}")
+            return function(*arguments, **options)
+
+        return call
+
+    start = unreliable(Threads.__init__)
+
+    def started(self, count):  # an actor on CPUs begins with this
+        sys.modules["degflow.synthesis.pool"]._ShardActor.PAUSE = 1.0
+        start(self, count)
+
+    Threads.__init__ = started
+    for owner, names in ((Codec, ("load", "encode")), (ShardWriter, ("__init__", "add", "finish"))):
+        for name in names:
+            setattr(owner, name, unreliable(getattr(owner, name)))

@@ -10,5 +10,7 @@ inference       the networks: accuracy, comparison, roofline, a large image
 optimisations   what each optimisation should gain, and gains
 steps           the training steps
 pipeline        the Ray job and the codecs
+node            a model of one node with many GPUs: which stage binds
+scale           planning many photographs, and finding finished shards
 stand_in        a degrader that only sleeps
 """

@@ -1,6 +1,7 @@
 """Around the networks: image codecs, and the Ray job beside a bare loop."""
 
 import io
+import json
 import os
 import statistics
 import subprocess
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 
 from degflow import images
+from degflow.benchmarking import stand_in
 from degflow.benchmarking.measure import Table, alternate
 from degflow.dataset.layout import MANIFEST
 from degflow.degrader import Degrader
@@ -24,8 +26,8 @@ from degflow.degrader import Degrader
 def codecs(photographs: Sequence[np.ndarray], repeats: int) -> Table:
     """Megabytes of pixels per second and core, and bytes per pixel, of lossless encoders and of decoding."""
     files = {
-        "JPEG": [_saved(p, "JPEG", quality=95) for p in photographs],
-        "PNG": [_saved(p, "PNG") for p in photographs],
+        "JPEG": [saved(p, "JPEG", quality=95) for p in photographs],
+        "PNG": [saved(p, "PNG") for p in photographs],
     }
     ways: dict[str, Callable[[int], list[Any]]] = {}
     for level in (1, 3, 6, 9):
@@ -39,7 +41,7 @@ def codecs(photographs: Sequence[np.ndarray], repeats: int) -> Table:
             ]
     for method in (0, 1):
         ways[f"lossless WebP, Pillow method {method}"] = lambda _, method=method: [
-            _saved(p, "WebP", lossless=True, quality=0, method=method) for p in photographs
+            saved(p, "WebP", lossless=True, quality=0, method=method) for p in photographs
         ]
     for kind, data in files.items():
         ways[f"read {kind}"] = lambda _, data=data: [images.decode(one) for one in data]
@@ -55,7 +57,8 @@ def codecs(photographs: Sequence[np.ndarray], repeats: int) -> Table:
     return Table("Codecs", about, ("", "MB/s of pixels", "bytes per pixel"), rows)
 
 
-def _saved(pixels: np.ndarray, kind: str, **options: Any) -> bytes:
+def saved(pixels: np.ndarray, kind: str, **options: Any) -> bytes:
+    """The bytes of an image file of a kind that Pillow knows."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind, **options)
     return buffer.getvalue()
@@ -85,7 +88,7 @@ def job(degrader: Degrader, model: str, photographs: Sequence[np.ndarray], repea
         source = Path(folder, "photographs")
         source.mkdir()
         for n, pixels in enumerate(photographs):
-            (source / f"{n:03d}.jpg").write_bytes(_saved(pixels, "JPEG", quality=95))
+            (source / f"{n:03d}.jpg").write_bytes(saved(pixels, "JPEG", quality=95))
         for repeat in range(repeats):
             degrader(tensors[0], scale)
             begun = time.perf_counter()
@@ -113,7 +116,7 @@ def job(degrader: Degrader, model: str, photographs: Sequence[np.ndarray], repea
 
 def _cpu_seconds(photographs: Sequence[np.ndarray]) -> float:
     """CPU seconds of reading a JPEG and writing HR and LR as PNG, per photograph."""
-    files = [_saved(pixels, "JPEG", quality=95) for pixels in photographs]
+    files = [saved(pixels, "JPEG", quality=95) for pixels in photographs]
     begun = time.process_time()
     for data in files:
         pixels = images.decode(data)
@@ -152,18 +155,45 @@ def actors(counts: Sequence[int], seconds: float, images_per_shard: int) -> Tabl
         for count in counts:
             source, output = Path(folder, f"in{count}"), Path(folder, f"out{count}")
             source.mkdir()
-            data = _saved(np.full((16, 16, 3), 128, np.uint8), "JPEG")
+            data = saved(np.full((16, 16, 3), 128, np.uint8), "JPEG")
             for n in range(4 * count * images_per_shard):
                 (source / f"{n:05d}.jpg").write_bytes(data)
             words = [f"input={source}", f"output={output}", "actors.threads=1", "actors.gpus=0", f"actors.max={count}"]
             words += [f"actors.min={count}", f"shard.images={images_per_shard}", "batch=1"]
-            environment = {"RAY_OVERRIDE_RESOURCES": f'{{"CPU": {count}}}', "DEGFLOW_STAND_IN_SECONDS": str(seconds)}
-            _run_job(["-m", "degflow.benchmarking.stand_in"], words, **environment)
+            notes = run_stand_in(words, {"CPU": count}, seconds)
             ends = sorted(file.stat().st_mtime for file in (output / "data").iterdir())
             rate = (len(ends) - count) * images_per_shard / (ends[-1] - ends[count - 1])
-            rows.append((str(count), f"{rate:.1f}", f"{count / seconds:.1f}", f"{rate * seconds / count:.0%}"))
+            shares = f"{rate:.1f}", f"{count / seconds:.1f}", f"{rate * seconds / count:.0%}"
+            rows.append((str(count), *shares, *_driver(notes, count)))
     about = (
         f"A STAND-IN: the degrader sleeps {seconds:g} s per image and returns it, and Ray is told of as many CPUs "
-        f"as actors ({os.cpu_count()} are real). Images per second after each actor's first shard."
+        f"as actors ({os.cpu_count()} are real). Images per second after each actor's first shard. An actor reports "
+        "once a second at most; the last columns are what its reports cost the driver."
     )
-    return Table("Scaling with actors (stand-in)", about, ("actors", "images/s", "if nothing were lost", "share"), rows)
+    header = (
+        "actors",
+        "images/s",
+        "if nothing were lost",
+        "share",
+        "driver CPU ms/report",
+        "driver CPU ms/s of an actor",
+    )
+    return Table("Scaling with actors (stand-in)", about, header, rows)
+
+
+def _driver(notes: Sequence[dict[str, Any]], actors: int) -> tuple[str, str]:
+    """CPU milliseconds of the driver for each report, and for each actor and second."""
+    reports = [note for note in notes if note["who"] == "report"]
+    first, last = reports[0], reports[-1]
+    cpu, seconds = 1e3 * (last["cpu"] - first["cpu"]), last["at"] - first["at"]
+    return f"{cpu / (len(reports) - 1):.1f}", f"{cpu / seconds / actors:.1f}"
+
+
+def run_stand_in(words: Sequence[str], resources: dict[str, int], seconds: float) -> list[dict[str, Any]]:
+    """Run the job of `stand_in` to its end, on a Ray that is told of these resources; returns its trace."""
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace")
+        environment = {stand_in.SECONDS: str(seconds), stand_in.TRACE: str(trace)}
+        environment["RAY_OVERRIDE_RESOURCES"] = json.dumps(resources)
+        _run_job(["-m", "degflow.benchmarking.stand_in"], words, **environment)
+        return [json.loads(line) for line in trace.read_text().splitlines()]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from degflow import images
-from degflow.benchmarking import inference, pipeline
+from degflow.benchmarking import inference, node, pipeline, scale
 from degflow.benchmarking.measure import Table, machine
 from degflow.benchmarking.optimisations import optimisations
 from degflow.benchmarking.steps import training
@@ -23,6 +23,7 @@ from degflow.storage import Place
 FULL_WIDTH = ", published networks at full width, RANDOM weights (no trained ones are here)"
 SWEEP = 30  # scales
 PARTS = ("accuracy", "comparison", "roofline", "optimisations", "large", "training", "job", "actors", "codecs")
+PARTS += ("node", "scale")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class BenchmarkConfig:
     full_width: bool = option(
         True, "accuracy and comparison also of the published networks at full width, with random weights"
     )
+    device_seconds: float = option(
+        0.17, "seconds that a GPU takes for a photograph of 12 megapixels with 4 draws, for the model of a node"
+    )
     threads: int = option(0, "CPU threads; 0: all cores", common=True)
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
     quick: bool = option(False, "tiny sizes and one repeat, to see that everything runs", common=True)
@@ -50,6 +54,7 @@ class BenchmarkConfig:
             ("sizes", self.sizes and min(self.sizes) >= 8, "must be at least one side, each at least 8"),
             ("repeats", self.repeats >= 1, "must be at least 1"),
             ("precision", self.precision in PRECISIONS, f"must be one of {', '.join(PRECISIONS)}"),
+            ("device_seconds", self.device_seconds > 0, "must be above 0"),
             ("threads", self.threads >= 0, "must not be negative"),
             ("device", self.device in ("auto", "cpu", "cuda"), "must be auto, cpu or cuda"),
         )
@@ -157,6 +162,16 @@ class _Bench:
 
     def codecs(self) -> Iterator[Table]:
         yield pipeline.codecs(self.photos[: 1 if self.quick else None], self.repeats)
+
+    def node(self) -> Iterator[Table]:
+        (height, width), count = ((120, 160), 3) if self.quick else ((3000, 4000), 10)
+        photo = cut(self.photos[0], height, width)
+        yield from node.node(photo, self.config.device_seconds, self.repeats, count)
+
+    def scale(self) -> Iterator[Table]:
+        keys, shards = (1000, 20) if self.quick else (1_000_000, 2000)
+        yield scale.planning(keys)
+        yield scale.recognising(self.degrader.to("cpu"), self.config.output, shards)
 
     def _crops(self, side: int) -> list[torch.Tensor]:
         return [images.to_tensor(cut(photo, side, side), self.device)[None] for photo in self.photos]

@@ -1,43 +1,81 @@
-"""`python -m degflow.benchmarking.stand_in KEY=VALUE ...`: the synthesis job with a degrader that sleeps."""
+"""`python -m degflow.benchmarking.stand_in KEY=VALUE ...`: the synthesis job with a degrader that sleeps.
 
+It works without a GPU, where Ray is told of one. The environment has its settings: DEGFLOW_STAND_IN_SECONDS, for each
+photograph, and DEGFLOW_STAND_IN_TRACE, a file that gets a JSON object for each photograph that is degraded and for each
+report that the driver takes: `who` (image or report), `at` (clock, s), and `cpu` (s): of the actor's thread that runs
+the degrader, or of the driver's process.
+"""
+
+import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+import numpy as np
 
 from degflow.config import load
 from degflow.degrader import Degrader
 from degflow.flow import PathFlow
 from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork
+from degflow.synthesis import pool, run
 from degflow.synthesis.settings import SynthesizeConfig
+from degflow.synthesis.window import Item, WindowDegrader
+
+SECONDS, TRACE = "DEGFLOW_STAND_IN_SECONDS", "DEGFLOW_STAND_IN_TRACE"
 
 
 class StandIn(Degrader):
-    """Sleeps for each image, and returns it for every scale."""
+    """A degrader that stays on the CPU, whatever device it is sent to."""
 
-    def __init__(self, seconds: float):
+    def __init__(self):
         autoencoder = ResidualAutoencoder(AutoencoderConfig(base_width=8))
         flow = PathFlow(VelocityNetwork(VelocityConfig(width=8, blocks=1)))
         super().__init__(autoencoder, flow, {"1": 1.0, "4": 4.0})
-        self.seconds = seconds
 
-    def forward(self, hr: Tensor, scale: Any, **options: Any) -> Tensor:
-        """ "B 3 H W" and "B N" -> "B N 3 H W"."""
-        time.sleep(self.seconds * len(hr))
-        return hr[:, None].expand(-1, scale.shape[1], -1, -1, -1)
+    def to(self, *_: Any, **__: Any) -> "StandIn":
+        """This one."""
+        return self
+
+
+class Sleeper(WindowDegrader):
+    """Sleeps for each photograph, and returns it for every scale.
+
+    Two copies stay, of those that a GPU needs: the photographs in one array, and the LR images in another.
+    """
+
+    def _forward(self, batch: Sequence[Item], memory: float) -> tuple[np.ndarray, list[bool]]:
+        for _ in batch:
+            note("image", time.thread_time())
+        hr = np.stack([item.loaded.pixels for item in batch])
+        time.sleep(float(os.environ[SECONDS]) * len(batch))
+        return np.repeat(hr[:, None], len(batch[0].scales), axis=1), [True] * len(batch)
+
+
+def note(who: str, cpu: float) -> None:
+    """Write a line into the trace, if there is one."""
+    if path := os.environ.get(TRACE):
+        with open(path, "a") as file:
+            file.write(json.dumps({"who": who, "at": time.monotonic(), "cpu": cpu}) + "\n")
+
+
+class Count(pool._Count):
+    """The driver's count of reports, which notes each."""
+
+    def take(self, report: dict[str, Any]) -> None:
+        """Count one report."""
+        note("report", time.process_time())
+        super().take(report)
 
 
 def main() -> None:
-    """Run the job. Only the driver's `Degrader.load` is replaced; actors get the object that it returns."""
-    from degflow.benchmarking import stand_in
-    from degflow.synthesis.run import synthesize
+    """Run the job. Only the driver's degrader is replaced; actors get the objects that it makes."""
+    from degflow.benchmarking import stand_in  # its importable name: actors could not unpickle objects of __main__
 
-    # By its importable name, because this file runs as __main__, which actors could not unpickle.
-    degrader = stand_in.StandIn(float(os.environ["DEGFLOW_STAND_IN_SECONDS"]))
-    Degrader.load = classmethod(lambda *_: degrader)  # type: ignore[method-assign]
-    synthesize(load(SynthesizeConfig, sys.argv[1:]))
+    Degrader.load = classmethod(lambda *_: stand_in.StandIn())  # type: ignore[method-assign]
+    run.WindowDegrader, pool._Count = stand_in.Sleeper, stand_in.Count  # type: ignore[misc]
+    run.synthesize(load(SynthesizeConfig, sys.argv[1:]))
 
 
 if __name__ == "__main__":

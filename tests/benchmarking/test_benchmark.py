@@ -10,6 +10,7 @@ import torch
 from degflow import Degrader, images
 from degflow.benchmarking.inference import accuracy, comparison, decibels, evaluations, ours, pixel_by_pixel, roofline
 from degflow.benchmarking.measure import Timing, alternate, flop
+from degflow.benchmarking.node import Cost, rates
 from degflow.benchmarking.optimisations import optimisations
 from degflow.benchmarking.pipeline import codecs
 from degflow.benchmarking.plain import exact, plain_decode, released
@@ -210,8 +211,28 @@ def test_the_job_saves_what_it_prints(tmp_path):
         "Bare loop and Ray job",
         "Scaling with actors (stand-in)",
         "Codecs",
+        "What a photograph costs outside the networks",
+        "One node (model)",
+        "Planning",
+        "Finding finished shards",
     ]
     assert all(table in done.stdout for table in saved.split("\n\n"))
+
+
+@pytest.mark.parametrize(("encode", "binding"), [(7.0, "codecs"), (0.5, "networks and own threads in turn")])
+def test_the_slowest_stage_of_a_node_binds(encode, binding):
+    cost = Cost(decode=0.5, encode=encode, actor=0.05, pixels=36_000_000, hr=15_000_000, lr=50_000_000)
+    table = rates(cost, 0.15, "4000 x 3000")
+    found = {row[0].strip("*"): float(row[1]) for row in table.rows}
+    assert found == {
+        "networks": 53.3,
+        "actors' own threads": 160.0,
+        "networks and own threads in turn": 40.0,
+        "codecs": round((64 - 2) / (0.5 + encode), 1),
+    }
+    assert [row[0] for row in table.rows if row[2] == "binds"] == [f"**{binding}**"]
+    passed = 0.245 * min(found.values())  # GB: pixels, those of 4 LR images, and their PNGs
+    assert f"{passed:.1f} GB/s pass through the object store" in table.about
 
 
 def test_parts_that_compare_solvers_need_a_model_with_one(tmp_path):

@@ -76,8 +76,12 @@ def finish(process):
     return out
 
 
-def rows_of(output):
-    """(key, draw) -> scale and PNG bytes; fails if a row comes twice, or if any file is not of the layout."""
+def scale_and_bytes(row):
+    return row["scale"], row["lr"]["bytes"], row["hr"]["bytes"]
+
+
+def rows_of(output, told=scale_and_bytes):
+    """(key, draw) -> what is `told` of a row; fails if one comes twice, or if any file is not of the layout."""
     place, rows = Place(output), {}
     names = [file.key for file in place.files()]
     assert [name for name in names if not re.fullmatch(LAYOUT, name)] == []
@@ -91,7 +95,7 @@ def rows_of(output):
         assert len(found) == record["rows"]
         for row in found:
             assert (row["key"], row["draw"]) not in rows
-            rows[row["key"], row["draw"]] = (row["scale"], row["lr"]["bytes"], row["hr"]["bytes"])
+            rows[row["key"], row["draw"]] = told(row)
     return rows
 
 

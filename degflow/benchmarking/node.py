@@ -1,0 +1,143 @@
+"""A model of one node: which stage of the job binds, and at how many photographs per second."""
+
+import statistics
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from degflow import images
+from degflow.benchmarking.measure import Table
+from degflow.benchmarking.pipeline import run_stand_in, saved
+from degflow.storage import Source
+from degflow.synthesis.codec import Codec, Draw, Encoded, Loaded
+
+GPUS, CORES, DRAWS = 8, 64, 4
+_NOISE = 2.0  # levels, of the sensor: enlarged photographs have none, and would be too easy to encode
+_WARM = 2  # first photographs of an actor, which are not counted
+
+
+class Cost(NamedTuple):
+    """What one photograph costs outside the networks.
+
+    CPU seconds of its decoding, its encoding (of HR and LR images, with their comparison), and of the actor's own
+    thread; bytes of its pixels, of the PNGs of HR, and of those of all LR images.
+    """
+
+    decode: float
+    encode: float
+    actor: float
+    pixels: int
+    hr: int
+    lr: int
+
+    @property
+    def stored(self) -> int:
+        """Bytes that pass through Ray's object store: decoded pixels, LR pixels, and the rows."""
+        return self.pixels * (1 + DRAWS) + self.hr + self.lr
+
+
+def node(photograph: np.ndarray, device_seconds: float, repeats: int, photographs: int) -> list[Table]:
+    """Two tables: what a photograph costs, as measured here, and the rates of a node that follow.
+
+    Args:
+        photograph: uint8 "H W 3", of the size that the node makes.
+        device_seconds: that a GPU takes for a photograph with its draws; given, not measured here.
+        repeats: of the codec.
+        photographs: that the actor makes.
+    """
+    noise = np.random.default_rng(0).normal(0, _NOISE, photograph.shape)
+    pixels = (photograph + noise).round().clip(0, 255).astype(np.uint8)
+    cost = measured(pixels, device_seconds, repeats, photographs)
+    height, width, _ = pixels.shape
+    return [_costs(cost, f"{width} x {height}"), rates(cost, device_seconds, f"{width} x {height}")]
+
+
+def measured(pixels: np.ndarray, device_seconds: float, repeats: int, photographs: int) -> Cost:
+    """The costs of a photograph: the codec's in this process, the actor's in a job whose degrader sleeps."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = saved(pixels, "JPEG", quality=95)
+        for n in range(photographs):
+            Path(folder, f"{n:03d}.jpg").write_bytes(data)
+        codec = Codec(folder, images.MAX_PIXELS, embed=True, scaled=False, keep_gray=False, seed=0, model_sha256="")
+        seconds: list[tuple[float, float]] = []
+        for _ in range(repeats):
+            begun = time.process_time()
+            loaded = codec.load(Source("000.jpg", len(data), ""))
+            assert isinstance(loaded, Loaded), loaded
+            half = time.process_time()
+            encoded = codec.encode(loaded, [Draw(2.0, 0.5, n) for n in range(DRAWS)], np.stack([pixels] * DRAWS))
+            assert isinstance(encoded, Encoded), encoded
+            seconds.append((half - begun, time.process_time() - half))
+        decode, encode = (statistics.median(column) for column in zip(*seconds, strict=True))
+        lr = sum(len(row["lr"]["bytes"]) for row in encoded.rows)
+        hr = len(encoded.rows[0]["hr"]["bytes"])
+        return Cost(decode, encode, _actor_seconds(folder, device_seconds), pixels.nbytes, hr, lr)
+
+
+def _actor_seconds(folder: str, device_seconds: float) -> float:
+    """CPU seconds of the own thread of an actor with a GPU, for each photograph of a folder after the first ones."""
+    words = [f"input={folder}", f"scale.per_image={DRAWS}", "actors.gpus=1", "actors.threads=1", "batch=1"]
+    with tempfile.TemporaryDirectory() as output:
+        notes = run_stand_in([*words, f"output={output}"], {"CPU": 2, "GPU": 1}, device_seconds)
+    clock = [note["cpu"] for note in notes if note["who"] == "image"]
+    spent = [after - before for before, after in pairwise(clock)]
+    return statistics.mean(spent[_WARM:] or spent)
+
+
+def _costs(cost: Cost, size: str) -> Table:
+    rows = [
+        ("decoding a JPEG, CPU s", f"{cost.decode:.2f}", f"{cost.pixels / cost.decode / 1e6:.0f} MB/s of pixels"),
+        (
+            f"encoding HR and {DRAWS} LR as PNG, comparing, CPU s",
+            f"{cost.encode:.2f}",
+            f"{(1 + DRAWS) * cost.pixels / cost.encode / 1e6:.0f} MB/s of pixels",
+        ),
+        ("the actor's own thread, CPU s", f"{cost.actor:.3f}", "copies to and from the object store; the shard's file"),
+        ("through the object store, MB", f"{cost.stored / 1e6:.0f}", "computed: pixels, LR pixels, rows"),
+        (
+            "in the shard's file, MB",
+            f"{(cost.hr + cost.lr) / 1e6:.0f}",
+            f"{cost.hr / (cost.pixels / 3):.2f} bytes/pixel",
+        ),
+    ]
+    about = (
+        f"One photograph of {size} pixels with {DRAWS} draws: an enlarged one with the noise of a sensor ({_NOISE:g} "
+        "levels), on one core. The actor's degrader is A STAND-IN that sleeps."
+    )
+    return Table("What a photograph costs outside the networks", about, ("", "per photograph", ""), rows)
+
+
+def rates(cost: Cost, device_seconds: float, size: str) -> Table:
+    """Photographs per second of each stage of a node, and which one binds."""
+    threads = GPUS * cost.actor / (cost.actor + device_seconds)  # cores that the actors' threads hold
+    stages = {
+        "networks": (GPUS / device_seconds, f"{GPUS} GPUs at {device_seconds:g} s per photograph (given)"),
+        "actors' own threads": (GPUS / cost.actor, f"{GPUS} at {cost.actor:.3f} CPU s"),
+        "networks and own threads in turn": (
+            GPUS / (device_seconds + cost.actor),
+            "while its thread copies, an actor's GPU has nothing to do",
+        ),
+        "codecs": (
+            (CORES - threads) / (cost.decode + cost.encode),
+            f"{CORES - threads:.0f} cores at {cost.decode + cost.encode:.2f} CPU s",
+        ),
+    }
+    binding = min(stages, key=lambda name: stages[name][0])
+    rows = [
+        (f"**{name}**" if name == binding else name, f"{rate:.1f}", "binds" if name == binding else "", how)
+        for name, (rate, how) in stages.items()
+    ]
+    rate = stages[binding][0]
+    cores = (cost.decode + cost.encode) * stages["networks"][0]
+    about = (
+        f"A MODEL of a node of {GPUS} H100s and {CORES} cores, from the costs above: photographs of {size} pixels with "
+        f"{DRAWS} draws per second, if each stage were alone. {binding[0].upper()}{binding[1:]} bind at {rate:.1f}/s. "
+        f"Then {cost.stored * rate / 1e9:.1f} GB/s pass through the object store, and "
+        f"{(cost.hr + cost.lr) * rate / 1e9:.1f} GB/s go into storage. Codecs for all that the networks could make "
+        f"need {cores:.0f} cores; other nodes may lend theirs."
+    )
+    return Table("One node (model)", about, ("stage", "photographs/s", "", "by"), rows)
