@@ -10,6 +10,7 @@ references      the photographs of rows without HR bytes
 card            README.md and preview.png
 gallery         preview.html
 reader          a finished dataset, read through its manifest
+order           the order of an epoch's rows, as numbers
 pairs           a finished dataset as a PyTorch dataset of aligned crops
 exports         a finished dataset as folders or tars for other trainers
 export_layouts  a class for each layout of an export

@@ -3,14 +3,16 @@
 1. An epoch is one sequence of rows: the parts in an order drawn from (seed, epoch), their rows as stored. Every loader
    worker of every rank reads one contiguous slice of it. The slices share no row, leave none out, and differ in length
    by one row at most, whatever the number of parts.
-2. A buffer of limited size shuffles the slice. It works on row numbers, so a resumed epoch repeats the shuffling
-   without reading, and then reads only the rows that are still to come.
+2. A slice is read at several places side by side, so rows of several parts meet in a buffer of limited size, which
+   shuffles them. All this works on row numbers (`order`). So a resumed epoch repeats the shuffling without reading, and
+   then reads only the rows that are still to come.
 3. Crop, flips and rotation of a row depend on (seed, epoch, key, draw) alone, not on the worker.
 """
 
 import hashlib
 import itertools
 import os
+from bisect import bisect_right
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,9 +22,12 @@ import torch.distributed
 from torch.utils.data import IterableDataset, get_worker_info
 
 from degflow import images
+from degflow.dataset.order import lanes_of, merged, shuffled, slice_of
 from degflow.dataset.reader import FinishedDataset
+from degflow.dataset.writer import ROW_GROUP_BYTES, ROW_GROUP_ROWS
 
 _BUFFER_BYTES, _BUFFER_ROWS = 256 << 20, 1024
+_LANES, _LANE_GROUPS = 8, 4  # by default: the most lanes, and the fewest row groups in one
 
 
 class SynthesizedPairs(IterableDataset[dict[str, Any]]):
@@ -44,15 +49,17 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
     IterableDataset among ranks themselves (Accelerate's `prepare`) need rank=0, world=1. To save the state with loader
     workers, use torchdata's StatefulDataLoader; without them, DataLoader and `state_dict` are enough.
 
-    A worker's memory holds `buffer` rows as PNG, one row group (100 rows or some 64 MB; some 240 MB with Arrow's
-    buffers), and the pair being decoded.
+    A worker's memory holds `buffer` rows as PNG, for each lane the rest of a row group (at most 100 rows or some 64
+    MB), and the pair being decoded. While a row group is read, Arrow's buffers take some 240 MB more.
 
     Args:
         uri: the dataset's folder or URI.
         crop: side of the LR crops, in pixels; None: whole images.
         flips: mirror at random, left to right and upside down.
         rotations: turn by 0, 90, 180 or 270 degrees at random.
-        shuffle: shuffle the parts, and the rows in a buffer; False: the stored order.
+        shuffle: shuffle the parts, read at several places at once, and shuffle in a buffer; False: the stored order.
+        lanes: number of places at which a worker's rows are read side by side; None: at most 8, and so few that a lane
+            has four row groups or more, because the row group where two lanes meet is read twice.
         buffer: number of rows in the buffer; None: as many as take some 256 MB on average, at most 1024.
         seed: decides order, crops, flips and rotations.
         repeat: continue with the next epoch, without end.
@@ -74,6 +81,7 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
         flips: bool = False,
         rotations: bool = False,
         shuffle: bool = True,
+        lanes: int | None = None,
         buffer: int | None = None,
         seed: int = 0,
         repeat: bool = False,
@@ -84,6 +92,7 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
         self.rank, self.world = _processes(rank, world)
         rules = (
             ("crop", crop, crop is None or crop >= 1, "must be None or at least 1"),
+            ("lanes", lanes, lanes is None or lanes >= 1, "must be None or at least 1"),
             ("buffer", buffer, buffer is None or buffer >= 1, "must be None or at least 1"),
             ("seed", seed, seed >= 0, "must not be negative"),
         )
@@ -94,8 +103,8 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
         self.crop, self.flips, self.rotations = crop, flips, rotations
         self.shuffle, self.seed, self.repeat = shuffle, seed, repeat
         self._total = sum(part.rows for part in self.dataset.parts)
-        size = sum(part.bytes for part in self.dataset.parts)
-        self.buffer = buffer or max(1, min(_BUFFER_ROWS, _BUFFER_BYTES * self._total // max(1, size)))
+        self.lanes = lanes
+        self.buffer = buffer or self._rows_in(_BUFFER_BYTES, _BUFFER_ROWS)
         self._scaled = self.dataset.recipe["size"] == "scaled"
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared with workers that are already running
         self._at = (0, 0)  # epoch, and number of its rows that were given
@@ -103,7 +112,8 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         """Number of rows of this rank in one epoch."""
-        return self._total * (self.rank + 1) // self.world - self._total * self.rank // self.world
+        first, last = slice_of(self._total, self.rank, self.world)
+        return last - first
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration."""
@@ -132,7 +142,7 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
         self.set_epoch(state["epoch"])
 
     def _identity(self) -> dict[str, Any]:
-        names = ("crop", "flips", "rotations", "shuffle", "buffer", "seed", "repeat")
+        names = ("crop", "flips", "rotations", "shuffle", "lanes", "buffer", "seed", "repeat")
         return {"manifest": self.dataset.sha256} | {name: getattr(self, name) for name in names}
 
     def _consumer(self) -> tuple[int, int]:
@@ -142,8 +152,19 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
 
     def _slice(self) -> tuple[int, int]:
         """This worker's first row of the epoch, and the row after its last."""
-        consumer, consumers = self._consumer()
-        return self._total * consumer // consumers, self._total * (consumer + 1) // consumers
+        return slice_of(self._total, *self._consumer())
+
+    def _rows_in(self, size: int, most: int) -> int:
+        """How many rows take this number of bytes on average, at least 1 and at most `most`."""
+        stored = sum(part.bytes for part in self.dataset.parts)
+        return max(1, min(most, size * self._total // max(1, stored)))
+
+    def _lanes(self, count: int) -> list[int]:
+        """The first rows of the lanes of a slice of `count` rows, and `count`."""
+        if not self.shuffle:
+            return lanes_of(count, 1)
+        group = self._rows_in(ROW_GROUP_BYTES, ROW_GROUP_ROWS)
+        return lanes_of(count, self.lanes or min(_LANES, count // (_LANE_GROUPS * group)))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self._at = self._resume or (int(self._epoch), 0)
@@ -162,31 +183,34 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
     def _rows(self, epoch: int, position: int) -> Iterator[dict[str, Any]]:
         """This worker's rows of an epoch, starting at `position`."""
         first, last = self._slice()
-        order = iter(range(last - first))
+        starts, order = self._lanes(last - first), iter(range(last - first))
         if self.shuffle:
             random = np.random.default_rng((self.seed, 1, epoch, self._consumer()[0]))
-            order = _shuffled(last - first, self.buffer, random)
+            order = shuffled(merged(starts, random).tolist(), self.buffer, random)
         wanted = np.ones(last - first, bool)
         wanted[np.fromiter(itertools.islice(order, position), np.int64)] = False
-        stored, waiting = self._stored(epoch, first, wanted), {}
+        lanes = [self._lane(epoch, first, wanted, *ends) for ends in itertools.pairwise(starts)]
+        waiting = {}
         for number in order:
+            lane = lanes[bisect_right(starts, number) - 1]
             while number not in waiting:
-                found, row = next(stored)
+                found, row = next(lane)
                 waiting[found] = row
             yield waiting.pop(number)
 
-    def _stored(self, epoch: int, first: int, wanted: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The wanted rows of the slice that begins at row `first` of the epoch, in the epoch's stored order."""
+    def _lane(
+        self, epoch: int, first: int, wanted: np.ndarray, start: int, end: int
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The wanted rows from `start` to `end` of the slice that begins at row `first` of the epoch, as stored."""
         parts = self.dataset.parts
         if self.shuffle:
             parts = [parts[n] for n in np.random.default_rng((self.seed, 0, epoch)).permutation(len(parts))]
         begin = -first  # the part's first row, as a row of the slice
         for part in parts:
-            mask = np.zeros(part.rows, bool)
-            low, high = max(0, begin), min(len(wanted), begin + part.rows)
-            if low < high:
+            low, high = max(start, begin), min(end, begin + part.rows)
+            if low < high and wanted[low:high].any():
+                mask = np.zeros(part.rows, bool)
                 mask[low - begin : high - begin] = wanted[low:high]
-            if mask.any():
                 yield from ((begin + n, row) for n, row in self.dataset.rows(part, mask))
             begin += part.rows
 
@@ -210,20 +234,6 @@ def _processes(rank: int | None, world: int | None) -> tuple[int, int]:
     if rank is None or world is None or not 0 <= rank < world:
         raise ValueError(f"rank={rank}, world={world}: give both, with 0 <= rank < world")
     return rank, world
-
-
-def _shuffled(count: int, buffer: int, random: np.random.Generator) -> Iterator[int]:
-    """0 .. count - 1, each drawn from a buffer of the next numbers, whose place the following number takes."""
-    numbers: list[int] = []
-    for number in range(count):
-        if len(numbers) < buffer:
-            numbers.append(number)
-            continue
-        place = int(random.integers(buffer))
-        yield numbers[place]
-        numbers[place] = number
-    random.shuffle(numbers)
-    yield from numbers
 
 
 def aligned_crops(

@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -54,7 +55,10 @@ class FinishedDataset:
         self._verified: set[str] = set()
 
     def rows(self, part: Part, wanted: np.ndarray | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The rows of a part with their numbers, in stored order; memory holds one row group at a time.
+        """The rows of a part with their numbers, in stored order.
+
+        The file is open only while a row group is read. In between, memory holds the rest of that row group's rows,
+        and a photograph's HR once.
 
         Args:
             part: one of `parts`.
@@ -64,28 +68,33 @@ class FinishedDataset:
             ValueError: the part is missing, or differs from the manifest.
             OSError: the part cannot be read, or is damaged.
         """
+        with self._open(part) as parquet:
+            metadata = parquet.metadata
+        first = 0
+        for group in range(metadata.num_row_groups):
+            count = metadata.row_group(group).num_rows
+            chosen = np.arange(count) if wanted is None else np.flatnonzero(wanted[first : first + count])
+            if len(chosen):
+                with self._open(part, metadata) as parquet:
+                    table = parquet.read_row_group(group)
+                rows = [(first + n, row) for n, row in zip(chosen.tolist(), _dicts(table, chosen), strict=True)]
+                del parquet, table
+                rows.reverse()
+                while rows:
+                    yield rows.pop()
+            first += count
+
+    @contextmanager
+    def _open(self, part: Part, metadata: pq.FileMetaData | None = None) -> Iterator[pq.ParquetFile]:
         place = Place(self.uri)
         where = place.uri_of(part.name)
         try:
             with place.open(part.name) as file:
                 self._check(file, where, part)
-                parquet = pq.ParquetFile(file, pre_buffer=True)
-                if parquet.metadata.num_rows != part.rows:
-                    raise ValueError(f"{where}: {parquet.metadata.num_rows} rows, but the manifest says {part.rows}")
-                first, last = 0, {}
-                for group in range(parquet.num_row_groups):
-                    count = parquet.metadata.row_group(group).num_rows
-                    chosen = np.arange(count) if wanted is None else np.flatnonzero(wanted[first : first + count])
-                    if len(chosen):
-                        table = parquet.read_row_group(group)
-                        for n in chosen.tolist():
-                            row = table.slice(n, 1).to_pylist()[0]
-                            if row["hr"] == last.get("hr"):  # of the same photograph: share its bytes
-                                row["hr"] = last["hr"]
-                            last = row
-                            yield first + n, row
-                        del table
-                    first += count
+                parquet = pq.ParquetFile(file, metadata=metadata, pre_buffer=True)
+                if (rows := parquet.metadata.num_rows) != part.rows:
+                    raise ValueError(f"{where}: {rows} rows, but the manifest says {part.rows}")
+                yield parquet
         except FileNotFoundError:
             raise ValueError(f"{where}: no such part, but the manifest lists it") from None
         except (pa.ArrowException, OSError) as error:  # Arrow reports some damage as an OSError
@@ -113,6 +122,17 @@ class FinishedDataset:
         if row["hr"]["bytes"] is not None:
             return _png(row, "hr")
         return images.decode(read_reference(row, self.recipe), max_pixels=self.recipe["max_pixels"])
+
+
+def _dicts(table: pa.Table, chosen: np.ndarray) -> Iterator[dict[str, Any]]:
+    """These rows of a table; those of one photograph share its HR bytes."""
+    last = {}
+    for n in chosen.tolist():
+        row = table.slice(n, 1).to_pylist()[0]
+        if row["hr"] == last.get("hr"):
+            row["hr"] = last["hr"]
+        last = row
+        yield row
 
 
 def _png(row: dict[str, Any], name: str) -> np.ndarray:

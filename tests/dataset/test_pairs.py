@@ -14,6 +14,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from degflow import images
 from degflow.dataset import writer
+from degflow.dataset.order import lanes_of, merged
 from degflow.dataset.pairs import SynthesizedPairs, aligned_crops
 from degflow.dataset.reader import FinishedDataset
 from degflow.storage import Place
@@ -93,7 +94,7 @@ def test_ranks_and_workers_share_the_rows_out_evenly(grid, world, workers):
     """Also if there are more of them than parts (4 and 3), or than rows (50 and 40)."""
     shares = []
     for rank in range(world):
-        pairs = SynthesizedPairs(grid, rank=rank, world=world, shuffle=bool(workers))
+        pairs = SynthesizedPairs(grid, rank=rank, world=world, shuffle=bool(workers), lanes=3)
         share = names(DataLoader(pairs, batch_size=None, num_workers=workers, collate_fn=identity))
         assert len(share) == len(pairs)
         shares.append(share)
@@ -146,6 +147,57 @@ def test_the_buffer_bounds_how_far_a_row_is_moved_and_held(grid):
     }
     assert all(place[key] <= n + 4 for n, key in enumerate(order))
     assert any(place[key] != n for n, key in enumerate(order))
+
+
+def parts_of(samples):
+    """The part of `grid` that each sample is from."""
+    return [int(sample["key"][:3]) // 16 for sample in samples]
+
+
+def test_a_batch_has_rows_of_several_parts(grid, monkeypatch):
+    for epoch in range(10):
+        pairs, alone = (SynthesizedPairs(grid, lanes=lanes, buffer=2) for lanes in (3, 1))
+        pairs.set_epoch(epoch)
+        assert len(set(parts_of(itertools.islice(pairs, 16)))) >= 2
+        alone.set_epoch(epoch)
+        assert len(set(parts_of(itertools.islice(alone, 6)))) == 1
+    monkeypatch.setattr("degflow.dataset.pairs.ROW_GROUP_ROWS", 1)  # by default eight lanes, each of four row groups
+    assert set(parts_of(itertools.islice(SynthesizedPairs(grid, buffer=1), 20))) == {0, 1, 2}
+
+
+def test_each_lane_keeps_its_order_and_all_orders_of_lanes_come():
+    starts = lanes_of(7, 3)
+    assert starts == [0, 2, 4, 7]
+    orders = {tuple(merged(starts, np.random.default_rng(seed))) for seed in range(3000)}
+    assert len(orders) == 210  # 7! / (2! 2! 3!)
+    for order in orders:
+        assert sorted(order) == list(range(7))
+        assert [n for n in order if n >= 4] == [4, 5, 6]
+        assert order.index(0) < order.index(1)
+    assert lanes_of(2, 8) == [0, 1, 2]
+    assert lanes_of(0, 8) == [0, 0]
+    assert len(merged([0, 0], np.random.default_rng(0))) == 0
+
+
+def test_lanes_read_each_row_group_once_except_where_two_meet(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "ROW_GROUP_ROWS", 5)
+    words = ["batch=10", "shard.images=10"]
+    uri = finish(save_coordinates(tmp_path / "in", 40, 8, 8), tmp_path / "out", model, *words)
+    read, group = [], pq.ParquetFile.read_row_group
+
+    def noted(self, number, *arguments, **options):
+        read.append(number)
+        return group(self, number, *arguments, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", noted)
+    pairs = SynthesizedPairs(uri, lanes=3, buffer=2)
+    assert len(list(pairs)) == 40
+    assert len(read) == 8 + 2
+    state = pairs.state_dict() | {"position": 36}
+    read.clear()
+    pairs.load_state_dict(state)
+    assert len(list(pairs)) == 4
+    assert len(read) <= 4
 
 
 def test_set_epoch_reaches_workers_that_are_already_running(grid):
@@ -232,7 +284,10 @@ def test_an_image_smaller_than_the_crop_is_continued_by_reflection(made):
         assert torch.equal(small[name][:, 8:15, 0], full[name][:, :7, 0].flip(1))
 
 
-@pytest.mark.parametrize("words", [{"buffer": 7}, {"buffer": 1000}, {"shuffle": False}, {"buffer": 1}])
+@pytest.mark.parametrize(
+    "words",
+    [{"buffer": 7}, {"buffer": 1000}, {"shuffle": False}, {"buffer": 1}, {"lanes": 3, "buffer": 5}, {"lanes": 99}],
+)
 def test_a_state_of_any_row_goes_on_exactly(grid, words):
     words = {"crop": 8, "flips": True, "rotations": True, "rank": 1, "world": 2} | words
     pairs = SynthesizedPairs(grid, **words)
@@ -255,7 +310,8 @@ def test_a_state_of_any_row_goes_on_exactly(grid, words):
     assert all(map(same, again, reference))
 
 
-def test_a_resumed_epoch_reads_only_what_is_still_to_come(grid, monkeypatch):
+@pytest.mark.parametrize("lanes", [1, 5])
+def test_a_resumed_epoch_reads_only_what_is_still_to_come(grid, monkeypatch, lanes):
     read = []
     rows = FinishedDataset.rows
 
@@ -265,13 +321,13 @@ def test_a_resumed_epoch_reads_only_what_is_still_to_come(grid, monkeypatch):
             yield number, row
 
     monkeypatch.setattr(FinishedDataset, "rows", noted)
-    pairs = SynthesizedPairs(grid, buffer=4)
+    pairs = SynthesizedPairs(grid, lanes=lanes, buffer=4)
     samples = iter(pairs)
     given = [next(samples)["key"] for _ in range(30)]
     assert len(read) <= 34
     state = pairs.state_dict()
     read.clear()
-    resumed = SynthesizedPairs(grid, buffer=4)
+    resumed = SynthesizedPairs(grid, lanes=lanes, buffer=4)
     resumed.load_state_dict(state)
     assert len(list(resumed)) == len(read) == 10
     assert not set(read) & set(given)
@@ -280,7 +336,7 @@ def test_a_resumed_epoch_reads_only_what_is_still_to_come(grid, monkeypatch):
 @pytest.mark.parametrize("repeat", [False, True])
 def test_a_stateful_loader_goes_on_exactly_in_mid_epoch(grid, repeat):
     def loader():
-        pairs = SynthesizedPairs(grid, crop=8, flips=True, buffer=6, rank=0, world=2, repeat=repeat)
+        pairs = SynthesizedPairs(grid, crop=8, flips=True, lanes=3, buffer=6, rank=0, world=2, repeat=repeat)
         pairs.set_epoch(5)
         return StatefulDataLoader(pairs, batch_size=3, num_workers=2)
 
@@ -307,6 +363,7 @@ def test_a_stateful_loader_goes_on_exactly_in_mid_epoch(grid, repeat):
     [
         ({"seed": 1}, "seed was 0, now 1"),
         ({"buffer": 5}, "buffer was 4, now 5"),
+        ({"lanes": 2}, "lanes was None, now 2"),
         ({"crop": 16}, "crop was None, now 16"),
         ({"rank": 1, "world": 2}, "consumer was 0, now 1; consumers was 1, now 2"),
     ],
@@ -489,6 +546,7 @@ def test_one_row_group_is_held_at_a_time(model, tmp_path, monkeypatch):
     ("words", "message"),
     [
         ({"crop": 0}, "crop=0: must be None or at least 1"),
+        ({"lanes": 0}, "lanes=0: must be None or at least 1"),
         ({"buffer": 0}, "buffer=0: must be None or at least 1"),
         ({"seed": -1}, "seed=-1: must not be negative"),
         ({"rank": 2, "world": 2}, "rank=2, world=2: give both"),
