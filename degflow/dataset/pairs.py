@@ -11,19 +11,18 @@
 
 import hashlib
 import itertools
-import os
 from bisect import bisect_right
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
-import torch.distributed
 from torch.utils.data import IterableDataset, get_worker_info
 
 from degflow import images
 from degflow.dataset.order import lanes_of, merged, shuffled, slice_of
-from degflow.dataset.reader import FinishedDataset
+from degflow.dataset.ranks import agreed_parts, processes
+from degflow.dataset.reader import FinishedDataset, StoredDataset
 from degflow.dataset.writer import ROW_GROUP_BYTES, ROW_GROUP_ROWS
 
 _BUFFER_BYTES, _BUFFER_ROWS = 256 << 20, 1024
@@ -49,6 +48,10 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
     IterableDataset among ranks themselves (Accelerate's `prepare`) need rank=0, world=1. To save the state with loader
     workers, use torchdata's StatefulDataLoader; without them, DataLoader and `state_dict` are enough.
 
+    A dataset that is still being made is read with `unfinished` or `parts`. Only whole parts are read, and which ones
+    is decided here, once. All ranks must read the same ones: rank 0 tells them to the others through torch.distributed,
+    and without it all ranks need the same `parts`. To go on with a saved state later, give the `parts` of that time.
+
     A worker's memory holds `buffer` rows as PNG, for each lane the rest of a row group (at most 100 rows or some 64
     MB), and the pair being decoded. While a row group is read, Arrow's buffers take some 240 MB more.
 
@@ -65,11 +68,16 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
         repeat: continue with the next epoch, without end.
         rank: of this process; None: from torch.distributed, else from RANK, else 0. Given with `world` or not at all.
         world: number of processes; None: from torch.distributed, else from WORLD_SIZE, else 1.
-        verify: compare each part with the manifest's sha256 before its first use.
+        verify: compare each part with its sha256 in the manifest or in its footer before its first use.
+        unfinished: read the parts that are there now, also without `_SUCCESS`.
+        parts: read these parts alone, also without `_SUCCESS`, e.g. the attribute `parts` of another SynthesizedPairs.
+
+    Attributes:
+        parts: names of the parts, e.g. "data/part-000000.parquet".
 
     Raises:
-        ValueError: no finished dataset, or a bad argument; while reading, a part or a source that is missing or has
-            changed.
+        ValueError: no finished dataset, no row yet, or a bad argument; while reading, a part or a source that is
+            missing or has changed.
         OSError: a part that cannot be read.
     """
 
@@ -88,8 +96,10 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
         rank: int | None = None,
         world: int | None = None,
         verify: bool = False,
+        unfinished: bool = False,
+        parts: Sequence[str] | None = None,
     ):
-        self.rank, self.world = _processes(rank, world)
+        self.rank, self.world = processes(rank, world)
         rules = (
             ("crop", crop, crop is None or crop >= 1, "must be None or at least 1"),
             ("lanes", lanes, lanes is None or lanes >= 1, "must be None or at least 1"),
@@ -99,7 +109,11 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
         for name, value, kept, rule in rules:
             if not kept:
                 raise ValueError(f"{name}={value}: {rule}")
-        self.dataset = FinishedDataset(uri, verify)
+        if unfinished or parts is not None:
+            self.dataset = StoredDataset(uri, agreed_parts(uri, parts, self.world, given=world is not None), verify)
+        else:
+            self.dataset = FinishedDataset(uri, verify)
+        self.parts = [part.name for part in self.dataset.parts]
         self.crop, self.flips, self.rotations = crop, flips, rotations
         self.shuffle, self.seed, self.repeat = shuffle, seed, repeat
         self._total = sum(part.rows for part in self.dataset.parts)
@@ -114,6 +128,16 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
         """Number of rows of this rank in one epoch."""
         first, last = slice_of(self._total, self.rank, self.world)
         return last - first
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        """A TypeError: one row costs the reading of a whole row group.
+
+        A sampler or a Subset that took rows this way would read a dataset some hundred times.
+        """
+        raise TypeError(
+            "SynthesizedPairs has no pairs[i], because one row costs a whole row group (up to 64 MB); iterate over it, "
+            f"or see single rows with datasets.load_dataset('parquet', data_files='{self.dataset.uri}/data/*.parquet')"
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration."""
@@ -143,7 +167,7 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
 
     def _identity(self) -> dict[str, Any]:
         names = ("crop", "flips", "rotations", "shuffle", "lanes", "buffer", "seed", "repeat")
-        return {"manifest": self.dataset.sha256} | {name: getattr(self, name) for name in names}
+        return {"parts": self.dataset.sha256} | {name: getattr(self, name) for name in names}
 
     def _consumer(self) -> tuple[int, int]:
         worker = get_worker_info()
@@ -223,17 +247,6 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
         lr, hr = turned(lr, hr, self.flips, self.rotations, random)
         names = ("scale", "time", "key", "draw")
         return {"lr": images.to_tensor(lr), "hr": images.to_tensor(hr)} | {name: row[name] for name in names}
-
-
-def _processes(rank: int | None, world: int | None) -> tuple[int, int]:
-    if rank is None and world is None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        else:
-            rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    if rank is None or world is None or not 0 <= rank < world:
-        raise ValueError(f"rank={rank}, world={world}: give both, with 0 <= rank < world")
-    return rank, world
 
 
 def aligned_crops(

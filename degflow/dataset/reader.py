@@ -1,9 +1,10 @@
-"""A finished dataset, read through its manifest."""
+"""The rows of a dataset: of a finished one through its manifest, or of the parts that are there."""
 
 import hashlib
 import io
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO, NamedTuple
 
@@ -15,12 +16,13 @@ from PIL.PngImagePlugin import PngImageFile
 from degflow import config, images
 from degflow.dataset.footer import body_sha256
 from degflow.dataset.layout import CONFIG, MANIFEST, SUCCESS
+from degflow.dataset.manifest import data_files, whole
 from degflow.dataset.references import read_reference
 from degflow.storage import Place
 
 
 class Part(NamedTuple):
-    """A data part, as in the manifest."""
+    """A data part, as its record says (`layout.Record`)."""
 
     name: str
     rows: int
@@ -28,30 +30,59 @@ class Part(NamedTuple):
     sha256: str
 
 
-class FinishedDataset:
-    """A dataset with `_SUCCESS`.
+def parts_there(uri: str, names: Sequence[str] | None = None) -> list[Part]:
+    """The parts of a dataset that are there, in the order of their numbers, whether it is finished or not.
+
+    A finished dataset says it in its manifest, and another one in the footer of each part.
+
+    Args:
+        uri: the dataset's folder or URI.
+        names: of the parts, e.g. "data/part-000000.parquet"; None: all.
+
+    Raises:
+        ValueError: no dataset at the URI, or parts that are not there or damaged; the message names the first one.
+    """
+    place, wanted = Place(uri), None if names is None else set(names)
+    if place.exists(SUCCESS):
+        found = _listed(place)
+    elif place.exists(CONFIG):
+        files = [file for file in data_files(place) if wanted is None or file.key in wanted]
+        found = [Part(record.part, record.rows, record.bytes, record.sha256) for record in whole(place, files)]
+    else:
+        raise ValueError(f"{uri}: no dataset ({CONFIG} is missing)")
+    if missing := sorted((wanted or set()) - {part.name for part in found}):
+        raise ValueError(f"{uri}: parts={missing[0]}: no such part, or a damaged one")
+    return [part for part in found if wanted is None or part.name in wanted]
+
+
+def _listed(place: Place) -> list[Part]:
+    table = pq.read_table(pa.BufferReader(place.read(MANIFEST)), columns=["part", *Part._fields[1:]])
+    return [Part(row.pop("part"), **row) for row in table.to_pylist()]
+
+
+class StoredDataset:
+    """Data parts, and the rows in them.
 
     It keeps no connection open, so it can be pickled, and used in forked and in spawned processes.
 
     Args:
         uri: the dataset's folder or URI.
-        verify: compare each part with the manifest's sha256 before its first use in a process; reads parts twice.
+        parts: which parts, see `parts_there`; those without rows are left out.
+        verify: compare each part with its sha256 before its first use in a process; reads parts twice.
 
-    Raises:
-        ValueError: no finished dataset at the URI.
+    Attributes:
+        parts: the parts with rows.
+        recipe: the run's configuration.
+        sha256: a digest of the parts' names, sizes and digests.
     """
 
-    def __init__(self, uri: str, verify: bool = False):
+    said_by = "the list of parts"
+
+    def __init__(self, uri: str, parts: Sequence[Part], verify: bool = False):
         self.uri, self.verify = uri, verify
-        place = Place(uri)
-        if not place.exists(SUCCESS):
-            raise ValueError(f"{uri}: no finished dataset ({SUCCESS} is missing); synthesize writes it last")
-        manifest = place.read(MANIFEST)
-        table = pq.read_table(pa.BufferReader(manifest), columns=["part", "rows", "bytes", "sha256"])
-        records = [Part(*row) for row in zip(*(column.to_pylist() for column in table.columns), strict=True)]
-        self.parts = [part for part in records if part.rows]
-        self.sha256 = hashlib.sha256(manifest).hexdigest()
-        self.recipe: dict[str, Any] = config.read(place.read(CONFIG).decode())
+        self.parts = [part for part in parts if part.rows]
+        self.sha256 = hashlib.sha256(json.dumps(self.parts).encode()).hexdigest()
+        self.recipe: dict[str, Any] = config.read(Place(uri).read(CONFIG).decode())
         self._verified: set[str] = set()
 
     def rows(self, part: Part, wanted: np.ndarray | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -65,7 +96,7 @@ class FinishedDataset:
             wanted: bool "rows": which rows; row groups without such rows are not read.
 
         Raises:
-            ValueError: the part is missing, or differs from the manifest.
+            ValueError: the part is missing, or differs from what `parts` says.
             OSError: the part cannot be read, or is damaged.
         """
         with self._open(part) as parquet:
@@ -93,19 +124,19 @@ class FinishedDataset:
                 self._check(file, where, part)
                 parquet = pq.ParquetFile(file, metadata=metadata, pre_buffer=True)
                 if (rows := parquet.metadata.num_rows) != part.rows:
-                    raise ValueError(f"{where}: {rows} rows, but the manifest says {part.rows}")
+                    raise ValueError(f"{where}: {rows} rows, but {self.said_by} says {part.rows}")
                 yield parquet
         except FileNotFoundError:
-            raise ValueError(f"{where}: no such part, but the manifest lists it") from None
+            raise ValueError(f"{where}: no such part, but {self.said_by} has it") from None
         except (pa.ArrowException, OSError) as error:  # Arrow reports some damage as an OSError
             raise OSError(f"{where}: cannot be read ({type(error).__name__}: {error})") from error
 
     def _check(self, file: BinaryIO, where: str, part: Part) -> None:
         if (size := file.seek(0, os.SEEK_END)) != part.bytes:
-            raise ValueError(f"{where}: {size} bytes, but the manifest says {part.bytes}")
+            raise ValueError(f"{where}: {size} bytes, but {self.said_by} says {part.bytes}")
         if self.verify and part.name not in self._verified:
             if (digest := body_sha256(file)) != part.sha256:
-                raise ValueError(f"{where}: sha256 {digest}, but the manifest says {part.sha256}")
+                raise ValueError(f"{where}: sha256 {digest}, but {self.said_by} says {part.sha256}")
             self._verified.add(part.name)
         file.seek(0)
 
@@ -122,6 +153,27 @@ class FinishedDataset:
         if row["hr"]["bytes"] is not None:
             return _png(row, "hr")
         return images.decode(read_reference(row, self.recipe), max_pixels=self.recipe["max_pixels"])
+
+
+class FinishedDataset(StoredDataset):
+    """A dataset with `_SUCCESS`, read through its manifest.
+
+    Args:
+        uri: the dataset's folder or URI.
+        verify: see `StoredDataset`.
+
+    Raises:
+        ValueError: no finished dataset at the URI.
+    """
+
+    said_by = "the manifest"
+
+    def __init__(self, uri: str, verify: bool = False):
+        place = Place(uri)
+        if not place.exists(SUCCESS):
+            hint = "; SynthesizedPairs(..., unfinished=True) reads what is there" if place.exists(CONFIG) else ""
+            raise ValueError(f"{uri}: no finished dataset ({SUCCESS} is missing); synthesize writes it last{hint}")
+        super().__init__(uri, _listed(place), verify)
 
 
 def _dicts(table: pa.Table, chosen: np.ndarray) -> Iterator[dict[str, Any]]:

@@ -3,6 +3,8 @@ import json
 import re
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from degflow.dataset.order import lanes_of, merged
 from degflow.dataset.pairs import SynthesizedPairs, aligned_crops
 from degflow.dataset.reader import FinishedDataset
 from degflow.storage import Place
+from tests import ROOT
 from tests.finished import finish, save_coordinates
 from tests.sources import png, rows_of
 
@@ -200,6 +203,17 @@ def test_lanes_read_each_row_group_once_except_where_two_meet(model, tmp_path, m
     assert len(read) <= 4
 
 
+def test_a_row_by_its_number_is_refused_with_what_to_use_instead(grid):
+    datasets = pytest.importorskip("datasets")
+    pairs = SynthesizedPairs(grid)
+    for ask in (lambda: pairs[0], lambda: pairs[:2], lambda: torch.utils.data.Subset(pairs, [3])[0]):
+        with pytest.raises(TypeError, match=r"no pairs\[i\].*datasets\.load_dataset") as said:
+            ask()
+    (data_files,) = re.findall(r"data_files='(.*)'", str(said.value))
+    rows = datasets.load_dataset("parquet", data_files=data_files, split="train", streaming=True)
+    assert next(iter(rows))["key"] == "000.png"
+
+
 def test_set_epoch_reaches_workers_that_are_already_running(grid):
     pairs = SynthesizedPairs(grid, crop=8)
     loader = DataLoader(pairs, batch_size=None, num_workers=2, persistent_workers=True, collate_fn=identity)
@@ -286,7 +300,7 @@ def test_an_image_smaller_than_the_crop_is_continued_by_reflection(made):
 
 @pytest.mark.parametrize(
     "words",
-    [{"buffer": 7}, {"buffer": 1000}, {"shuffle": False}, {"buffer": 1}, {"lanes": 3, "buffer": 5}, {"lanes": 99}],
+    [{"buffer": 7}, {"buffer": 1000}, {"shuffle": False}, {"buffer": 1}, {"lanes": 3, "buffer": 5}],
 )
 def test_a_state_of_any_row_goes_on_exactly(grid, words):
     words = {"crop": 8, "flips": True, "rotations": True, "rank": 1, "world": 2} | words
@@ -375,7 +389,7 @@ def test_a_state_that_does_not_fit_is_refused(grid, changes, message):
 
 
 def test_a_state_of_another_dataset_is_refused(grid, made):
-    with pytest.raises(ValueError, match=r"manifest was [0-9a-f]{64}, now [0-9a-f]{64}"):
+    with pytest.raises(ValueError, match=r"parts was [0-9a-f]{64}, now [0-9a-f]{64}"):
         SynthesizedPairs(made, buffer=4).load_state_dict(SynthesizedPairs(grid, buffer=4).state_dict())
 
 
@@ -391,15 +405,89 @@ def test_rows_of_files_that_were_added_or_tried_again_come_once(photos, model, t
     shutil.copy(photos / "cat.jpeg", folder / "b.png")
     finish(folder, uri, model, "shard.images=1", retry=True)
     assert sorted(names(SynthesizedPairs(uri))) == [("a.png", 0), ("b.png", 0), ("c.jpg", 0)]
-    with pytest.raises(ValueError, match=r"the state does not fit: manifest was"):
+    with pytest.raises(ValueError, match=r"the state does not fit: parts was"):
         SynthesizedPairs(uri, buffer=4).load_state_dict(state)
 
 
-def test_an_unfinished_dataset_is_refused(copy, tmp_path):
+def test_an_unfinished_dataset_is_refused_unless_asked_for(copy, tmp_path):
     (copy / "_SUCCESS").unlink()
-    for uri in (copy, tmp_path / "missing"):
-        with pytest.raises(ValueError, match=rf"^{uri}: no finished dataset \(_SUCCESS is missing\)"):
+    for uri, more in ((copy, "writes it last; .*unfinished=True"), (tmp_path / "missing", "writes it last$")):
+        with pytest.raises(ValueError, match=rf"^{uri}: no finished dataset \(_SUCCESS is missing\); .*{more}"):
             SynthesizedPairs(str(uri))
+    with pytest.raises(ValueError, match=r"missing: no dataset \(config\.yaml is missing\)"):
+        SynthesizedPairs(str(tmp_path / "missing"), unfinished=True)
+
+
+def test_the_parts_of_an_unfinished_dataset_are_chosen_once(grid, copy):
+    for name in ("_SUCCESS", "manifest.parquet"):
+        (copy / name).unlink()
+    late, damaged = copy / "data/part-000001.parquet", copy / "data/part-000007.parquet"
+    data = late.read_bytes()
+    late.unlink()
+    damaged.write_bytes(data[:-20])
+    pairs = SynthesizedPairs(str(copy), unfinished=True, verify=True)
+    late.write_bytes(data)  # the run goes on
+    assert pairs.parts == ["data/part-000000.parquet", "data/part-000002.parquet"]
+    samples = iter(pairs)
+    first = names(itertools.islice(samples, 10))
+    state = pairs.state_dict()
+    rest = names(samples)
+    assert sorted(first + rest) == [name for name in sorted(rows_of(Path(grid))) if int(name[0][:3]) // 16 != 1]
+    assert len(SynthesizedPairs(str(copy), unfinished=True)) == 40
+    for uri in (str(copy), grid):  # a state goes on with the parts of its time, also when the dataset is finished
+        resumed = SynthesizedPairs(uri, parts=pairs.parts)
+        resumed.load_state_dict(state)
+        assert names(resumed) == rest
+    with pytest.raises(ValueError, match="the state does not fit: parts was"):
+        SynthesizedPairs(grid).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"parts=data/part-000007\.parquet: no such part, or a damaged one"):
+        SynthesizedPairs(str(copy), parts=["data/part-000007.parquet"])
+    now = SynthesizedPairs(str(copy), unfinished=True)
+    late.write_bytes(data + b"x")
+    with pytest.raises(ValueError, match=r"part-000001.* bytes, but the list of parts says"):
+        list(now)
+    for part in (copy / "data").iterdir():
+        part.unlink()
+    with pytest.raises(ValueError, match=r"copy: no rows yet"):
+        SynthesizedPairs(str(copy), unfinished=True)
+
+
+def test_ranks_agree_on_the_parts_that_rank_0_has_seen(grid, copy, tmp_path):
+    """Each rank lists a folder of its own, as if they had looked at different moments."""
+    (copy / "_SUCCESS").unlink()
+    (copy / "data/part-000001.parquet").unlink()
+    script = """
+import sys, torch
+from degflow import SynthesizedPairs
+rank, store, *uris = int(sys.argv[1]), *sys.argv[2:]
+torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+try:
+    SynthesizedPairs(uris[2], unfinished=True)
+except ValueError as error:
+    print(error)
+pairs = SynthesizedPairs(uris[rank], unfinished=True)
+print(*pairs.parts, *(sample["key"] for sample in pairs))
+"""
+    command = [sys.executable, "-c", script]
+    words = [str(tmp_path / "store"), str(copy), grid, str(tmp_path / "missing")]
+    jobs = [subprocess.Popen([*command, str(n), *words], cwd=ROOT, stdout=subprocess.PIPE, text=True) for n in range(2)]
+    said = [job.communicate(timeout=600)[0].splitlines() for job in jobs]
+    assert said[0][0] == said[1][0] == f"{tmp_path}/missing: no dataset (config.yaml is missing)"
+    shares = [lines[1].split() for lines in said]
+    parts = ["data/part-000000.parquet", "data/part-000002.parquet"]
+    assert [share[:2] for share in shares] == [parts, parts]
+    assert sorted(shares[0][2:] + shares[1][2:]) == [f"{n:03d}.png" for n in range(40) if n // 16 != 1]
+
+
+def test_ranks_that_could_not_agree_are_refused(copy, monkeypatch):
+    (copy / "_SUCCESS").unlink()
+    with pytest.raises(ValueError, match=r"unfinished=True, world=2: .* give all ranks the same parts="):
+        SynthesizedPairs(str(copy), unfinished=True, rank=0, world=2)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match=r"unfinished=True, world=3: "):
+        SynthesizedPairs(str(copy), unfinished=True)
+    assert len(SynthesizedPairs(str(copy), parts=["data/part-000002.parquet"])) == 3
 
 
 def test_a_missing_part_is_named(copy):
