@@ -9,8 +9,11 @@ manifest        which shards are done; rejects/ and manifest.parquet
 references      the photographs of rows without HR bytes
 card            README.md and preview.png
 gallery         preview.html
-reader          a finished dataset, read through its manifest
-pairs           a finished dataset as a PyTorch dataset of aligned crops
+reader          the rows of a finished dataset, or of the parts that are there
+order           the order of an epoch's rows, as numbers
+ranks           which rank a process is, and the parts that all ranks read
+pairs           a dataset as a PyTorch dataset of aligned crops
 exports         a finished dataset as folders or tars for other trainers
+export_parts    the export of parts, by several processes
 export_layouts  a class for each layout of an export
 """

@@ -6,33 +6,33 @@
 
 Every layout also has `export.yaml`, `index/part-000000.json` ... and `_SUCCESS`, which is written last.
 
-1. `export` takes the dataset part by part; threads fetch, encode and write the photographs of a part.
+1. `export` gives the parts of the dataset to processes (`export_parts`). A part's files depend on the part alone, so
+   any number of processes leaves the same bytes.
 2. A part is done when its index exists. The index has the part's sha256, and the row of every pair. So a second run
    continues where the first one stopped, and exports the parts that were added to the dataset meanwhile.
 3. A file's name depends on the row's key and draw alone, and cannot lead out of its folder (`file_name`).
+4. `index/` says which parts are done. The pairs' files, which may be millions, are listed only to be deleted.
 """
 
-import io
-import json
 import math
+import os
 import re
-import tarfile
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, groupby, islice
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from degflow.capture.scenes import HR_LABEL
 from degflow.config import dump, option, plain, read, required
 from degflow.dataset.export_layouts import Layout, Paired, RealSR, WebDataset
-from degflow.dataset.reader import FinishedDataset, Part
+from degflow.dataset.export_parts import INDEX, PartExporter, Tally, export_parts, index_name, read_index, tally_of
+from degflow.dataset.reader import FinishedDataset
 from degflow.storage import Place
 
-CONFIG, INDEX, SUCCESS = "export.yaml", "index", "_SUCCESS"
+CONFIG, SUCCESS = "export.yaml", "_SUCCESS"
 _NAME = r"[A-Za-z0-9_-]+"
 _OURS = re.compile(
     rf"{SUCCESS}|export\.yaml|index/part-\d+\.json|part-\d+\.tar|(x\d+/)?(meta_info(_pair)?\.txt|(gt|lq)/{_NAME}\.png)"
@@ -52,7 +52,8 @@ class ExportConfig:
         {}, "for realsr: folder label -> scale; a row goes to the nearest. {}: the dataset's scales, if they are few"
     )
     tolerance: float | None = option(None, "for realsr: largest distance of a row from its label's scale; null: any")
-    threads: int = option(4, "photographs that are fetched, encoded and written at the same time")
+    workers: int | None = option(None, "processes, each with a part of the dataset; null: as many as CPUs or parts")
+    threads: int = option(4, "photographs that each process fetches, encodes and writes at the same time")
     verify: bool = option(False, "first compare each part with the manifest's sha256; reads parts twice")
     overwrite: bool = option(False, "first delete the export in output (no other file)")
 
@@ -62,6 +63,7 @@ class ExportConfig:
             ("labels", not self.labels or self.layout == "realsr", "is for layout=realsr only"),
             ("tolerance", self.tolerance is None or self.layout == "realsr", "is for layout=realsr only"),
             ("tolerance", self.tolerance is None or self.tolerance >= 0, "must not be negative"),
+            ("workers", self.workers is None or self.workers >= 1, "must be null or at least 1"),
             ("threads", self.threads >= 1, "must be at least 1"),
         )
         for name, kept, rule in rules:
@@ -74,14 +76,6 @@ class ExportConfig:
                 raise ValueError(
                     f"labels={self.labels}: {label!r} must be a number such as 2 or 1.5, and not {HR_LABEL}"
                 )
-
-
-class _Tally(NamedTuple):
-    """Numbers of pairs and of cut pairs, and the largest misalignment at the far edge, in HR pixels."""
-
-    pairs: int
-    cut: int
-    off: int
 
 
 def export(config: ExportConfig) -> None:
@@ -98,19 +92,11 @@ def export(config: ExportConfig) -> None:
     if done is None:
         print(f"{config.output}: finished already, nothing to do (overwrite=true makes it again)")
         return
-    total = sum(part.rows for part in source.parts)
-    with ThreadPoolExecutor(config.threads) as pool, tqdm(total=total, desc="exporting", unit="row") as bar:
-        for part in source.parts:
-            if part.name in done:
-                bar.update(part.rows)
-                continue
-            index = {"part": part.name, "sha256": part.sha256, "pairs": []}
-            for rows, infos in _write(config, source, part, layout, output, pool):
-                index["pairs"] += infos
-                bar.update(rows)
-            output.write(_index_name(part.name), json.dumps(index).encode())
-            done[part.name] = _tally(index)
-    infos = (info for part in source.parts for info in _index(output, _index_name(part.name))["pairs"])
+    total, pending = sum(part.rows for part in source.parts), [part for part in source.parts if part.name not in done]
+    exporter = PartExporter(source, layout, config.output, config.layout == "webdataset", config.threads)
+    with tqdm(total=total, initial=total - sum(part.rows for part in pending), desc="exporting", unit="row") as bar:
+        done |= export_parts(exporter, pending, config.workers, bar.update)
+    infos = (info for part in source.parts for info in read_index(output, index_name(part.name))["pairs"])
     for name, text in layout.listings(infos).items():
         output.write(name, text.encode())
     output.write(SUCCESS, source.sha256.encode())
@@ -123,7 +109,7 @@ def _layout(config: ExportConfig, source: FinishedDataset) -> Layout:
     return WebDataset(source) if config.layout == "webdataset" else RealSR(source, config.labels, config.tolerance)
 
 
-def _summarise(config: ExportConfig, rows: int, tallies: Sequence[_Tally]) -> None:
+def _summarise(config: ExportConfig, rows: int, tallies: Sequence[Tally]) -> None:
     pairs, cut = (sum(getattr(tally, name) for tally in tallies) for name in ("pairs", "cut"))
     print(f"{pairs} pairs in {config.output}")
     if rows > pairs:
@@ -136,97 +122,66 @@ def _summarise(config: ExportConfig, rows: int, tallies: Sequence[_Tally]) -> No
         )
 
 
-def _claim(config: ExportConfig, source: FinishedDataset, output: Place) -> dict[str, _Tally] | None:
+def _claim(config: ExportConfig, source: FinishedDataset, output: Place) -> dict[str, Tally] | None:
     """Prepare the output, and return its finished parts; None if the whole export is finished."""
-    names = [file.key for file in output.files()]
-    if names and CONFIG not in names:
-        raise ValueError(f"output={config.output}: is not empty and holds no export of this job; choose another")
-    if config.overwrite:
-        for name in sorted(filter(_is_ours, names), key=lambda name: (name != SUCCESS, name == CONFIG)):
-            output.delete(name)
-        names = []
     asked = {name: value for name, value in plain(config).items() if name in ("layout", "labels", "tolerance")}
-    if names:
-        stored = read(output.read(CONFIG).decode())
+    stored, done = _stored(output), {}
+    if stored is None and output.exists() and output.files():
+        raise ValueError(f"output={config.output}: is not empty and holds no export of this job; choose another")
+    if stored is not None and config.overwrite:
+        names = filter(_is_ours, [file.key for file in output.files()])
+        for name in sorted(names, key=lambda name: (name != SUCCESS, name == CONFIG)):
+            output.delete(name)
+    elif stored is not None:
         if changed := [
             f"{name} was {stored.get(name)}, now {asked[name]}" for name in asked if asked[name] != stored.get(name)
         ]:
             raise ValueError(f"output={config.output}: holds another export ({'; '.join(changed)}); choose another")
-    done = _done(config, source, output, [name for name in names if name.startswith(f"{INDEX}/") and _is_ours(name)])
-    if SUCCESS in names:
-        if output.read(SUCCESS).decode() == source.sha256:
+        finished = output.exists(SUCCESS)
+        if finished and output.read(SUCCESS).decode() == source.sha256:
             return None
-        output.delete(SUCCESS)
-    for name in names:
-        if _is_ours(name) and not _OURS.fullmatch(name):
+        done = _done(config, source, output)
+        if finished:
+            output.delete(SUCCESS)
+        for name in _leftovers(output):
             output.delete(name)
     output.write(CONFIG, dump({"input": config.input} | asked).encode())
     return done
 
 
-def _done(config: ExportConfig, source: FinishedDataset, output: Place, names: Sequence[str]) -> dict[str, _Tally]:
+def _stored(output: Place) -> dict[str, Any] | None:
+    """The configuration of the export in the output, if there is one."""
+    try:
+        return read(output.read(CONFIG).decode())
+    except FileNotFoundError:
+        return None
+
+
+def _done(config: ExportConfig, source: FinishedDataset, output: Place) -> dict[str, Tally]:
     parts = {part.name: part.sha256 for part in source.parts}
-    with ThreadPoolExecutor(16) as pool:
-        indices = list(pool.map(lambda name: _index(output, name), filter(_OURS.fullmatch, names)))
-    for index in indices:
+
+    def look(name: str) -> tuple[str, Tally]:
+        index = read_index(output, name)
         if parts.get(index["part"]) != index["sha256"]:
             raise ValueError(
                 f"output={config.output}: holds an export of another dataset ({index['part']} differs from that of "
                 f"{config.input}); choose another output, or overwrite=true"
             )
-    return {index["part"]: _tally(index) for index in indices}
+        return index["part"], tally_of(index["pairs"])
+
+    with ThreadPoolExecutor(16) as pool:
+        return dict(pool.map(look, [file.key for file in output.files(INDEX) if _OURS.fullmatch(file.key)]))
 
 
-def _tally(index: dict[str, Any]) -> _Tally:
-    off = [info["off"] for info in index["pairs"] if info.get("off")]
-    return _Tally(len(index["pairs"]), len(off), max(off, default=0))
-
-
-def _index_name(part: str) -> str:
-    return f"{INDEX}/{part.rpartition('/')[2].removesuffix('.parquet')}.json"
-
-
-def _index(output: Place, name: str) -> dict[str, Any]:
-    return json.loads(output.read(name))
+def _leftovers(output: Place) -> Iterator[str]:
+    """The hidden files of local writes that were killed; an object store keeps no half-written object."""
+    for folder, _, names in os.walk(output.root) if output.local else ():
+        place = Path(folder).relative_to(output.root)
+        for name in (str(place / name) for name in names if name.startswith(".")):
+            if _is_ours(name):
+                yield name
 
 
 def _is_ours(name: str) -> bool:
     leftover = _LEFTOVER.fullmatch(name)
     return bool(_OURS.fullmatch("".join(leftover.groups()) if leftover else name))
-
-
-def _write(
-    config: ExportConfig, source: FinishedDataset, part: Part, layout: Layout, output: Place, pool: ThreadPoolExecutor
-) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """Write the pairs of a part; yields the number of rows and the pairs' index entries of each photograph."""
-    rows = (row for _, row in source.rows(part))
-    photos = (list(photo) for _, photo in groupby(rows, key=lambda row: row["key"]))
-    windows = iter(lambda: list(islice(photos, config.threads)), [])
-    if config.layout == "webdataset":
-        yield from _write_tar(part, layout, output, pool, windows)
-        return
-
-    def put(photo: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        pairs = layout.pairs(photo)
-        for name, data in chain.from_iterable(pair.files.items() for pair in pairs):
-            output.write(name, data)
-        return [pair.info for pair in pairs]
-
-    for window in windows:
-        yield from zip(map(len, window), pool.map(put, window), strict=True)
-
-
-def _write_tar(
-    part: Part, layout: Layout, output: Place, pool: ThreadPoolExecutor, windows: Iterable[list[list[dict[str, Any]]]]
-) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    with tempfile.NamedTemporaryFile() as spool:
-        with tarfile.open(fileobj=spool, mode="w") as tar:
-            for window in windows:
-                for photo, pairs in zip(window, pool.map(layout.pairs, window), strict=True):
-                    for name, data in chain.from_iterable(pair.files.items() for pair in pairs):
-                        member = tarfile.TarInfo(name)
-                        member.size = len(data)
-                        tar.addfile(member, io.BytesIO(data))
-                    yield len(photo), [pair.info for pair in pairs]
-        spool.flush()
-        output.upload(spool.name, part.name.rpartition("/")[2].removesuffix(".parquet") + ".tar")

@@ -82,6 +82,21 @@ def judge(
     return shards
 
 
+def whole(output: Place, files: Sequence[Source]) -> list[Record]:
+    """The records of those data parts that are whole, in the order of their numbers."""
+
+    def look(file: Source) -> Record | None:
+        try:
+            footer = read_footer(output, file.key, file.size)
+        except FileNotFoundError:  # a driver has deleted it meanwhile
+            return None
+        return footer.record if footer else None
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        records = [record for record in pool.map(look, files) if record]
+    return sorted(records, key=lambda record: number_of(record.part))
+
+
 def rejects_of(output: Place, records: Mapping[int, Record], newest: Mapping[str, int]) -> Iterator[Reject]:
     """The rejects of these shards, in the plan's order, without those of a key whose newest shard is another one."""
     for number, reject in _all_rejects(output, records):

@@ -3,26 +3,30 @@
 1. An epoch is one sequence of rows: the parts in an order drawn from (seed, epoch), their rows as stored. Every loader
    worker of every rank reads one contiguous slice of it. The slices share no row, leave none out, and differ in length
    by one row at most, whatever the number of parts.
-2. A buffer of limited size shuffles the slice. It works on row numbers, so a resumed epoch repeats the shuffling
-   without reading, and then reads only the rows that are still to come.
+2. A slice is read at several places side by side, so rows of several parts meet in a buffer of limited size, which
+   shuffles them. All this works on row numbers (`order`). So a resumed epoch repeats the shuffling without reading, and
+   then reads only the rows that are still to come.
 3. Crop, flips and rotation of a row depend on (seed, epoch, key, draw) alone, not on the worker.
 """
 
 import hashlib
 import itertools
-import os
-from collections.abc import Iterator
-from typing import Any
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
-import torch.distributed
 from torch.utils.data import IterableDataset, get_worker_info
 
 from degflow import images
-from degflow.dataset.reader import FinishedDataset
+from degflow.dataset.order import lanes_of, merged, shuffled, slice_of
+from degflow.dataset.ranks import agreed_parts, processes
+from degflow.dataset.reader import FinishedDataset, StoredDataset
+from degflow.dataset.writer import ROW_GROUP_BYTES, ROW_GROUP_ROWS
 
 _BUFFER_BYTES, _BUFFER_ROWS = 256 << 20, 1024
+_LANES, _LANE_GROUPS = 8, 4  # by default: the most lanes, and the fewest row groups in one
 
 
 class SynthesizedPairs(IterableDataset[dict[str, Any]]):
@@ -44,25 +48,36 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
     IterableDataset among ranks themselves (Accelerate's `prepare`) need rank=0, world=1. To save the state with loader
     workers, use torchdata's StatefulDataLoader; without them, DataLoader and `state_dict` are enough.
 
-    A worker's memory holds `buffer` rows as PNG, one row group (100 rows or some 64 MB; some 240 MB with Arrow's
-    buffers), and the pair being decoded.
+    A dataset that is still being made is read with `unfinished` or `parts`. Only whole parts are read, and which ones
+    is decided here, once. All ranks must read the same ones: rank 0 tells them to the others through torch.distributed,
+    and without it all ranks need the same `parts`. To go on with a saved state later, give the `parts` of that time.
+
+    A worker's memory holds `buffer` rows as PNG, for each lane the rest of a row group (at most 100 rows or some 64
+    MB), and the pair being decoded. While a row group is read, Arrow's buffers take some 240 MB more.
 
     Args:
         uri: the dataset's folder or URI.
         crop: side of the LR crops, in pixels; None: whole images.
         flips: mirror at random, left to right and upside down.
         rotations: turn by 0, 90, 180 or 270 degrees at random.
-        shuffle: shuffle the parts, and the rows in a buffer; False: the stored order.
+        shuffle: shuffle the parts, read at several places at once, and shuffle in a buffer; False: the stored order.
+        lanes: number of places at which a worker's rows are read side by side; None: at most 8, and so few that a lane
+            has four row groups or more, because the row group where two lanes meet is read twice.
         buffer: number of rows in the buffer; None: as many as take some 256 MB on average, at most 1024.
         seed: decides order, crops, flips and rotations.
         repeat: continue with the next epoch, without end.
         rank: of this process; None: from torch.distributed, else from RANK, else 0. Given with `world` or not at all.
         world: number of processes; None: from torch.distributed, else from WORLD_SIZE, else 1.
-        verify: compare each part with the manifest's sha256 before its first use.
+        verify: compare each part with its sha256 in the manifest or in its footer before its first use.
+        unfinished: read the parts that are there now, also without `_SUCCESS`.
+        parts: read these parts alone, also without `_SUCCESS`, e.g. the attribute `parts` of another SynthesizedPairs.
+
+    Attributes:
+        parts: names of the parts, e.g. "data/part-000000.parquet".
 
     Raises:
-        ValueError: no finished dataset, or a bad argument; while reading, a part or a source that is missing or has
-            changed.
+        ValueError: no finished dataset, no row yet, or a bad argument; while reading, a part or a source that is
+            missing or has changed.
         OSError: a part that cannot be read.
     """
 
@@ -74,28 +89,36 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
         flips: bool = False,
         rotations: bool = False,
         shuffle: bool = True,
+        lanes: int | None = None,
         buffer: int | None = None,
         seed: int = 0,
         repeat: bool = False,
         rank: int | None = None,
         world: int | None = None,
         verify: bool = False,
+        unfinished: bool = False,
+        parts: Sequence[str] | None = None,
     ):
-        self.rank, self.world = _processes(rank, world)
+        self.rank, self.world = processes(rank, world)
         rules = (
             ("crop", crop, crop is None or crop >= 1, "must be None or at least 1"),
+            ("lanes", lanes, lanes is None or lanes >= 1, "must be None or at least 1"),
             ("buffer", buffer, buffer is None or buffer >= 1, "must be None or at least 1"),
             ("seed", seed, seed >= 0, "must not be negative"),
         )
         for name, value, kept, rule in rules:
             if not kept:
                 raise ValueError(f"{name}={value}: {rule}")
-        self.dataset = FinishedDataset(uri, verify)
+        if unfinished or parts is not None:
+            self.dataset = StoredDataset(uri, agreed_parts(uri, parts, self.world, given=world is not None), verify)
+        else:
+            self.dataset = FinishedDataset(uri, verify)
+        self.parts = [part.name for part in self.dataset.parts]
         self.crop, self.flips, self.rotations = crop, flips, rotations
         self.shuffle, self.seed, self.repeat = shuffle, seed, repeat
         self._total = sum(part.rows for part in self.dataset.parts)
-        size = sum(part.bytes for part in self.dataset.parts)
-        self.buffer = buffer or max(1, min(_BUFFER_ROWS, _BUFFER_BYTES * self._total // max(1, size)))
+        self.lanes = lanes
+        self.buffer = buffer or self._rows_in(_BUFFER_BYTES, _BUFFER_ROWS)
         self._scaled = self.dataset.recipe["size"] == "scaled"
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared with workers that are already running
         self._at = (0, 0)  # epoch, and number of its rows that were given
@@ -103,7 +126,18 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         """Number of rows of this rank in one epoch."""
-        return self._total * (self.rank + 1) // self.world - self._total * self.rank // self.world
+        first, last = slice_of(self._total, self.rank, self.world)
+        return last - first
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        """A TypeError: one row costs the reading of a whole row group.
+
+        A sampler or a Subset that took rows this way would read a dataset some hundred times.
+        """
+        raise TypeError(
+            "SynthesizedPairs has no pairs[i], because one row costs a whole row group (up to 64 MB); iterate over it, "
+            f"or see single rows with datasets.load_dataset('parquet', data_files='{self.dataset.uri}/data/*.parquet')"
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration."""
@@ -132,8 +166,8 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
         self.set_epoch(state["epoch"])
 
     def _identity(self) -> dict[str, Any]:
-        names = ("crop", "flips", "rotations", "shuffle", "buffer", "seed", "repeat")
-        return {"manifest": self.dataset.sha256} | {name: getattr(self, name) for name in names}
+        names = ("crop", "flips", "rotations", "shuffle", "lanes", "buffer", "seed", "repeat")
+        return {"parts": self.dataset.sha256} | {name: getattr(self, name) for name in names}
 
     def _consumer(self) -> tuple[int, int]:
         worker = get_worker_info()
@@ -142,8 +176,19 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
 
     def _slice(self) -> tuple[int, int]:
         """This worker's first row of the epoch, and the row after its last."""
-        consumer, consumers = self._consumer()
-        return self._total * consumer // consumers, self._total * (consumer + 1) // consumers
+        return slice_of(self._total, *self._consumer())
+
+    def _rows_in(self, size: int, most: int) -> int:
+        """How many rows take this number of bytes on average, at least 1 and at most `most`."""
+        stored = sum(part.bytes for part in self.dataset.parts)
+        return max(1, min(most, size * self._total // max(1, stored)))
+
+    def _lanes(self, count: int) -> list[int]:
+        """The first rows of the lanes of a slice of `count` rows, and `count`."""
+        if not self.shuffle:
+            return lanes_of(count, 1)
+        group = self._rows_in(ROW_GROUP_BYTES, ROW_GROUP_ROWS)
+        return lanes_of(count, self.lanes or min(_LANES, count // (_LANE_GROUPS * group)))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self._at = self._resume or (int(self._epoch), 0)
@@ -162,31 +207,34 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
     def _rows(self, epoch: int, position: int) -> Iterator[dict[str, Any]]:
         """This worker's rows of an epoch, starting at `position`."""
         first, last = self._slice()
-        order = iter(range(last - first))
+        starts, order = self._lanes(last - first), iter(range(last - first))
         if self.shuffle:
             random = np.random.default_rng((self.seed, 1, epoch, self._consumer()[0]))
-            order = _shuffled(last - first, self.buffer, random)
+            order = shuffled(merged(starts, random).tolist(), self.buffer, random)
         wanted = np.ones(last - first, bool)
         wanted[np.fromiter(itertools.islice(order, position), np.int64)] = False
-        stored, waiting = self._stored(epoch, first, wanted), {}
+        lanes = [self._lane(epoch, first, wanted, *ends) for ends in itertools.pairwise(starts)]
+        waiting = {}
         for number in order:
+            lane = lanes[bisect_right(starts, number) - 1]
             while number not in waiting:
-                found, row = next(stored)
+                found, row = next(lane)
                 waiting[found] = row
             yield waiting.pop(number)
 
-    def _stored(self, epoch: int, first: int, wanted: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The wanted rows of the slice that begins at row `first` of the epoch, in the epoch's stored order."""
+    def _lane(
+        self, epoch: int, first: int, wanted: np.ndarray, start: int, end: int
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The wanted rows from `start` to `end` of the slice that begins at row `first` of the epoch, as stored."""
         parts = self.dataset.parts
         if self.shuffle:
             parts = [parts[n] for n in np.random.default_rng((self.seed, 0, epoch)).permutation(len(parts))]
         begin = -first  # the part's first row, as a row of the slice
         for part in parts:
-            mask = np.zeros(part.rows, bool)
-            low, high = max(0, begin), min(len(wanted), begin + part.rows)
-            if low < high:
+            low, high = max(start, begin), min(end, begin + part.rows)
+            if low < high and wanted[low:high].any():
+                mask = np.zeros(part.rows, bool)
                 mask[low - begin : high - begin] = wanted[low:high]
-            if mask.any():
                 yield from ((begin + n, row) for n, row in self.dataset.rows(part, mask))
             begin += part.rows
 
@@ -199,31 +247,6 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
         lr, hr = turned(lr, hr, self.flips, self.rotations, random)
         names = ("scale", "time", "key", "draw")
         return {"lr": images.to_tensor(lr), "hr": images.to_tensor(hr)} | {name: row[name] for name in names}
-
-
-def _processes(rank: int | None, world: int | None) -> tuple[int, int]:
-    if rank is None and world is None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        else:
-            rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    if rank is None or world is None or not 0 <= rank < world:
-        raise ValueError(f"rank={rank}, world={world}: give both, with 0 <= rank < world")
-    return rank, world
-
-
-def _shuffled(count: int, buffer: int, random: np.random.Generator) -> Iterator[int]:
-    """0 .. count - 1, each drawn from a buffer of the next numbers, whose place the following number takes."""
-    numbers: list[int] = []
-    for number in range(count):
-        if len(numbers) < buffer:
-            numbers.append(number)
-            continue
-        place = int(random.integers(buffer))
-        yield numbers[place]
-        numbers[place] = number
-    random.shuffle(numbers)
-    yield from numbers
 
 
 def aligned_crops(

@@ -1,9 +1,11 @@
-"""A finished dataset, read through its manifest."""
+"""The rows of a dataset: of a finished one through its manifest, or of the parts that are there."""
 
 import hashlib
 import io
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -14,12 +16,13 @@ from PIL.PngImagePlugin import PngImageFile
 from degflow import config, images
 from degflow.dataset.footer import body_sha256
 from degflow.dataset.layout import CONFIG, MANIFEST, SUCCESS
+from degflow.dataset.manifest import data_files, whole
 from degflow.dataset.references import read_reference
 from degflow.storage import Place
 
 
 class Part(NamedTuple):
-    """A data part, as in the manifest."""
+    """A data part, as its record says (`layout.Record`)."""
 
     name: str
     rows: int
@@ -27,76 +30,113 @@ class Part(NamedTuple):
     sha256: str
 
 
-class FinishedDataset:
-    """A dataset with `_SUCCESS`.
+def parts_there(uri: str, names: Sequence[str] | None = None) -> list[Part]:
+    """The parts of a dataset that are there, in the order of their numbers, whether it is finished or not.
+
+    A finished dataset says it in its manifest, and another one in the footer of each part.
+
+    Args:
+        uri: the dataset's folder or URI.
+        names: of the parts, e.g. "data/part-000000.parquet"; None: all.
+
+    Raises:
+        ValueError: no dataset at the URI, or parts that are not there or damaged; the message names the first one.
+    """
+    place, wanted = Place(uri), None if names is None else set(names)
+    if place.exists(SUCCESS):
+        found = _listed(place)
+    elif place.exists(CONFIG):
+        files = [file for file in data_files(place) if wanted is None or file.key in wanted]
+        found = [Part(record.part, record.rows, record.bytes, record.sha256) for record in whole(place, files)]
+    else:
+        raise ValueError(f"{uri}: no dataset ({CONFIG} is missing)")
+    if missing := sorted((wanted or set()) - {part.name for part in found}):
+        raise ValueError(f"{uri}: parts={missing[0]}: no such part, or a damaged one")
+    return [part for part in found if wanted is None or part.name in wanted]
+
+
+def _listed(place: Place) -> list[Part]:
+    table = pq.read_table(pa.BufferReader(place.read(MANIFEST)), columns=["part", *Part._fields[1:]])
+    return [Part(row.pop("part"), **row) for row in table.to_pylist()]
+
+
+class StoredDataset:
+    """Data parts, and the rows in them.
 
     It keeps no connection open, so it can be pickled, and used in forked and in spawned processes.
 
     Args:
         uri: the dataset's folder or URI.
-        verify: compare each part with the manifest's sha256 before its first use in a process; reads parts twice.
+        parts: which parts, see `parts_there`; those without rows are left out.
+        verify: compare each part with its sha256 before its first use in a process; reads parts twice.
 
-    Raises:
-        ValueError: no finished dataset at the URI.
+    Attributes:
+        parts: the parts with rows.
+        recipe: the run's configuration.
+        sha256: a digest of the parts' names, sizes and digests.
     """
 
-    def __init__(self, uri: str, verify: bool = False):
+    said_by = "the list of parts"
+
+    def __init__(self, uri: str, parts: Sequence[Part], verify: bool = False):
         self.uri, self.verify = uri, verify
-        place = Place(uri)
-        if not place.exists(SUCCESS):
-            raise ValueError(f"{uri}: no finished dataset ({SUCCESS} is missing); synthesize writes it last")
-        manifest = place.read(MANIFEST)
-        table = pq.read_table(pa.BufferReader(manifest), columns=["part", "rows", "bytes", "sha256"])
-        records = [Part(*row) for row in zip(*(column.to_pylist() for column in table.columns), strict=True)]
-        self.parts = [part for part in records if part.rows]
-        self.sha256 = hashlib.sha256(manifest).hexdigest()
-        self.recipe: dict[str, Any] = config.read(place.read(CONFIG).decode())
+        self.parts = [part for part in parts if part.rows]
+        self.sha256 = hashlib.sha256(json.dumps(self.parts).encode()).hexdigest()
+        self.recipe: dict[str, Any] = config.read(Place(uri).read(CONFIG).decode())
         self._verified: set[str] = set()
 
     def rows(self, part: Part, wanted: np.ndarray | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The rows of a part with their numbers, in stored order; memory holds one row group at a time.
+        """The rows of a part with their numbers, in stored order.
+
+        The file is open only while a row group is read. In between, memory holds the rest of that row group's rows,
+        and a photograph's HR once.
 
         Args:
             part: one of `parts`.
             wanted: bool "rows": which rows; row groups without such rows are not read.
 
         Raises:
-            ValueError: the part is missing, or differs from the manifest.
+            ValueError: the part is missing, or differs from what `parts` says.
             OSError: the part cannot be read, or is damaged.
         """
+        with self._open(part) as parquet:
+            metadata = parquet.metadata
+        first = 0
+        for group in range(metadata.num_row_groups):
+            count = metadata.row_group(group).num_rows
+            chosen = np.arange(count) if wanted is None else np.flatnonzero(wanted[first : first + count])
+            if len(chosen):
+                with self._open(part, metadata) as parquet:
+                    table = parquet.read_row_group(group)
+                rows = [(first + n, row) for n, row in zip(chosen.tolist(), _dicts(table, chosen), strict=True)]
+                del parquet, table
+                rows.reverse()
+                while rows:
+                    yield rows.pop()
+            first += count
+
+    @contextmanager
+    def _open(self, part: Part, metadata: pq.FileMetaData | None = None) -> Iterator[pq.ParquetFile]:
         place = Place(self.uri)
         where = place.uri_of(part.name)
         try:
             with place.open(part.name) as file:
                 self._check(file, where, part)
-                parquet = pq.ParquetFile(file, pre_buffer=True)
-                if parquet.metadata.num_rows != part.rows:
-                    raise ValueError(f"{where}: {parquet.metadata.num_rows} rows, but the manifest says {part.rows}")
-                first, last = 0, {}
-                for group in range(parquet.num_row_groups):
-                    count = parquet.metadata.row_group(group).num_rows
-                    chosen = np.arange(count) if wanted is None else np.flatnonzero(wanted[first : first + count])
-                    if len(chosen):
-                        table = parquet.read_row_group(group)
-                        for n in chosen.tolist():
-                            row = table.slice(n, 1).to_pylist()[0]
-                            if row["hr"] == last.get("hr"):  # of the same photograph: share its bytes
-                                row["hr"] = last["hr"]
-                            last = row
-                            yield first + n, row
-                        del table
-                    first += count
+                parquet = pq.ParquetFile(file, metadata=metadata, pre_buffer=True)
+                if (rows := parquet.metadata.num_rows) != part.rows:
+                    raise ValueError(f"{where}: {rows} rows, but {self.said_by} says {part.rows}")
+                yield parquet
         except FileNotFoundError:
-            raise ValueError(f"{where}: no such part, but the manifest lists it") from None
+            raise ValueError(f"{where}: no such part, but {self.said_by} has it") from None
         except (pa.ArrowException, OSError) as error:  # Arrow reports some damage as an OSError
             raise OSError(f"{where}: cannot be read ({type(error).__name__}: {error})") from error
 
     def _check(self, file: BinaryIO, where: str, part: Part) -> None:
         if (size := file.seek(0, os.SEEK_END)) != part.bytes:
-            raise ValueError(f"{where}: {size} bytes, but the manifest says {part.bytes}")
+            raise ValueError(f"{where}: {size} bytes, but {self.said_by} says {part.bytes}")
         if self.verify and part.name not in self._verified:
             if (digest := body_sha256(file)) != part.sha256:
-                raise ValueError(f"{where}: sha256 {digest}, but the manifest says {part.sha256}")
+                raise ValueError(f"{where}: sha256 {digest}, but {self.said_by} says {part.sha256}")
             self._verified.add(part.name)
         file.seek(0)
 
@@ -113,6 +153,38 @@ class FinishedDataset:
         if row["hr"]["bytes"] is not None:
             return _png(row, "hr")
         return images.decode(read_reference(row, self.recipe), max_pixels=self.recipe["max_pixels"])
+
+
+class FinishedDataset(StoredDataset):
+    """A dataset with `_SUCCESS`, read through its manifest.
+
+    Args:
+        uri: the dataset's folder or URI.
+        verify: see `StoredDataset`.
+
+    Raises:
+        ValueError: no finished dataset at the URI.
+    """
+
+    said_by = "the manifest"
+
+    def __init__(self, uri: str, verify: bool = False):
+        place = Place(uri)
+        if not place.exists(SUCCESS):
+            hint = "; SynthesizedPairs(..., unfinished=True) reads what is there" if place.exists(CONFIG) else ""
+            raise ValueError(f"{uri}: no finished dataset ({SUCCESS} is missing); synthesize writes it last{hint}")
+        super().__init__(uri, _listed(place), verify)
+
+
+def _dicts(table: pa.Table, chosen: np.ndarray) -> Iterator[dict[str, Any]]:
+    """These rows of a table; those of one photograph share its HR bytes."""
+    last = {}
+    for n in chosen.tolist():
+        row = table.slice(n, 1).to_pylist()[0]
+        if row["hr"] == last.get("hr"):
+            row["hr"] = last["hr"]
+        last = row
+        yield row
 
 
 def _png(row: dict[str, Any], name: str) -> np.ndarray:

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import random
@@ -54,7 +55,7 @@ def twofold(photos, model, tmp_path_factory):
 
 
 def run(source, output, *words):
-    export(load(ExportConfig, [f"input={source}", f"output={output}", *words]))
+    export(load(ExportConfig, [f"input={source}", f"output={output}", "workers=1", *words]))
     return Path(output)
 
 
@@ -303,18 +304,71 @@ def test_no_key_leads_out_of_the_folder_or_onto_another(layout, tmp_path):
     assert len(found) == len(rows)
 
 
+def alive(group):
+    """The processes of a process group, without those that nobody has waited for."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, of = stat.read_text().rpartition(")")[2].split()[:3]
+            found += [stat.parent.name] if int(of) == group and state != "Z" else []
+    return found
+
+
+@pytest.mark.parametrize("layout", ["paired", "webdataset"])
+def test_several_processes_leave_the_bytes_of_one(made, tmp_path, layout, capsys):
+    one, several = run(made, tmp_path / "one", f"layout={layout}"), tmp_path / "several"
+    capsys.readouterr()
+    run(made, several, f"layout={layout}", "workers=2")
+    assert files_in(several) == files_in(one)
+    said = capsys.readouterr()
+    assert "18 pairs in " in said.out
+    assert "18/18" in said.err.splitlines()[-1]
+
+
+def test_a_part_that_fails_in_a_process_is_named_and_the_others_are_kept(made, tmp_path):
+    copy = Path(shutil.copytree(made, tmp_path / "copy"))
+    part = copy / "data/part-000002.parquet"
+    data = part.read_bytes()
+    part.write_bytes(data[:-1])
+    with pytest.raises(ValueError, match=r"data/part-000002\.parquet: \d+ bytes, but the manifest says"):
+        run(copy, tmp_path / "out", "workers=2")
+    part.write_bytes(data)
+    assert files_in(run(copy, tmp_path / "out")) == files_in(run(made, tmp_path / "reference"))
+
+
+def test_pairs_files_are_never_listed(made, tmp_path, monkeypatch):
+    listed, files = [], Place.files
+
+    def noted(self, name=""):
+        found = files(self, name)
+        listed.extend(file.key for file in found)
+        return found
+
+    monkeypatch.setattr(Place, "files", noted)
+    output = run(made, tmp_path / "out")
+    run(made, output)
+    assert listed == []
+    (output / "_SUCCESS").unlink()
+    run(made, output)
+    assert listed == [f"index/part-00000{n}.json" for n in range(3)]
+
+
 def test_a_killed_export_is_continued_by_the_same_command(model, tmp_path):
     source = finish(save_coordinates(tmp_path / "in", 25), tmp_path / "set", model, "shard.images=1")
     reference = files_in(run(source, tmp_path / "reference"))
     output = tmp_path / "out"
-    command = [sys.executable, ROOT / "jobs/export.py", f"input={source}", f"output={output}", "threads=1"]
+    words = [f"input={source}", f"output={output}", "threads=1", "workers=2"]
+    command = [sys.executable, ROOT / "jobs/export.py", *words]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    job = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    job = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 600  # importing takes minutes on a busy machine
     while len(list(output.glob("index/part-*"))) < 3 and time.monotonic() < deadline and job.poll() is None:
         time.sleep(0.0005)
     job.send_signal(signal.SIGKILL)
     assert job.wait() == -signal.SIGKILL
+    while alive(job.pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert alive(job.pid) == []  # its processes do not outlive it
     done = times_in(output / "index")
     assert 3 <= len(done) < 25
     assert not (output / "_SUCCESS").exists()
@@ -376,7 +430,7 @@ def test_object_storage_to_object_storage(s3, photos, model, tmp_path):
     for layout in ("paired", "webdataset"):
         local = files_in(run(source, tmp_path / layout, f"layout={layout}"))
         remote = Place(s3.uri(layout))
-        run(source, remote.uri, f"layout={layout}")
+        run(source, remote.uri, f"layout={layout}", "workers=2")
         assert {file.key: remote.read(file.key) for file in remote.files()} == local
         run(source, remote.uri, f"layout={layout}", "overwrite=true")
         assert {file.key: remote.read(file.key) for file in remote.files()} == local
@@ -419,6 +473,7 @@ def test_an_output_that_holds_something_else_is_left_alone(made, tmp_path):
         (["layout=realsr", "labels={../x: 2.0}"], "'../x' must be a number"),
         (["layout=realsr", "labels={1: 1.0}"], "'1' must be a number such as 2 or 1.5, and not 1"),
         (["layout=realsr", "labels={2: .nan}"], "scales must be positive numbers"),
+        (["workers=0"], "workers=0: must be null or at least 1"),
         (["threads=0"], "threads=0: must be at least 1"),
         (["output="], "output: must be given"),
     ],

@@ -3,6 +3,8 @@ import json
 import re
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,11 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from degflow import images
 from degflow.dataset import writer
+from degflow.dataset.order import lanes_of, merged
 from degflow.dataset.pairs import SynthesizedPairs, aligned_crops
 from degflow.dataset.reader import FinishedDataset
 from degflow.storage import Place
+from tests import ROOT
 from tests.finished import finish, save_coordinates
 from tests.sources import png, rows_of
 
@@ -93,7 +97,7 @@ def test_ranks_and_workers_share_the_rows_out_evenly(grid, world, workers):
     """Also if there are more of them than parts (4 and 3), or than rows (50 and 40)."""
     shares = []
     for rank in range(world):
-        pairs = SynthesizedPairs(grid, rank=rank, world=world, shuffle=bool(workers))
+        pairs = SynthesizedPairs(grid, rank=rank, world=world, shuffle=bool(workers), lanes=3)
         share = names(DataLoader(pairs, batch_size=None, num_workers=workers, collate_fn=identity))
         assert len(share) == len(pairs)
         shares.append(share)
@@ -146,6 +150,68 @@ def test_the_buffer_bounds_how_far_a_row_is_moved_and_held(grid):
     }
     assert all(place[key] <= n + 4 for n, key in enumerate(order))
     assert any(place[key] != n for n, key in enumerate(order))
+
+
+def parts_of(samples):
+    """The part of `grid` that each sample is from."""
+    return [int(sample["key"][:3]) // 16 for sample in samples]
+
+
+def test_a_batch_has_rows_of_several_parts(grid, monkeypatch):
+    for epoch in range(10):
+        pairs, alone = (SynthesizedPairs(grid, lanes=lanes, buffer=2) for lanes in (3, 1))
+        pairs.set_epoch(epoch)
+        assert len(set(parts_of(itertools.islice(pairs, 16)))) >= 2
+        alone.set_epoch(epoch)
+        assert len(set(parts_of(itertools.islice(alone, 6)))) == 1
+    monkeypatch.setattr("degflow.dataset.pairs.ROW_GROUP_ROWS", 1)  # by default eight lanes, each of four row groups
+    assert set(parts_of(itertools.islice(SynthesizedPairs(grid, buffer=1), 20))) == {0, 1, 2}
+
+
+def test_each_lane_keeps_its_order_and_all_orders_of_lanes_come():
+    starts = lanes_of(7, 3)
+    assert starts == [0, 2, 4, 7]
+    orders = {tuple(merged(starts, np.random.default_rng(seed))) for seed in range(3000)}
+    assert len(orders) == 210  # 7! / (2! 2! 3!)
+    for order in orders:
+        assert sorted(order) == list(range(7))
+        assert [n for n in order if n >= 4] == [4, 5, 6]
+        assert order.index(0) < order.index(1)
+    assert lanes_of(2, 8) == [0, 1, 2]
+    assert lanes_of(0, 8) == [0, 0]
+    assert len(merged([0, 0], np.random.default_rng(0))) == 0
+
+
+def test_lanes_read_each_row_group_once_except_where_two_meet(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "ROW_GROUP_ROWS", 5)
+    words = ["batch=10", "shard.images=10"]
+    uri = finish(save_coordinates(tmp_path / "in", 40, 8, 8), tmp_path / "out", model, *words)
+    read, group = [], pq.ParquetFile.read_row_group
+
+    def noted(self, number, *arguments, **options):
+        read.append(number)
+        return group(self, number, *arguments, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", noted)
+    pairs = SynthesizedPairs(uri, lanes=3, buffer=2)
+    assert len(list(pairs)) == 40
+    assert len(read) == 8 + 2
+    state = pairs.state_dict() | {"position": 36}
+    read.clear()
+    pairs.load_state_dict(state)
+    assert len(list(pairs)) == 4
+    assert len(read) <= 4
+
+
+def test_a_row_by_its_number_is_refused_with_what_to_use_instead(grid):
+    datasets = pytest.importorskip("datasets")
+    pairs = SynthesizedPairs(grid)
+    for ask in (lambda: pairs[0], lambda: pairs[:2], lambda: torch.utils.data.Subset(pairs, [3])[0]):
+        with pytest.raises(TypeError, match=r"no pairs\[i\].*datasets\.load_dataset") as said:
+            ask()
+    (data_files,) = re.findall(r"data_files='(.*)'", str(said.value))
+    rows = datasets.load_dataset("parquet", data_files=data_files, split="train", streaming=True)
+    assert next(iter(rows))["key"] == "000.png"
 
 
 def test_set_epoch_reaches_workers_that_are_already_running(grid):
@@ -232,7 +298,10 @@ def test_an_image_smaller_than_the_crop_is_continued_by_reflection(made):
         assert torch.equal(small[name][:, 8:15, 0], full[name][:, :7, 0].flip(1))
 
 
-@pytest.mark.parametrize("words", [{"buffer": 7}, {"buffer": 1000}, {"shuffle": False}, {"buffer": 1}])
+@pytest.mark.parametrize(
+    "words",
+    [{"buffer": 7}, {"buffer": 1000}, {"shuffle": False}, {"buffer": 1}, {"lanes": 3, "buffer": 5}],
+)
 def test_a_state_of_any_row_goes_on_exactly(grid, words):
     words = {"crop": 8, "flips": True, "rotations": True, "rank": 1, "world": 2} | words
     pairs = SynthesizedPairs(grid, **words)
@@ -255,7 +324,8 @@ def test_a_state_of_any_row_goes_on_exactly(grid, words):
     assert all(map(same, again, reference))
 
 
-def test_a_resumed_epoch_reads_only_what_is_still_to_come(grid, monkeypatch):
+@pytest.mark.parametrize("lanes", [1, 5])
+def test_a_resumed_epoch_reads_only_what_is_still_to_come(grid, monkeypatch, lanes):
     read = []
     rows = FinishedDataset.rows
 
@@ -265,13 +335,13 @@ def test_a_resumed_epoch_reads_only_what_is_still_to_come(grid, monkeypatch):
             yield number, row
 
     monkeypatch.setattr(FinishedDataset, "rows", noted)
-    pairs = SynthesizedPairs(grid, buffer=4)
+    pairs = SynthesizedPairs(grid, lanes=lanes, buffer=4)
     samples = iter(pairs)
     given = [next(samples)["key"] for _ in range(30)]
     assert len(read) <= 34
     state = pairs.state_dict()
     read.clear()
-    resumed = SynthesizedPairs(grid, buffer=4)
+    resumed = SynthesizedPairs(grid, lanes=lanes, buffer=4)
     resumed.load_state_dict(state)
     assert len(list(resumed)) == len(read) == 10
     assert not set(read) & set(given)
@@ -280,7 +350,7 @@ def test_a_resumed_epoch_reads_only_what_is_still_to_come(grid, monkeypatch):
 @pytest.mark.parametrize("repeat", [False, True])
 def test_a_stateful_loader_goes_on_exactly_in_mid_epoch(grid, repeat):
     def loader():
-        pairs = SynthesizedPairs(grid, crop=8, flips=True, buffer=6, rank=0, world=2, repeat=repeat)
+        pairs = SynthesizedPairs(grid, crop=8, flips=True, lanes=3, buffer=6, rank=0, world=2, repeat=repeat)
         pairs.set_epoch(5)
         return StatefulDataLoader(pairs, batch_size=3, num_workers=2)
 
@@ -307,6 +377,7 @@ def test_a_stateful_loader_goes_on_exactly_in_mid_epoch(grid, repeat):
     [
         ({"seed": 1}, "seed was 0, now 1"),
         ({"buffer": 5}, "buffer was 4, now 5"),
+        ({"lanes": 2}, "lanes was None, now 2"),
         ({"crop": 16}, "crop was None, now 16"),
         ({"rank": 1, "world": 2}, "consumer was 0, now 1; consumers was 1, now 2"),
     ],
@@ -318,7 +389,7 @@ def test_a_state_that_does_not_fit_is_refused(grid, changes, message):
 
 
 def test_a_state_of_another_dataset_is_refused(grid, made):
-    with pytest.raises(ValueError, match=r"manifest was [0-9a-f]{64}, now [0-9a-f]{64}"):
+    with pytest.raises(ValueError, match=r"parts was [0-9a-f]{64}, now [0-9a-f]{64}"):
         SynthesizedPairs(made, buffer=4).load_state_dict(SynthesizedPairs(grid, buffer=4).state_dict())
 
 
@@ -334,15 +405,89 @@ def test_rows_of_files_that_were_added_or_tried_again_come_once(photos, model, t
     shutil.copy(photos / "cat.jpeg", folder / "b.png")
     finish(folder, uri, model, "shard.images=1", retry=True)
     assert sorted(names(SynthesizedPairs(uri))) == [("a.png", 0), ("b.png", 0), ("c.jpg", 0)]
-    with pytest.raises(ValueError, match=r"the state does not fit: manifest was"):
+    with pytest.raises(ValueError, match=r"the state does not fit: parts was"):
         SynthesizedPairs(uri, buffer=4).load_state_dict(state)
 
 
-def test_an_unfinished_dataset_is_refused(copy, tmp_path):
+def test_an_unfinished_dataset_is_refused_unless_asked_for(copy, tmp_path):
     (copy / "_SUCCESS").unlink()
-    for uri in (copy, tmp_path / "missing"):
-        with pytest.raises(ValueError, match=rf"^{uri}: no finished dataset \(_SUCCESS is missing\)"):
+    for uri, more in ((copy, "writes it last; .*unfinished=True"), (tmp_path / "missing", "writes it last$")):
+        with pytest.raises(ValueError, match=rf"^{uri}: no finished dataset \(_SUCCESS is missing\); .*{more}"):
             SynthesizedPairs(str(uri))
+    with pytest.raises(ValueError, match=r"missing: no dataset \(config\.yaml is missing\)"):
+        SynthesizedPairs(str(tmp_path / "missing"), unfinished=True)
+
+
+def test_the_parts_of_an_unfinished_dataset_are_chosen_once(grid, copy):
+    for name in ("_SUCCESS", "manifest.parquet"):
+        (copy / name).unlink()
+    late, damaged = copy / "data/part-000001.parquet", copy / "data/part-000007.parquet"
+    data = late.read_bytes()
+    late.unlink()
+    damaged.write_bytes(data[:-20])
+    pairs = SynthesizedPairs(str(copy), unfinished=True, verify=True)
+    late.write_bytes(data)  # the run goes on
+    assert pairs.parts == ["data/part-000000.parquet", "data/part-000002.parquet"]
+    samples = iter(pairs)
+    first = names(itertools.islice(samples, 10))
+    state = pairs.state_dict()
+    rest = names(samples)
+    assert sorted(first + rest) == [name for name in sorted(rows_of(Path(grid))) if int(name[0][:3]) // 16 != 1]
+    assert len(SynthesizedPairs(str(copy), unfinished=True)) == 40
+    for uri in (str(copy), grid):  # a state goes on with the parts of its time, also when the dataset is finished
+        resumed = SynthesizedPairs(uri, parts=pairs.parts)
+        resumed.load_state_dict(state)
+        assert names(resumed) == rest
+    with pytest.raises(ValueError, match="the state does not fit: parts was"):
+        SynthesizedPairs(grid).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"parts=data/part-000007\.parquet: no such part, or a damaged one"):
+        SynthesizedPairs(str(copy), parts=["data/part-000007.parquet"])
+    now = SynthesizedPairs(str(copy), unfinished=True)
+    late.write_bytes(data + b"x")
+    with pytest.raises(ValueError, match=r"part-000001.* bytes, but the list of parts says"):
+        list(now)
+    for part in (copy / "data").iterdir():
+        part.unlink()
+    with pytest.raises(ValueError, match=r"copy: no rows yet"):
+        SynthesizedPairs(str(copy), unfinished=True)
+
+
+def test_ranks_agree_on_the_parts_that_rank_0_has_seen(grid, copy, tmp_path):
+    """Each rank lists a folder of its own, as if they had looked at different moments."""
+    (copy / "_SUCCESS").unlink()
+    (copy / "data/part-000001.parquet").unlink()
+    script = """
+import sys, torch
+from degflow import SynthesizedPairs
+rank, store, *uris = int(sys.argv[1]), *sys.argv[2:]
+torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+try:
+    SynthesizedPairs(uris[2], unfinished=True)
+except ValueError as error:
+    print(error)
+pairs = SynthesizedPairs(uris[rank], unfinished=True)
+print(*pairs.parts, *(sample["key"] for sample in pairs))
+"""
+    command = [sys.executable, "-c", script]
+    words = [str(tmp_path / "store"), str(copy), grid, str(tmp_path / "missing")]
+    jobs = [subprocess.Popen([*command, str(n), *words], cwd=ROOT, stdout=subprocess.PIPE, text=True) for n in range(2)]
+    said = [job.communicate(timeout=600)[0].splitlines() for job in jobs]
+    assert said[0][0] == said[1][0] == f"{tmp_path}/missing: no dataset (config.yaml is missing)"
+    shares = [lines[1].split() for lines in said]
+    parts = ["data/part-000000.parquet", "data/part-000002.parquet"]
+    assert [share[:2] for share in shares] == [parts, parts]
+    assert sorted(shares[0][2:] + shares[1][2:]) == [f"{n:03d}.png" for n in range(40) if n // 16 != 1]
+
+
+def test_ranks_that_could_not_agree_are_refused(copy, monkeypatch):
+    (copy / "_SUCCESS").unlink()
+    with pytest.raises(ValueError, match=r"unfinished=True, world=2: .* give all ranks the same parts="):
+        SynthesizedPairs(str(copy), unfinished=True, rank=0, world=2)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match=r"unfinished=True, world=3: "):
+        SynthesizedPairs(str(copy), unfinished=True)
+    assert len(SynthesizedPairs(str(copy), parts=["data/part-000002.parquet"])) == 3
 
 
 def test_a_missing_part_is_named(copy):
@@ -489,6 +634,7 @@ def test_one_row_group_is_held_at_a_time(model, tmp_path, monkeypatch):
     ("words", "message"),
     [
         ({"crop": 0}, "crop=0: must be None or at least 1"),
+        ({"lanes": 0}, "lanes=0: must be None or at least 1"),
         ({"buffer": 0}, "buffer=0: must be None or at least 1"),
         ({"seed": -1}, "seed=-1: must not be negative"),
         ({"rank": 2, "world": 2}, "rank=2, world=2: give both"),

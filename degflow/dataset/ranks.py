@@ -1,0 +1,68 @@
+"""The ranks of a training: which one this process is, and the parts that all of them read."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed
+
+from degflow.dataset.reader import Part, parts_there
+
+
+def processes(rank: int | None, world: int | None) -> tuple[int, int]:
+    """Rank and number of processes: as given, or else from torch.distributed, or else from the launcher.
+
+    Raises:
+        ValueError: not 0 <= rank < world.
+    """
+    if rank is None and world is None:
+        if _in_group():
+            rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        else:
+            rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if rank is None or world is None or not 0 <= rank < world:
+        raise ValueError(f"rank={rank}, world={world}: give both, with 0 <= rank < world")
+    return rank, world
+
+
+def agreed_parts(uri: str, names: Sequence[str] | None, world: int, *, given: bool) -> list[Part]:
+    """The parts that are there, the same on all ranks; all ranks must call it.
+
+    Args:
+        uri: the dataset's folder or URI.
+        names: of the parts; None: all that rank 0 sees.
+        world: number of ranks.
+        given: whether the user gave rank and world; then torch.distributed may have others.
+
+    Raises:
+        ValueError: no dataset, no such part, no rows yet, or ranks that could differ.
+        OSError: the dataset cannot be read.
+    """
+    if names is not None or world == 1:
+        return _with_rows(uri, names)
+    if given or not _in_group():
+        raise ValueError(
+            f"unfinished=True, world={world}: ranks that look at different moments would read different parts; start "
+            "torch.distributed first and leave out rank and world, or give all ranks the same parts="
+        )
+    told: list[Any] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            told = [_with_rows(uri, None)]
+        except (ValueError, OSError) as error:  # the others wait for an answer
+            told = [error]
+    torch.distributed.broadcast_object_list(told)
+    if isinstance(told[0], Exception):
+        raise told[0]
+    return told[0]
+
+
+def _with_rows(uri: str, names: Sequence[str] | None) -> list[Part]:
+    parts = parts_there(uri, names)
+    if not any(part.rows for part in parts):
+        raise ValueError(f"{uri}: no rows yet" if names is None else f"{uri}: parts={list(names)}: no rows in them")
+    return parts
+
+
+def _in_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
