@@ -51,11 +51,16 @@ class ActorsConfig:
 class ShardConfig:
     """How the photographs are divided into shards."""
 
-    images: int = option(256, "HR images per shard; a shard is the unit of work and of resuming")
+    images: int = option(256, "most HR images per shard; a shard is the unit of work and of resuming")
+    bytes: int = option(
+        512_000_000, "most bytes of output per shard, estimated from the sizes of the files; 0: cut by images alone"
+    )
 
     def __post_init__(self):
         if self.images < 1:
             raise ValueError(f"shard.images={self.images}: must be at least 1")
+        if self.bytes < 0:
+            raise ValueError(f"shard.bytes={self.bytes}: must not be negative")
 
 
 @dataclass(frozen=True)
