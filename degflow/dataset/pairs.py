@@ -44,7 +44,7 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
     IterableDataset among ranks themselves (Accelerate's `prepare`) need rank=0, world=1. To save the state with loader
     workers, use torchdata's StatefulDataLoader; without them, DataLoader and `state_dict` are enough.
 
-    A worker's memory holds `buffer` rows as PNG, one row group (100 rows or some 64 MB; some 240 MB with Arrow's
+    A worker's memory holds `buffer` encoded rows, one row group (100 rows or some 64 MB; some 240 MB with Arrow's
     buffers), and the pair being decoded.
 
     Args:

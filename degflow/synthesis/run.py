@@ -74,6 +74,7 @@ class Run:
             root=self.input.root.uri,
             max_pixels=config.max_pixels,
             embed=config.hr == "embed",
+            codec=config.codec,
             scaled=config.size == "scaled",
             keep_gray=config.gray == "keep",
             seed=config.seed,

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from s3fs import S3FileSystem
 
 from degflow import images, storage
@@ -126,6 +127,32 @@ def test_a_row_is_the_draw_of_its_noise_seed(photos, tmp_path):
         mean = images.to_pixels(degrader(hr, scale, spread=0.0))[0]
         assert np.abs(png(made["mean"][key, draw]["lr"]["bytes"]).astype(int) - mean).max() <= 1
         assert np.abs(png(row["lr"]["bytes"]).astype(int) - mean).max() > 1
+
+
+def test_webp_rows_hold_the_same_pixels_and_a_side_too_long_for_webp_is_png(photos, model, tmp_path, made, monkeypatch):
+    monkeypatch.setattr(images, "_WEBP_SIDE", 95)
+    rows, kinds = rows_of(make(photos, tmp_path, model, "shard.images=3", "codec=webp")), set()
+    for (key, draw), row in rows_of(made).items():
+        found = rows[key, draw]
+        kind = "png" if max(row["height"], row["width"]) > 95 else "webp"
+        kinds.add(kind)
+        assert found["lr"]["path"] == f"{key}.0.{kind}"
+        assert found["hr"]["path"] == row["hr"]["path"]
+        for name in ("lr", "hr"):
+            with Image.open(io.BytesIO(found[name]["bytes"])) as image:
+                assert (image.format.lower(), image.mode) == (kind, "RGB")
+                assert np.array_equal(np.asarray(image), png(row[name]["bytes"]))
+    assert kinds == {"png", "webp"}
+
+
+def test_what_webp_holds_is_exact_whatever_the_pixels():
+    random = np.random.default_rng(0)
+    for shape in ((1, 1), (1, 16383), (7, 3), (64, 50)):
+        for pixels in (random.integers(0, 256, (*shape, 3), np.uint8), np.zeros((*shape, 3), np.uint8)):
+            data, kind = images.encode(pixels, "webp")
+            assert kind == "webp"
+            assert np.array_equal(images.decode_encoded(data), pixels)
+    assert images.encode(np.zeros((1, 16384, 3), np.uint8), "webp")[1] == "png"
 
 
 @pytest.mark.parametrize("words", [["shard.images=2"], ["shard.images=100", "batch=1"], ["shard.images=7", "batch=8"]])
@@ -471,6 +498,7 @@ def test_a_shard_ends_before_its_bytes_or_with_its_images(words, shards):
         ("seed=-1", r"seed=-1: must lie in \[0, 2\^63\)"),
         ("size=small", "size=small: must be same or scaled"),
         ("hr=auto", "hr=auto: must be embed or reference"),
+        ("codec=jpeg", "codec=jpeg: must be one of png, webp"),
         ("gray=none", "gray=none: must be one of camera, keep"),
         ("max_pixels=10", "max_pixels=10: must be at least 64"),
         ("batch=0", "batch=0: must be at least 1"),
@@ -485,7 +513,7 @@ def test_broken_rules_name_key_value_and_rule(word, message):
         load(SynthesizeConfig, ["input=a", "output=b", *word.split()])
 
 
-CODEC = Codec("", max_pixels=10_000, embed=True, scaled=False, keep_gray=False, seed=0, model_sha256="")
+CODEC = Codec("", max_pixels=10_000, embed=True, codec="png", scaled=False, keep_gray=False, seed=0, model_sha256="")
 
 
 def test_a_store_that_fails_is_no_reject_but_a_file_that_does_is(s3, monkeypatch):
