@@ -26,8 +26,8 @@ _ONCE: dict[str, Any] = {
 class ShardWriter:
     """Collects the rows of a shard in a temporary local file, and puts it into the output at the end.
 
-    Memory holds one row group at a time: some 64 MiB of images, or all rows of one photograph up to `MOST_BYTES`. Use it
-    as a context manager, which deletes the temporary file.
+    Memory holds one row group at a time: some 64 MiB of images, or all rows of one photograph up to `MOST_BYTES`.
+    Use it as a context manager, which deletes the temporary file.
 
     Args:
         output: the dataset.

@@ -221,6 +221,7 @@ def test_dry_run_writes_nothing(photos, model, tmp_path, capsys):
     assert re.search(r"7 images \(.*\) in 2 shards; 2 LR each, scales uniform in \[1, 4\]", said)
     assert "1 file in " in said
     assert "some 0 megapixels of LR to make, a dataset of some 0.0 GB: of 7 sampled files 7 are readable" in said
+    assert "with 0.01 megapixels on average" in said
     assert re.search(r"planned with \d+ MB of memory at most; dry_run=true: nothing was started", said)
     assert not (tmp_path / "out").exists()
 
