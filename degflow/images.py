@@ -49,8 +49,11 @@ if TYPE_CHECKING:  # torch takes seconds to import, and decoding and encoding do
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 SMALLEST_SIDE = 8
+CODECS = ("png", "webp")  # of what `encode` makes
 MAX_PIXELS = 200_000_000
 GRAY = ("camera", "keep")  # what an LR image of a gray photograph has: a colour camera's slight colour, or none
+_PNG = b"\x89PNG\r\n\x1a\n"
+_WEBP_SIDE = 16383  # pixels of a WebP's longest side, by its format
 _MAX_SCANS = 100  # as libtiff
 _MAX_EXIF_PARTS = 64  # of 64 KiB; Pillow joins them in quadratic time
 _MAX_PLANES = 6  # samples per pixel, as Pillow; a TIFF may store each as a plane
@@ -166,7 +169,7 @@ def _reader(start: bytes) -> Callable[[bytes, int], ImageFile.ImageFile]:
     """The function that opens a file with these first 12 bytes; Image.open would apply Pillow's global size limit."""
     if start.startswith(b"\xff\xd8\xff"):
         return _open_jpeg
-    if start.startswith(b"\x89PNG\r\n\x1a\n"):
+    if is_png(start):
         return _open_png
     if start.startswith(b"RIFF") and start.endswith(b"WEBP"):
         return _open_webp
@@ -343,6 +346,35 @@ def encode_png(pixels: np.ndarray, compress_level: int = 3) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=compress_level)
     return buffer.getvalue()
+
+
+def encode(pixels: np.ndarray, codec: str) -> tuple[bytes, str]:
+    """Encode uint8 "H W 3" without loss.
+
+    Args:
+        pixels: the image.
+        codec: one of CODECS. A WebP file holds at most 16383 pixels a side: a larger image becomes a PNG.
+
+    Returns:
+        The file's bytes, and what they are: "png" or "webp".
+    """
+    if codec == "png" or max(pixels.shape[:2]) > _WEBP_SIDE:
+        return encode_png(pixels), "png"
+    buffer = io.BytesIO()
+    # Of lossless WebP, quality and method are the effort: these are the quickest (docs/speed.md).
+    Image.fromarray(pixels).save(buffer, "WebP", lossless=True, quality=0, method=0)
+    return buffer.getvalue(), "webp"
+
+
+def is_png(data: bytes) -> bool:
+    """Whether this is a PNG file, by its first bytes."""
+    return data.startswith(_PNG)
+
+
+def decode_encoded(data: bytes) -> np.ndarray:
+    """Decode what `encode` made, of any size; returns uint8 "H W 3". Damage raises many kinds of errors."""
+    with PngImageFile(io.BytesIO(data)) if is_png(data) else WebPImageFile(_UnsizedBytes(data)) as image:
+        return np.asarray(image)
 
 
 def to_tensor(pixels: np.ndarray, device: "str | torch.device" = "cpu") -> "Tensor":

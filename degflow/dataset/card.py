@@ -72,7 +72,7 @@ same dataset again.
 | draw | int32 | number of the LR image among those of its HR image |
 | scale | float64 | degradation scale |
 | time | float64 | time on the flow, 0 at the smallest trained scale and 1 at the largest |
-| lr | struct(bytes, path) | PNG, 8-bit sRGB |
+| lr | struct(bytes, path) | {codec}, 8-bit sRGB |
 | hr | struct(bytes, path) | {hr} |
 | height, width | int32 | of the LR image |
 | hr_sha256 | string | of the source file |
@@ -98,7 +98,7 @@ def card(records: Mapping[int, Record], rejects: int, recipe: Mapping[str, Any],
     rows = sum(record.rows for record in records.values())
     used = rows // recipe["scale"]["per_image"]
     psnr = sum((record.psnr or 0) * record.rows for record in records.values()) / max(1, rows)
-    embedded = recipe["hr"] == "embed"
+    embedded, codec = recipe["hr"] == "embed", {"png": "PNG", "webp": "lossless WebP"}[recipe["codec"]]
     return _CARD.format(
         size_category=_size_category(rows),
         rows=rows,
@@ -114,7 +114,8 @@ def card(records: Mapping[int, Record], rejects: int, recipe: Mapping[str, Any],
         resize=": LR images have HR's size."
         if recipe["size"] == "same"
         else "; here each LR image was then also shrunk by it.",
-        hr="PNG of exactly the pixels that were degraded"
+        codec=codec,
+        hr=f"{codec} of exactly the pixels that were degraded"
         if embedded
         else "without bytes; path is the URI of the source file",
     )
@@ -167,7 +168,7 @@ def _sample(rows: Sequence[dict[str, Any]], recipe: Mapping[str, Any]) -> Sample
     top, left = most_detail(hr, size)
     tiles = []
     for row in rows:
-        lr, psnr = np.asarray(Image.open(io.BytesIO(row["lr"]["bytes"]))), None
+        lr, psnr = images.decode_encoded(row["lr"]["bytes"]), None
         if lr.shape == hr.shape:
             error = float(np.square(lr.astype(np.float32) - hr).mean(dtype=np.float64))
             psnr = min(99.0, 10 * math.log10(255**2 / max(error, 1e-10)))  # as in the manifest

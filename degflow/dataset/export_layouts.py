@@ -1,6 +1,7 @@
 """The layouts of an export: the files that the rows of a photograph become, and their names.
 
-A layout gets the rows of one photograph at a time, and keeps none of them. `exports` writes its files.
+A layout gets the rows of one photograph at a time, and keeps none of them. `exports` writes its files. All images are
+PNG, because the readers of these layouts look for names that end in .png; a dataset's WebP is encoded anew.
 """
 
 import hashlib
@@ -69,21 +70,21 @@ class Paired:
         """One pair for each row."""
         hr, pairs = _hr_png(self.source, rows[0]), []
         for row in rows:
-            name, gt, lq, off = file_name(row["key"], row["draw"]), hr, row["lr"]["bytes"], 0
+            name, gt, lq, off = file_name(row["key"], row["draw"]), hr, _lr_png(self.source, row), 0
             if self.scaled:
-                gt, lq, off = self._multiple(row, hr)
+                gt, lq, off = self._multiple(row, hr, lq)
             folder = f"x{row['scale']:.0f}/" if self.scaled else ""
             height, width = _size_of(gt)
             info = _info(row, name) | {"folder": folder, "height": height, "width": width, "off": off}
             pairs.append(Pair(info, {f"{folder}gt/{name}.png": gt, f"{folder}lq/{name}.png": lq}))
         return pairs
 
-    def _multiple(self, row: dict[str, Any], hr: bytes) -> tuple[bytes, bytes, int]:
+    def _multiple(self, row: dict[str, Any], hr: bytes, lr: bytes) -> tuple[bytes, bytes, int]:
         """HR and LR as PNG, cut to a whole multiple, and their misalignment at the far edge, in HR pixels."""
         scale, sizes = round(row["scale"]), list(zip(_size_of(hr), (row["height"], row["width"]), strict=True))
         off = max(abs(large - scale * small) for large, small in sizes)
         if not off:
-            return hr, row["lr"]["bytes"], 0
+            return hr, lr, 0
         height, width = (min(large // scale, small) for large, small in sizes)
         gt = self.source.hr_of(row | {"hr": {"bytes": hr}})[: scale * height, : scale * width]
         return images.encode_png(gt), images.encode_png(self.source.lr_of(row)[:height, :width]), off
@@ -131,7 +132,7 @@ class RealSR:
         for label, draws in found.items():
             for number, (_, place) in enumerate(sorted(draws)):
                 row, name = rows[place], file_name(rows[place]["key"], number)
-                files = {f"{label}/{name}_HR.png": hr, f"{label}/{name}_LR{label}.png": row["lr"]["bytes"]}
+                files = {f"{label}/{name}_HR.png": hr, f"{label}/{name}_LR{label}.png": _lr_png(self.source, row)}
                 pairs.append(Pair(_info(row, name) | {"label": label}, files))
         return pairs
 
@@ -152,7 +153,7 @@ class WebDataset:
         for row in rows:
             name = file_name(row["key"], row["draw"])
             about = {key: value for key, value in row.items() if key not in ("lr", "hr")}
-            files = {"hr.png": hr, "lr.png": row["lr"]["bytes"], "json": json.dumps(about).encode()}
+            files = {"hr.png": hr, "lr.png": _lr_png(self.source, row), "json": json.dumps(about).encode()}
             pairs.append(Pair(_info(row, name), {f"{name}.{suffix}": data for suffix, data in files.items()}))
         return pairs
 
@@ -185,7 +186,13 @@ def _info(row: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _hr_png(source: FinishedDataset, row: dict[str, Any]) -> bytes:
-    return row["hr"]["bytes"] or images.encode_png(source.hr_of(row))
+    data = row["hr"]["bytes"]
+    return data if data and images.is_png(data) else images.encode_png(source.hr_of(row))
+
+
+def _lr_png(source: FinishedDataset, row: dict[str, Any]) -> bytes:
+    data = row["lr"]["bytes"]
+    return data if images.is_png(data) else images.encode_png(source.lr_of(row))
 
 
 def _size_of(png: bytes) -> tuple[int, int]:

@@ -52,7 +52,7 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
     is decided here, once. All ranks must read the same ones: rank 0 tells them to the others through torch.distributed,
     and without it all ranks need the same `parts`. To go on with a saved state later, give the `parts` of that time.
 
-    A worker's memory holds `buffer` rows as PNG, for each lane the rest of a row group (at most 100 rows or some 64
+    A worker's memory holds `buffer` encoded rows, for each lane the rest of a row group (at most 100 rows or some 64
     MB), and the pair being decoded. While a row group is read, Arrow's buffers take some 240 MB more.
 
     Args:

@@ -78,10 +78,18 @@ class Plan:
         rows = self.table.select(SOURCE.names).take(pa.array(places, pa.int64()))
         return [Source(*row.values()) for row in rows.to_pylist()]
 
-    def next_part(self, sources: pa.Table, images: int) -> Part:
-        """A part with these files (a table of SOURCE), in new shards of at most `images` files."""
-        shards = np.arange(len(sources), dtype=np.int32) // images + len(self)
-        return sources.add_column(0, PLAN_ROW.field("shard"), pa.array(shards, pa.int32())).cast(PLAN_ROW)
+    def next_part(self, sources: pa.Table, images: int, sizes: np.ndarray | None = None, most: int = 0) -> Part:
+        """A part with these files, in new shards.
+
+        Args:
+            sources: a table of SOURCE.
+            images: a shard has at most so many files.
+            sizes: int64 "N", what each file counts; None: shards are cut by the number of files alone.
+            most: a shard's files count at most so much together, if it has more than one file.
+        """
+        shards = _cut(images, sizes, most) if sizes is not None else np.arange(len(sources), dtype=np.int32) // images
+        column = pa.array(shards + np.int32(len(self)), pa.int32())
+        return sources.add_column(0, PLAN_ROW.field("shard"), column).cast(PLAN_ROW)
 
     def plus(self, part: Part) -> "Plan":
         """The plan with one more part."""
@@ -91,6 +99,17 @@ class Plan:
     def empty(cls) -> "Plan":
         """A plan without files."""
         return cls(PLAN_ROW.empty_table(), 0)
+
+
+def _cut(images: int, sizes: np.ndarray, most: int) -> np.ndarray:
+    """The number of each file's shard, int32 "N", from 0; see `Plan.next_part`."""
+    ends, before, first, counts = sizes.cumsum(), 0, 0, []
+    while first < len(sizes):  # once for each shard, not for each file
+        fitting = ends[first : first + images].searchsorted(before + most, "right")
+        counts.append(max(1, int(fitting)))
+        first += counts[-1]
+        before = int(ends[first - 1])
+    return np.repeat(np.arange(len(counts), dtype=np.int32), counts)
 
 
 def joined(first: Part | None, second: Part) -> Part:

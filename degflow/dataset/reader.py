@@ -1,7 +1,6 @@
 """The rows of a dataset: of a finished one through its manifest, or of the parts that are there."""
 
 import hashlib
-import io
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -11,7 +10,6 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL.PngImagePlugin import PngImageFile
 
 from degflow import config, images
 from degflow.dataset.footer import body_sha256
@@ -142,7 +140,7 @@ class StoredDataset:
 
     def lr_of(self, row: dict[str, Any]) -> np.ndarray:
         """The LR image of a row, uint8 "H W 3"."""
-        return _png(row, "lr")
+        return _pixels(row, "lr")
 
     def hr_of(self, row: dict[str, Any]) -> np.ndarray:
         """The HR image of a row, uint8 "H W 3": exactly the pixels that were degraded.
@@ -151,7 +149,7 @@ class StoredDataset:
             ValueError: with `hr=reference`, the source is gone, has changed, or is not below the run's input.
         """
         if row["hr"]["bytes"] is not None:
-            return _png(row, "hr")
+            return _pixels(row, "hr")
         return images.decode(read_reference(row, self.recipe), max_pixels=self.recipe["max_pixels"])
 
 
@@ -187,10 +185,8 @@ def _dicts(table: pa.Table, chosen: np.ndarray) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _png(row: dict[str, Any], name: str) -> np.ndarray:
+def _pixels(row: dict[str, Any], name: str) -> np.ndarray:
     try:
-        # Not `images.decode`, which refuses images as small as LR images may be.
-        with PngImageFile(io.BytesIO(row[name]["bytes"])) as image:
-            return np.asarray(image)
+        return images.decode_encoded(row[name]["bytes"])  # `images.decode` refuses images as small as LR may be
     except Exception as error:  # Pillow's decoders raise many kinds of errors
         raise ValueError(f"{row['key']}, draw {row['draw']}: damaged {name} ({error})") from error

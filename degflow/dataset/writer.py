@@ -14,6 +14,8 @@ from degflow.dataset.layout import DATA, ROW, Record, Reject, part_name
 from degflow.storage import Place
 
 ROW_GROUP_ROWS, ROW_GROUP_BYTES = 100, 64 << 20
+# Of images in a row group, with HR counted in every row, as it is in memory. Arrow reads no row group with 2 GiB of HR.
+MOST_BYTES = 1 << 30
 # Equal values of these columns are stored once in a row group, e.g. HR of a photograph's draws. LR images all differ.
 _ONCE: dict[str, Any] = {
     "use_dictionary": ["key", "hr.bytes", "hr.path", "hr_sha256", "model_sha256"],
@@ -24,7 +26,8 @@ _ONCE: dict[str, Any] = {
 class ShardWriter:
     """Collects the rows of a shard in a temporary local file, and puts it into the output at the end.
 
-    Memory holds one row group at a time. Use it as a context manager, which deletes the temporary file.
+    Memory holds one row group at a time: some 64 MiB of images, or all rows of one photograph up to `MOST_BYTES`.
+    Use it as a context manager, which deletes the temporary file.
 
     Args:
         output: the dataset.
@@ -35,7 +38,7 @@ class ShardWriter:
     def __init__(self, output: Place, number: int, recipe: str):
         self.output, self.part, self.recipe = output, part_name(DATA, number), recipe
         self._spool = _Spool()
-        # PNGs do not compress further, and the other columns are a few bytes each.
+        # PNG and WebP do not compress further, and the other columns are a few bytes each.
         self._parquet = pq.ParquetWriter(self._spool, ROW, compression="none", **_ONCE)
         self._buffer: list[dict[str, Any]] = []
         self._rejects: list[Reject] = []
@@ -49,10 +52,17 @@ class ShardWriter:
         self._spool.file.close()
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Append the rows of one photograph, with the columns of `ROW`."""
-        self._buffer += rows
+        """Append the rows of one photograph, with the columns of `ROW`.
+
+        They share a row group, which stores their HR once, unless they have more than `MOST_BYTES`.
+        """
+        for row in rows:
+            size = sum(len(row[name]["bytes"] or b"") for name in ("lr", "hr"))
+            if self._buffered + size > MOST_BYTES:
+                self._flush()
+            self._buffer.append(row)
+            self._buffered += size
         self._rows += len(rows)
-        self._buffered += sum(len(row[name]["bytes"] or b"") for row in rows for name in ("lr", "hr"))
         if len(self._buffer) >= ROW_GROUP_ROWS or self._buffered >= ROW_GROUP_BYTES:
             self._flush()
 

@@ -9,7 +9,7 @@ The way of one photograph through the job:
  5. `shard.ShardMaker.make`       the actor takes the photograph in a window of its shard
  6. `codec.Codec.load`            a thread, or a Ray task if actors have GPUs, reads and decodes it
  7. `window.WindowDegrader.degrade`   it is degraded to the scales of its draws (`dataset.scales.scales_of`)
- 8. `codec.Codec.encode`          HR and LR images become rows of PNGs
+ 8. `codec.Codec.encode`          HR and LR images become rows, as PNG or WebP
  9. `dataset.writer.ShardWriter.finish`   the shard's rows and rejects are put into the output, as one object
 10. `run.Run.finish`              after all shards: rejects, manifest, card, preview, and last `_SUCCESS`
 

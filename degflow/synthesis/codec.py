@@ -63,7 +63,8 @@ class Codec:
     Args:
         root: URI of the folder or prefix of the keys.
         max_pixels: images with more are rejected.
-        embed: rows hold HR as PNG, or else as its URI.
+        embed: rows hold HR's pixels, or else its URI.
+        codec: of LR and embedded HR; one of `images.CODECS`.
         scaled: LR images are shrunk by their scales.
         keep_gray: LR images of a gray photograph are gray.
         seed: of the run.
@@ -73,6 +74,7 @@ class Codec:
     root: str
     max_pixels: int
     embed: bool
+    codec: str
     scaled: bool
     keep_gray: bool
     seed: int
@@ -142,18 +144,19 @@ class Codec:
 
     def _hr_of(self, item: Loaded) -> dict[str, Any]:
         if self.embed:
-            return {"bytes": images.encode_png(item.pixels), "path": item.key}
+            return {"bytes": images.encode(item.pixels, self.codec)[0], "path": item.key}
         return {"bytes": None, "path": reference_to(Place(self.root), item.key)}
 
     def _row(self, item: Loaded, number: int, draw: Draw, lr: np.ndarray, hr: dict[str, Any]) -> dict[str, Any]:
         if self.scaled:
             lr = images.resize(lr, *images.shrunk_size(lr.shape[0], lr.shape[1], draw.scale))
+        data, suffix = images.encode(lr, self.codec)
         return {
             "key": item.key,
             "draw": number,
             "scale": draw.scale,
             "time": draw.time,
-            "lr": {"bytes": images.encode_png(lr), "path": f"{item.key}.{number}.png"},
+            "lr": {"bytes": data, "path": f"{item.key}.{number}.{suffix}"},
             "hr": hr,
             "height": lr.shape[0],
             "width": lr.shape[1],

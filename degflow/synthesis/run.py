@@ -21,6 +21,7 @@ from degflow.synthesis.pool import pool_of
 from degflow.synthesis.resuming import Recipe, continued
 from degflow.synthesis.settings import SynthesizeConfig, resolve
 from degflow.synthesis.shard import ShardMaker
+from degflow.synthesis.sizes import bytes_per_pixel, next_part
 from degflow.synthesis.state import State
 from degflow.synthesis.window import WindowDegrader
 
@@ -73,6 +74,7 @@ class Run:
             root=self.input.root.uri,
             max_pixels=config.max_pixels,
             embed=config.hr == "embed",
+            codec=config.codec,
             scaled=config.size == "scaled",
             keep_gray=config.gray == "keep",
             seed=config.seed,
@@ -96,18 +98,18 @@ class Run:
 
     def _next_part(self) -> Part | None:
         """All of the input for an empty plan; later the new files and the rejected ones, if they are asked for."""
-        config, size, part = self.config, self.config.shard.images, None
+        config, part = self.config, None
         if not len(self.state.plan):
-            return self.state.plan.next_part(self.input.images(), size)
+            return next_part(self.state.plan, self.input.images(), config)
         if config.extend:
-            part = self.state.plan.next_part(self.input.new_images(self.state.plan), size)
+            part = next_part(self.state.plan, self.input.new_images(self.state.plan), config)
         elif (config.dry_run or self.output.exists(SUCCESS)) and (new := self.input.new_images(self.state.plan)):
             first = ", ".join(new["key"].slice(0, 3).to_pylist()) + (", ..." if len(new) > 3 else "")
             print(f"{len(new)} new in {config.input} since the plan was made ({first}); extend=true takes them")
         if config.retry_rejects:
             plan = self.state.plan.plus(part) if part else self.state.plan
             keys = [reject.key for reject in rejects_of(self.output, self.state.done, plan.newest())]
-            part = joined(part, plan.next_part(self.input.as_now(plan.sources(keys)), size))
+            part = joined(part, next_part(plan, self.input.as_now(plan.sources(keys)), config))
         return part or None
 
     def is_finished(self) -> bool:
@@ -275,9 +277,10 @@ class Run:
         if not sizes:
             return f"none of {len(sources)} sampled files is a readable image, so there is no estimate\n{planned}"
         mean = sum(sizes) / len(sizes)
-        total = mean * plan.files * self.config.scale.per_image * len(sizes) / len(sources)
+        total = mean * plan.files * len(sizes) / len(sources)
         return (
-            f"some {total / 1e6:,.0f} megapixels of LR to make: of {len(sources)} sampled files {len(sizes)} are "
+            f"some {total * self.config.scale.per_image / 1e6:,.0f} megapixels of LR to make, a dataset of some "
+            f"{total * bytes_per_pixel(self.config) / 1e9:,.1f} GB: of {len(sources)} sampled files {len(sizes)} are "
             f"readable, with {mean / 1e6:.2f} megapixels on average\n{planned}"
         )
 

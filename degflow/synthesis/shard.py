@@ -2,7 +2,7 @@
 
 Photographs are taken in windows of `batch` places in the plan; what the store does not give soon comes last. While the
 degrader works on one window, workers load the next one and encode the one before. So memory holds at most three windows
-of decoded images with their LR images, one row group of PNGs, and the `memory` GB of one forward pass.
+of decoded images with their LR images, one row group of encoded images, and the `memory` GB of one forward pass.
 """
 
 import time

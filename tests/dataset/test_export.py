@@ -19,6 +19,7 @@ from degflow.capture.scenes import SceneConfig, SceneImages
 from degflow.config import load
 from degflow.dataset.export_layouts import file_name
 from degflow.dataset.exports import ExportConfig, export
+from degflow.dataset.pairs import SynthesizedPairs
 from degflow.storage import Place
 from tests import ROOT
 from tests.finished import finish, finish_rows, save_coordinates
@@ -110,6 +111,22 @@ def realesrgan_pairs(root, meta_info):
 def neosr_pairs(gt, lq):
     """`paired`: all images below GT; LQ is the path with the folder replaced."""
     return [(path, Path(str(path).replace(str(gt), str(lq)))) for path in Path(gt).rglob("*.png")]
+
+
+@pytest.mark.parametrize("layout", ["paired", "realsr", "webdataset"])
+def test_exports_of_webp_are_png_of_the_same_pixels(photos, model, tmp_path, layout):
+    words = ["limit=3", "scale.distribution=list", "scale.values=[2,3]"]
+    sources = {codec: finish(photos, tmp_path / codec, model, *words, f"codec={codec}") for codec in ("png", "webp")}
+    assert "| lr | struct(bytes, path) | lossless WebP, 8-bit sRGB |" in (tmp_path / "webp/README.md").read_text()
+    assert (tmp_path / "webp/preview.html").is_file()
+    found = {codec: files_in(run(uri, tmp_path / f"{codec} out", f"layout={layout}")) for codec, uri in sources.items()}
+    for name in found["png"]:
+        if name.endswith((".png", ".tar", ".txt")):
+            assert found["webp"][name] == found["png"][name]
+    assert found["webp"].keys() == found["png"].keys()
+    ours, theirs = ({pair["key"]: pair for pair in SynthesizedPairs(uri)} for uri in sources.values())
+    assert ours.keys() == theirs.keys()
+    assert all((ours[key][name] == theirs[key][name]).all() for key in ours for name in ("lr", "hr"))
 
 
 def test_paired_folders_hold_every_row_and_basicsr_accepts_them(made, photos, tmp_path, capsys):

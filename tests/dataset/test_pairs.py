@@ -606,6 +606,19 @@ def test_a_part_without_rows_is_passed_over(photos, model, tmp_path):
     assert names(SynthesizedPairs(uri)) == [("b.png", 0)]
 
 
+def test_a_photograph_of_very_many_bytes_has_several_row_groups(model, photos, tmp_path, monkeypatch):
+    words = ["limit=1", "scale.per_image=5"]
+    usual = rows_of(Path(finish(photos, tmp_path / "usual", model, *words)))
+    size = max(len(row[name]["bytes"]) for row in usual.values() for name in ("lr", "hr"))
+    monkeypatch.setattr(writer, "MOST_BYTES", 4 * size)
+    output = Path(finish(photos, tmp_path / "split", model, *words))
+    parquet = pq.ParquetFile(output / "data/part-000000.parquet")
+    groups = [parquet.metadata.row_group(n).num_rows for n in range(parquet.num_row_groups)]
+    assert groups == [2, 2, 1]
+    assert {key: row["hr"] for key, row in rows_of(output).items()} == {key: row["hr"] for key, row in usual.items()}
+    assert sorted(names(SynthesizedPairs(str(output)))) == sorted(usual)
+
+
 def test_one_row_group_is_held_at_a_time(model, tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "ROW_GROUP_ROWS", 5)
     uri = finish(save_coordinates(tmp_path / "in", 20, 8, 8), tmp_path / "out", model, "batch=20")

@@ -198,6 +198,7 @@ def test_a_finished_run_is_left_alone_unless_overwritten(photos, model, copy, ca
     [
         (["seed=1"], "seed was 0, now 1"),
         (["scale.low=1.5"], "scale.low was 1.0, now 1.5"),
+        (["shard.bytes=1000"], "shard.bytes was 512000000, now 1000"),
         (["size=scaled", "shard.images=4"], "size was same, now scaled; shard.images was 3, now 4"),
         (["model=OTHER"], "model_sha256 was "),
         (["input=OTHER"], "input was "),
@@ -219,7 +220,8 @@ def test_dry_run_writes_nothing(photos, model, tmp_path, capsys):
     said = capsys.readouterr().out
     assert re.search(r"7 images \(.*\) in 2 shards; 2 LR each, scales uniform in \[1, 4\]", said)
     assert "1 file in " in said
-    assert "some 0 megapixels of LR to make: of 7 sampled files 7 are readable, with 0.01 megapixels" in said
+    assert "some 0 megapixels of LR to make, a dataset of some 0.0 GB: of 7 sampled files 7 are readable" in said
+    assert "with 0.01 megapixels on average" in said
     assert re.search(r"planned with \d+ MB of memory at most; dry_run=true: nothing was started", said)
     assert not (tmp_path / "out").exists()
 

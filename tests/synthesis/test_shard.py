@@ -7,16 +7,18 @@ import weakref
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from s3fs import S3FileSystem
 
 from degflow import images, storage
 from degflow.config import dump, load, plain
 from degflow.dataset.card import preview, samples
 from degflow.dataset.footer import read_footer
-from degflow.dataset.layout import Reject
+from degflow.dataset.layout import SOURCE, Reject
 from degflow.dataset.manifest import data_files, judge
 from degflow.dataset.manifest import rejects_of as rejects_of_shards
 from degflow.dataset.plan import Plan, plan_files, read_plan, write_part
@@ -28,6 +30,7 @@ from degflow.synthesis.codec import Codec, Loaded, Threads
 from degflow.synthesis.inventory import Input
 from degflow.synthesis.run import Run
 from degflow.synthesis.settings import SynthesizeConfig
+from degflow.synthesis.sizes import next_part
 from tests.faults import proxying
 from tests.finished import synthesize_here
 from tests.s3 import forget_clients
@@ -124,6 +127,32 @@ def test_a_row_is_the_draw_of_its_noise_seed(photos, tmp_path):
         mean = images.to_pixels(degrader(hr, scale, spread=0.0))[0]
         assert np.abs(png(made["mean"][key, draw]["lr"]["bytes"]).astype(int) - mean).max() <= 1
         assert np.abs(png(row["lr"]["bytes"]).astype(int) - mean).max() > 1
+
+
+def test_webp_rows_hold_the_same_pixels_and_a_side_too_long_for_webp_is_png(photos, model, tmp_path, made, monkeypatch):
+    monkeypatch.setattr(images, "_WEBP_SIDE", 95)
+    rows, kinds = rows_of(make(photos, tmp_path, model, "shard.images=3", "codec=webp")), set()
+    for (key, draw), row in rows_of(made).items():
+        found = rows[key, draw]
+        kind = "png" if max(row["height"], row["width"]) > 95 else "webp"
+        kinds.add(kind)
+        assert found["lr"]["path"] == f"{key}.0.{kind}"
+        assert found["hr"]["path"] == row["hr"]["path"]
+        for name in ("lr", "hr"):
+            with Image.open(io.BytesIO(found[name]["bytes"])) as image:
+                assert (image.format.lower(), image.mode) == (kind, "RGB")
+                assert np.array_equal(np.asarray(image), png(row[name]["bytes"]))
+    assert kinds == {"png", "webp"}
+
+
+def test_what_webp_holds_is_exact_whatever_the_pixels():
+    random = np.random.default_rng(0)
+    for shape in ((1, 1), (1, 16383), (7, 3), (64, 50)):
+        for pixels in (random.integers(0, 256, (*shape, 3), np.uint8), np.zeros((*shape, 3), np.uint8)):
+            data, kind = images.encode(pixels, "webp")
+            assert kind == "webp"
+            assert np.array_equal(images.decode_encoded(data), pixels)
+    assert images.encode(np.zeros((1, 16384, 3), np.uint8), "webp")[1] == "png"
 
 
 @pytest.mark.parametrize("words", [["shard.images=2"], ["shard.images=100", "batch=1"], ["shard.images=7", "batch=8"]])
@@ -416,6 +445,36 @@ def test_the_plan_comes_back_as_it_was_written(photos, tmp_path):
     assert again.files == 9
 
 
+MILLION = 1_000_000
+FILES = {"a.jpg": MILLION, "b.jpg": MILLION, "c.jpg": MILLION, "d.jpg": 3_333_333, "e.png": 1_500_000}
+FILES |= {"f.jpg": -1, "g.TIF": 1_500_000, "h.JPEG": MILLION}  # 4 pixels a byte of JPEG, 2 in 3 bytes of the others
+
+
+@pytest.mark.parametrize(
+    ("words", "shards"),
+    [
+        ([], "ab c d efgh"),  # 12 MB of a, 40 MB of d, 3 MB of e
+        (["shard.images=2"], "ab c d ef gh"),  # 12 MB of f, whose size is unknown
+        (["hr=reference"], "abc defg h"),
+        (["scale.per_image=2"], "a b c d efg h"),
+        (["max_pixels=2000000"], "abcd efgh"),
+        (["size=scaled", "scale.distribution=list", "scale.values=[2]"], "abc d efgh"),
+        (["shard.bytes=0"], "abcdefgh"),
+        (["shard.bytes=1"], "a b c d e f g h"),
+        (["shard.bytes=10000000000", "shard.images=3"], "abc def gh"),
+    ],
+)
+def test_a_shard_ends_before_its_bytes_or_with_its_images(words, shards):
+    config = load(SynthesizeConfig, ["input=a", "output=b", "shard.bytes=24000000", *words])
+    table = pa.table([list(FILES), list(FILES.values()), [""] * len(FILES)], SOURCE)
+    plan = Plan.empty().plus(next_part(Plan.empty(), table, config))
+    assert " ".join("".join(source.key[0] for source in plan[n]) for n in range(len(plan))) == shards
+    again = plan.plus(next_part(plan, table, config))
+    assert [again[n] for n in range(len(plan), len(again))] == [again[n] for n in range(len(plan))]
+    assert again.images(range(len(plan))) == len(FILES)
+    assert len(next_part(plan, table.slice(0, 0), config)) == 0
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [
@@ -435,9 +494,11 @@ def test_the_plan_comes_back_as_it_was_written(photos, tmp_path):
         ("actors.gpus=2", "actors.gpus=2: must be auto, 0 or 1"),
         ("actors.threads=-1", "actors.threads=-1: must not be negative"),
         ("shard.images=0", "shard.images=0: must be at least 1"),
+        ("shard.bytes=-1", "shard.bytes=-1: must not be negative"),
         ("seed=-1", r"seed=-1: must lie in \[0, 2\^63\)"),
         ("size=small", "size=small: must be same or scaled"),
         ("hr=auto", "hr=auto: must be embed or reference"),
+        ("codec=jpeg", "codec=jpeg: must be one of png, webp"),
         ("gray=none", "gray=none: must be one of camera, keep"),
         ("max_pixels=10", "max_pixels=10: must be at least 64"),
         ("batch=0", "batch=0: must be at least 1"),
@@ -452,7 +513,7 @@ def test_broken_rules_name_key_value_and_rule(word, message):
         load(SynthesizeConfig, ["input=a", "output=b", *word.split()])
 
 
-CODEC = Codec("", max_pixels=10_000, embed=True, scaled=False, keep_gray=False, seed=0, model_sha256="")
+CODEC = Codec("", max_pixels=10_000, embed=True, codec="png", scaled=False, keep_gray=False, seed=0, model_sha256="")
 
 
 def test_a_store_that_fails_is_no_reject_but_a_file_that_does_is(s3, monkeypatch):

@@ -36,7 +36,8 @@ class Asking(Tasks):
 def flat(tmp_path):
     """A file of 16 megapixels that compress to 50 kB, and the codec of its folder."""
     (tmp_path / "flat.png").write_bytes(images.encode_png(np.zeros((4000, 4000, 3), np.uint8), 9))
-    return Codec(str(tmp_path), images.MAX_PIXELS, embed=True, scaled=False, keep_gray=False, seed=0, model_sha256="")
+    more = {"embed": True, "codec": "png", "scaled": False, "keep_gray": False}
+    return Codec(str(tmp_path), images.MAX_PIXELS, **more, seed=0, model_sha256="")
 
 
 def test_a_task_asks_for_what_the_header_says_and_no_more_than_a_node_has(shared_ray, flat):
