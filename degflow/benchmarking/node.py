@@ -5,7 +5,7 @@ import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -62,8 +62,10 @@ def measured(pixels: np.ndarray, device_seconds: float, repeats: int, photograph
         data = saved(pixels, "JPEG", quality=95)
         for n in range(photographs):
             Path(folder, f"{n:03d}.jpg").write_bytes(data)
-        codec = Codec(folder, images.MAX_PIXELS, embed=True, scaled=False, keep_gray=False, seed=0, model_sha256="")
+        rule: dict[str, Any] = {"embed": True, "codec": "png", "scaled": False, "keep_gray": False}
+        codec = Codec(folder, images.MAX_PIXELS, **rule, seed=0, model_sha256="")
         seconds: list[tuple[float, float]] = []
+        encoded = None
         for _ in range(repeats):
             begun = time.process_time()
             loaded = codec.load(Source("000.jpg", len(data), ""))
@@ -72,6 +74,7 @@ def measured(pixels: np.ndarray, device_seconds: float, repeats: int, photograph
             encoded = codec.encode(loaded, [Draw(2.0, 0.5, n) for n in range(DRAWS)], np.stack([pixels] * DRAWS))
             assert isinstance(encoded, Encoded), encoded
             seconds.append((half - begun, time.process_time() - half))
+        assert encoded
         decode, encode = (statistics.median(column) for column in zip(*seconds, strict=True))
         lr = sum(len(row["lr"]["bytes"]) for row in encoded.rows)
         hr = len(encoded.rows[0]["hr"]["bytes"])
