@@ -95,6 +95,7 @@ class Explorer:
 
     def __init__(self, degrader: Degrader, window: int, max_pixels: int = images.MAX_PIXELS):
         self.degrader, self.max_pixels = degrader, max_pixels
+        degrader.checks_range = False  # of pixels that `images` decoded: a bright photograph needs no warning
         self.window = -(-window // degrader.multiple) * degrader.multiple
         self.draws = not isinstance(degrader.flow, PathFlow)
         self._photographs: dict[str, Photograph] = {}
@@ -196,7 +197,8 @@ class Explorer:
 
     def _pictures(self, hr: Tensor, ask: Ask) -> list[Picture]:
         device = next(self.degrader.parameters()).device
-        lr = _levels(self.degrader(hr.to(device), _one(ask.scale), seed=ask.seed, spread=ask.spread))
+        # As "1 N", like `degrade` and synthesize: the published flow's steps differ between "B" and "B N".
+        lr = _levels(self.degrader(hr.to(device), _one(ask.scale)[None], seed=ask.seed, spread=ask.spread)[0])
         if not self.draws:
             how = "This model draws nothing: every seed gives this picture."
         elif ask.spread == 0:
