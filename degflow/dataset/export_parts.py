@@ -128,7 +128,9 @@ def export_parts(
         waiting = set(calls)
         while waiting:
             finished, waiting = wait(waiting, _LOOK, FIRST_COMPLETED)
-            progress(-shown + (shown := rows.value))
+            if (now := rows.value) > shown:
+                progress(now - shown)
+                shown = now
             done |= {calls[call]: call.result() for call in finished}
         return done
     except BrokenProcessPool:
