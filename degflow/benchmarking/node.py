@@ -64,7 +64,7 @@ def measured(pixels: np.ndarray, device_seconds: float, repeats: int, photograph
             Path(folder, f"{n:03d}.jpg").write_bytes(data)
         codec = Codec(folder, images.MAX_PIXELS, embed=True, scaled=False, keep_gray=False, seed=0, model_sha256="")
         runs = [_coded(codec, Source("000.jpg", len(data), ""), pixels) for _ in range(repeats)]
-        decode, encode = (statistics.median(run[place] for run in runs) for place in (0, 1))
+        decode, encode = statistics.median(run[0] for run in runs), statistics.median(run[1] for run in runs)
         rows = runs[0][2].rows
         hr, lr = len(rows[0]["hr"]["bytes"]), sum(len(row["lr"]["bytes"]) for row in rows)
         return Cost(decode, encode, _actor_seconds(folder, device_seconds), pixels.nbytes, hr, lr)
