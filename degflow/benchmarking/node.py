@@ -64,21 +64,22 @@ def measured(pixels: np.ndarray, device_seconds: float, repeats: int, photograph
             Path(folder, f"{n:03d}.jpg").write_bytes(data)
         rule: dict[str, Any] = {"embed": True, "codec": "png", "scaled": False, "keep_gray": False}
         codec = Codec(folder, images.MAX_PIXELS, **rule, seed=0, model_sha256="")
-        seconds: list[tuple[float, float]] = []
-        encoded = None
-        for _ in range(repeats):
-            begun = time.process_time()
-            loaded = codec.load(Source("000.jpg", len(data), ""))
-            assert isinstance(loaded, Loaded), loaded
-            half = time.process_time()
-            encoded = codec.encode(loaded, [Draw(2.0, 0.5, n) for n in range(DRAWS)], np.stack([pixels] * DRAWS))
-            assert isinstance(encoded, Encoded), encoded
-            seconds.append((half - begun, time.process_time() - half))
-        assert encoded
-        decode, encode = (statistics.median(column) for column in zip(*seconds, strict=True))
-        lr = sum(len(row["lr"]["bytes"]) for row in encoded.rows)
-        hr = len(encoded.rows[0]["hr"]["bytes"])
+        runs = [_coded(codec, Source("000.jpg", len(data), ""), pixels) for _ in range(repeats)]
+        decode, encode = statistics.median(run[0] for run in runs), statistics.median(run[1] for run in runs)
+        rows = runs[0][2].rows
+        hr, lr = len(rows[0]["hr"]["bytes"]), sum(len(row["lr"]["bytes"]) for row in rows)
         return Cost(decode, encode, _actor_seconds(folder, device_seconds), pixels.nbytes, hr, lr)
+
+
+def _coded(codec: Codec, source: Source, pixels: np.ndarray) -> tuple[float, float, Encoded]:
+    """CPU seconds of loading a photograph, and of encoding it with these pixels as each LR image; its rows."""
+    begun = time.process_time()
+    loaded = codec.load(source)
+    half = time.process_time()
+    assert isinstance(loaded, Loaded), loaded
+    encoded = codec.encode(loaded, [Draw(2.0, 0.5, n) for n in range(DRAWS)], np.stack([pixels] * DRAWS))
+    assert isinstance(encoded, Encoded), encoded
+    return half - begun, time.process_time() - half, encoded
 
 
 def _actor_seconds(folder: str, device_seconds: float) -> float:
