@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from degflow import __version__
 from degflow.dataset.card import card
 from tests import ROOT
 from tests.sources import save_model
@@ -90,7 +91,8 @@ def test_a_degrader_is_loaded_from_a_repository_and_what_is_not_there_is_named(t
 
 
 def test_the_hub_s_client_finds_the_rows_named_in_a_dataset_s_card():
-    recipe = {"scale": {"per_image": 4}, "hr": "embed", "size": "same", "seed": 0, "model_sha256": "0" * 64}
+    recipe = {"scale": {"per_image": 4}, "hr": "embed", "codec": "png", "size": "same", "seed": 0}
+    recipe["model_sha256"] = "0" * 64
     text = card({}, 0, recipe, "uniform in [1, 4]")
     data = DatasetCard(text).data.to_dict()
     assert data["configs"] == [{"config_name": "default", "data_files": "data/*.parquet"}]
@@ -99,7 +101,7 @@ def test_the_hub_s_client_finds_the_rows_named_in_a_dataset_s_card():
 
 def test_the_citation_is_that_of_the_readme():
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"] | {"version": __version__}
     assert {"cff-version", "message", "title", "authors"} <= cited.keys()
     for here, there in (("title", "name"), ("version", "version"), ("license", "license")):
         assert cited[here] == project[there]

@@ -213,7 +213,7 @@ def test_what_an_interrupted_overwriting_leaves_is_no_part_of_the_new_run(photos
     assert {row["seed"] for row in rows_of(tmp_path).values()} == {0}
 
 
-def set_one_aside(pool, maker, plan, pending):
+def set_one_aside(pool, maker, plan, pending, price):
     for number in pending:
         if number != 1:
             list(maker.make(number, plan[number], Threads(1)))
