@@ -118,7 +118,7 @@ def test_a_training_takes_a_configuration_that_ships_by_its_name(installed, empt
 
 def test_help_and_errors_of_an_installed_command(installed, empty):
     said = run(installed / "degflow", "evaluate", "--help", folder=empty).stdout
-    assert said.startswith("How close a degrader's LR images come")
+    assert said.startswith("Compare a degrader's LR images")
     words = ("train-lfm", "config=nonsense", "output=x")
     said = run(installed / "degflow", *words, folder=empty, code=2).stderr
     names = ", ".join(sorted(path.stem for path in (ROOT / "configs").iterdir()))
