@@ -95,12 +95,16 @@ def unstarted(gpus: int, threads: int) -> str:
     """Why no actor of this job runs, and what to do; "" if one runs."""
     if missing := lack(gpus, threads):
         return missing
-    running = state.state.actor_table(None, ray.get_runtime_context().job_id, "ALIVE")
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    running = state.state.actor_table(None, job, "ALIVE")
     if any(actor["ActorClassName"].startswith("MapWorker") for actor in running.values()):  # as Ray Data calls them
         return ""
     kind, count = ("GPU", 1) if gpus else ("CPU", threads)
     if not any(node.get(kind, 0) >= count for node in state.available_resources_per_node().values()):
-        return f"no actor runs: other jobs hold the {kind}s of the cluster (`ray status` shows them). Waiting for them"
+        return (
+            f"no actor runs: one that is starting (on a busy machine for a minute), or other jobs hold the {kind}s of "
+            "the cluster (`ray status` shows them). Waiting for them"
+        )
     return (
         "no actor runs, though a node has room for one. On a busy machine a start takes a minute; if it takes longer, "
         "the newest worker-*.err and raylet.err in /tmp/ray/session_latest/logs (Ray's folder) of the nodes say why"
