@@ -86,6 +86,22 @@ The images are derived from the photographs in the input, whose licences apply. 
 """
 
 
+class Totals(NamedTuple):
+    """Of a dataset: LR images, photographs that have some, mean PSNR of LR against HR in dB, bytes of the parts."""
+
+    rows: int
+    used: int
+    psnr: float
+    size: int
+
+
+def totals(records: Mapping[int, Record], recipe: Mapping[str, Any]) -> Totals:
+    """The sums over all shards; see `card`."""
+    rows = sum(record.rows for record in records.values())
+    psnr = sum((record.psnr or 0) * record.rows for record in records.values()) / max(1, rows)
+    return Totals(rows, rows // recipe["scale"]["per_image"], psnr, sum(record.bytes for record in records.values()))
+
+
 def card(records: Mapping[int, Record], rejects: int, recipe: Mapping[str, Any], scales: str) -> str:
     """README.md of a finished dataset.
 
@@ -95,9 +111,7 @@ def card(records: Mapping[int, Record], rejects: int, recipe: Mapping[str, Any],
         recipe: the resolved configuration.
         scales: how they were drawn; see `ScaleConfig.in_words`.
     """
-    rows = sum(record.rows for record in records.values())
-    used = rows // recipe["scale"]["per_image"]
-    psnr = sum((record.psnr or 0) * record.rows for record in records.values()) / max(1, rows)
+    rows, used, psnr, size = totals(records, recipe)
     embedded, codec = recipe["hr"] == "embed", {"png": "PNG", "webp": "lossless WebP"}[recipe["codec"]]
     return _CARD.format(
         size_category=_size_category(rows),
@@ -108,7 +122,7 @@ def card(records: Mapping[int, Record], rejects: int, recipe: Mapping[str, Any],
         scales=scales,
         psnr=f"{psnr:.2f} dB" if rows else "no images",
         parts=len(records),
-        bytes=sum(record.bytes for record in records.values()),
+        bytes=size,
         seed=recipe["seed"],
         model_sha256=recipe["model_sha256"],
         resize=": LR images have HR's size."

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from degflow.dataset.card import Sample, Tile, read_rows
+from degflow.dataset.card import Sample, Tile, read_rows, totals
 from degflow.dataset.layout import Record
 from degflow.images import encode_png
 from degflow.storage import Place
@@ -94,15 +94,13 @@ def gallery(
         recipe: the resolved configuration.
         scales: how they were drawn; see `ScaleConfig.in_words`.
     """
-    rows = sum(record.rows for record in records.values())
-    used = rows // recipe["scale"]["per_image"]
-    psnr = sum((record.psnr or 0) * record.rows for record in records.values()) / max(1, rows)
+    rows, used, psnr, size = totals(records, recipe)
     facts = {
         "LR images": f"{rows:,}",
         "photographs used / rejected": f"{used:,} / {rejects:,}",
         "scales": scales,
         "mean PSNR of LR against HR": f"{psnr:.2f} dB",
-        "size": f"{sum(record.bytes for record in records.values()) / 1e6:,.1f} MB",
+        "size": f"{size / 1e6:,.1f} MB",
         "parts": f"{len(records):,}",
         "seed / spread": f"{recipe['seed']} / {recipe['spread']:g}",
         "model": recipe["model_sha256"][:12],
