@@ -2,7 +2,7 @@
 
 const NAMES = ["hr", "lr", "bicubic", "plain"];
 const $ = (id) => document.getElementById(id);
-const view = { about: null, photograph: null, at: null, zoom: 2, middle: null, cursor: null, answer: null, errors: {} };
+const view = { ready: null, about: null, photograph: null, at: null, zoom: 2, middle: null, cursor: null, answer: null, errors: {} };
 const canvases = {};  // name -> the canvas on the page, of the size of its place
 const pictures = {};  // name -> a canvas of the picture's own size, to draw from and read values from
 const overview = new Image();
@@ -286,6 +286,7 @@ async function take(photograph) {
 async function open(file) {
   if (!file) return;
   try {
+    await view.ready;  // a file may be quicker than the server's first answer
     const most = view.about.most_bytes;
     if (file.size > most) throw new Error(`${file.size} bytes, more than the ${most} that are accepted`);
     say("opening", null);
@@ -354,10 +355,10 @@ async function begin() {
     open(event.dataTransfer.files[0]);
   });
   addEventListener("resize", draw);
+  view.ready = ask("/about").then(prepare);
   try {
-    const about = await ask("/about");
-    prepare(about);
-    if (about.photograph) await take(about.photograph);
+    await view.ready;
+    if (view.about.photograph) await take(view.about.photograph);
   } catch (error) {
     say("pictures", error);
   }

@@ -205,3 +205,17 @@ def test_nothing_is_wider_than_the_page(chromium, url, photograph, width, height
             apart_x = a["x"] + a["width"] <= b["x"] or b["x"] + b["width"] <= a["x"]
             assert apart_x or a["y"] + a["height"] <= b["y"] or b["y"] + b["height"] <= a["y"]
     visit.page.close()
+
+
+def test_a_file_opened_before_the_server_s_first_answer_waits_for_it(chromium, url, photograph):
+    visit = Visit(chromium, "about:blank")
+    waiting = []
+    visit.page.route("**/about", lambda route: waiting.append(route))
+    visit.page.goto(url)
+    visit.page.set_input_files("#file", photograph)
+    visit.page.wait_for_timeout(300)
+    assert visit.page.locator("#error").is_hidden()
+    waiting[0].continue_()
+    visit.wait()
+    assert visit.complaints == []
+    visit.page.close()
