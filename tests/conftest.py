@@ -1,6 +1,3 @@
-import os
-import shutil
-import tempfile
 from typing import Any
 
 import pytest
@@ -11,7 +8,7 @@ from tests import s3 as server
 # Tests of one group run one after another in one process of pytest-xdist. The groups below come first, for they take
 # longest. Every other file is a group of its own, so that its fixtures are made once.
 GROUPS = {
-    "ray": (  # nodes that are killed, memory that runs out, and jobs' servers
+    "ray": (  # two Rays at a time would share ports, memory and this machine's cores
         "tests/synthesis/test_pool.py",
         "tests/synthesis/test_cluster.py",
         "tests/synthesis/test_tasks.py",
@@ -20,15 +17,13 @@ GROUPS = {
         "tests/synthesis/test_run.py",
         "tests/synthesis/test_oddities.py",
         "tests/cluster/test_ray.py",
-    ),
-    "slurm": ("tests/cluster/test_slurm.py",),  # waits most of its time
-    "commands": (  # whole commands, some of which start a Ray of their own
         "tests/benchmarking/test_benchmark.py",
         "tests/protocol/test_protocol.py",
         "tests/test_wheel.py",
         "tests/test_docs.py",
     ),
     "processes": (  # trainings of several processes, whose launchers open ports
+        "tests/cluster/test_slurm.py",
         "tests/training/test_launch.py",
         "tests/training/test_jobs.py",
         "tests/training/test_loop.py",
@@ -44,13 +39,6 @@ ORDER = {file: (group, place) for group, files in enumerate(GROUPS.values()) for
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where the tests of numerics compute")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Give each process of pytest-xdist its own folder of Ray: a job looks there for a cluster that it should join."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")  # short, for sockets
-        config.add_cleanup(lambda: shutil.rmtree(os.environ["RAY_TMPDIR"], ignore_errors=True))
 
 
 @pytest.fixture
