@@ -2,7 +2,10 @@
 
 const NAMES = ["hr", "lr", "bicubic", "plain"];
 const $ = (id) => document.getElementById(id);
-const view = { ready: null, about: null, photograph: null, at: null, zoom: 2, middle: null, cursor: null, answer: null, errors: {} };
+const view = {
+  ready: null,  // a promise: kept once `about` is the server's first answer
+  about: null, photograph: null, at: null, zoom: 2, middle: null, cursor: null, answer: null, errors: {},
+};
 const canvases = {};  // name -> the canvas on the page, of the size of its place
 const pictures = {};  // name -> a canvas of the picture's own size, to draw from and read values from
 const overview = new Image();
