@@ -35,7 +35,7 @@ from degflow.trajectory import Timeline
 
 MEMORY = 4.0  # GB
 SHIPPED = str(Path(__file__).parent / "models" / "weights" / "canon-simulated.safetensors")
-SHIPPED_SHA256 = "82fbc8b362d7effe52f41b11992554d7dd670f2feb6bac5a24ce722ee7e1cf78"
+SHIPPED_SHA256 = "8dc3db86047d730dec495664d457160c5dfe9301fc473ca5cd1d36caf65906b6"
 
 
 class Degrader(nn.Module):
@@ -180,13 +180,16 @@ class Degrader(nn.Module):
             return self._encode(image, plan, needs_skips)
 
         ways, r = self._ways, self.autoencoder.config.compression
-        for n, (latent, seen) in enumerate(self.flow.carry(see, hr, draw)):
+        for n, (latent, seen, grain) in enumerate(self.flow.carry(see, hr, draw)):
             for tile in plan.grid.tiles():
                 if seen.skips:
                     skips = tuple(tile.cut(skip, r >> level) for level, skip in enumerate(seen.skips))
                 else:
                     skips = ways.merge(ways.skips(tile.cut(seen.image, r)))
-                tile.paste(lr[:, n], ways.decode(tile.cut(latent, 1), skips).clamp_(-1, 1), r)
+                image = ways.decode(tile.cut(latent, 1), skips)
+                if grain:
+                    image = image + grain(tile.rows.start * r, tile.columns.start * r, *image.shape[-2:])
+                tile.paste(lr[:, n], image.clamp_(-1, 1), r)
 
     def _encode(self, image: Tensor, plan: Plan, needs_skips: bool) -> Seen:
         """Pad and encode an image, tile by tile; skips are merged, and there are none unless needed and kept."""
@@ -234,7 +237,7 @@ class Degrader(nn.Module):
         number = next(self.parameters()).element_size()
         area = number * config.compression**2  # bytes per latent pixel, for each number per image pixel
         costs = Costs(
-            held=3 * flow.images * area + 12 * flow.images * number * config.latent_channels,
+            held=(3 * flow.images + flow.grain_channels) * area + 12 * flow.images * number * config.latent_channels,
             whole=max(number * flow.working_channels, flow.optics_channels * area),
             skips=area * config.skip_channels,
             work=area * config.working_channels,

@@ -131,6 +131,17 @@ class Seen(NamedTuple):
 See = Callable[[Tensor, bool], Seen]  # (image "B 3 H W", whether the decoder will need its skips) -> Seen
 
 
+Addition = Callable[[int, int, int, int], Tensor]  # (top, left, height, width) in pixels -> "B 3 height width"
+
+
+class Carried(NamedTuple):
+    """What one LR image of each HR image is decoded from."""
+
+    latent: Tensor  # "B C_z h w"
+    seen: Seen  # the encoded image whose skips the decoder gets
+    grain: Addition | None  # to add to the decoded image, window by window
+
+
 class Draw(NamedTuple):
     """What is asked for: N LR images of each of B HR images. Its tensors lie on the CPU, wherever the images lie."""
 
@@ -154,14 +165,15 @@ class Flow(Protocol):
     has_solver: bool  # whether it integrates at all
     solver: tuple[str, int]  # the solver and its number of steps unless others are asked for
     images: int  # images and latents that are held at once, for each HR image
+    grain_channels: int  # numbers per image pixel that are held for the grain
     optics_channels: float  # numbers per image pixel at the peak of the optics, which see the whole image
 
     def guide(self, hr: Tensor, scale: Tensor) -> Tensor:
         """The image whose skips the decoder gets, "B 3 H W", for the scales "B"."""
         ...
 
-    def carry(self, see: See, hr: Tensor, draw: Draw) -> Iterator[tuple[Tensor, Seen]]:
-        """The N latents "B C_z h w" in turn, each with the encoded image whose skips its decoder gets.
+    def carry(self, see: See, hr: Tensor, draw: Draw) -> Iterator[Carried]:
+        """What the N LR images are decoded from, in turn.
 
         Args:
             see: encodes an image.
@@ -187,13 +199,13 @@ class PathFlow(nn.Module):
         self.latent_channels: int = config.latent_channels
         self.working_channels: float = config.working_channels
         self.multiple: int = config.multiple
-        self.solver, self.images, self.optics_channels = (SOLVER, STEPS), 1, 0.0
+        self.solver, self.images, self.grain_channels, self.optics_channels = (SOLVER, STEPS), 1, 0, 0.0
 
     def guide(self, hr: Tensor, scale: Tensor) -> Tensor:
         """HR itself."""
         return hr
 
-    def carry(self, see: See, hr: Tensor, draw: Draw) -> Iterator[tuple[Tensor, Seen]]:
+    def carry(self, see: See, hr: Tensor, draw: Draw) -> Iterator[Carried]:
         """See `Flow`; one integration gives all N times, and does not depend on N."""
         seen = see(hr, True)
         time = draw.time if draw.many else draw.time[:, 0]
@@ -203,4 +215,4 @@ class PathFlow(nn.Module):
 
         latents = integrate(velocity, seen.latent, time, steps=draw.steps, solver=draw.solver)
         for latent in latents.unbind(1) if draw.many else (latents,):
-            yield latent.contiguous(), seen
+            yield Carried(latent.contiguous(), seen, None)

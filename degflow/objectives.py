@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from degflow.models import ResidualAutoencoder, ResidualFlow, Spread
-from degflow.models.counter import gaussian, sample_keys
+from degflow.models.counter import sample_keys
 from degflow.models.precision import exactly
-from degflow.models.residual import Guide, correlated, lost_detail
+from degflow.models.residual import Guide, lost_detail
 from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear, next_knot, taylor_step
 
 
@@ -152,9 +152,8 @@ class ResidualObjective(_Stage2):
             number: int64 "B", the samples' numbers.
         """
         guide, captured = residuals(self.autoencoder, self.spread, hr, skeleton, lr, time.float())
-        factor, _ = self.spread.at(guide.time)
         tau = tau.float()
-        begin = correlated(factor, gaussian(sample_keys(self.seed, number), *captured.shape[1:]))
+        begin = self.spread.sample(sample_keys(self.seed, number), guide.time, *captured.shape[2:])
         place = torch.lerp(begin, captured, tau[:, None, None, None])
         velocity = self.network(place, tau, guide).float()
         flow = F.mse_loss(velocity, captured - begin)

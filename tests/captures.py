@@ -64,9 +64,12 @@ def residual_flow(levels, compression, **sizes):
     torch.nn.init.normal_(network.head.weight, std=0.05)
     channels, times = network.config.latent_channels, Timeline(tuple(levels.values())).knots
     root = torch.randn(len(times) - 1, channels, channels, dtype=torch.float64)
-    spread = Spread(channels, times)
-    spread.fit(root @ root.mT + 0.1 * torch.eye(channels))
-    return ResidualFlow(gaussian_optics(tuple(levels.values())), spread, network, compression)
+    spread, covariance = Spread(channels, times), root @ root.mT + 0.1 * torch.eye(channels)
+    spread.fit(covariance[:, None, None])
+    flow = ResidualFlow(gaussian_optics(tuple(levels.values())), spread, network, compression)
+    torch.nn.init.normal_(flow.grain.field.filters, std=0.1)
+    flow.grain.curves[1:] = 0.02
+    return flow
 
 
 def save_scenes(folder, photos, labels, first=1):

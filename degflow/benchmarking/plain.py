@@ -12,8 +12,7 @@ from torch import Tensor
 from degflow.degrader import Degrader, pad
 from degflow.flow import PathFlow, Velocity
 from degflow.models.autoencoder import Decoder, Expand
-from degflow.models.counter import gaussian
-from degflow.models.residual import Guide, correlated, lost_detail
+from degflow.models.residual import Guide, lost_detail
 
 START = 1e-3  # where the released procedure's integration begins on the published path
 
@@ -62,33 +61,33 @@ def plainly(degrader: Degrader, hr: Tensor, scales: Sequence[float], solve: Solv
         start: the time that the encoder's latent is given, on the published path.
     """
     calls, made = 0, []
-    for latent, skips, count in _latents(degrader, hr, scales, solve, start):
+    for latent, skips, grain, count in _latents(degrader, hr, scales, solve, start):
         calls += count
-        made.append(plain_decode(degrader.autoencoder.decoder, latent, skips))
+        made.append(plain_decode(degrader.autoencoder.decoder, latent, skips) + grain)
     height, width = hr.shape[-2:]
     return Swept(torch.cat(made)[..., :height, :width].clamp(-1, 1), calls)
 
 
 def _latents(
     degrader: Degrader, hr: Tensor, scales: Sequence[float], solve: Solve, start: float
-) -> Iterator[tuple[Tensor, tuple[Tensor, ...], int]]:
-    """Each scale's latent, the skips to decode it with, and the evaluations that it took."""
+) -> Iterator[tuple[Tensor, tuple[Tensor, ...], Tensor | float, int]]:
+    """Each scale's latent, the skips to decode it with, its grain, and the evaluations that it took."""
     flow, encode, image = degrader.flow, degrader.autoencoder.encode, pad(hr, degrader.multiple)
     times = degrader.timeline.time(torch.tensor(scales, dtype=torch.float64))
     source, skips = encode(image)
     if isinstance(flow, PathFlow):
         states, calls = solve(flow.network, source, start, times.clamp(start, 1).tolist())
-        yield from ((state, skips, 0 if n else calls) for n, state in enumerate(states))
+        yield from ((state, skips, 0.0, 0 if n else calls) for n, state in enumerate(states))
         return
     for scale, time in zip(scales, times.to(source)[:, None], strict=True):
         after = pad(flow.optics(hr, torch.tensor([scale], dtype=torch.float64)), degrader.multiple)
         latent, skips = encode(after)
         guide = Guide(latent, source, lost_detail(image, after, flow.compression), time)
-        factor, deviation = flow.spread.at(time)
-        seed = torch.zeros(1, dtype=torch.int64, device=hr.device)
-        begin = correlated(factor, gaussian(seed, *latent.shape[1:]))
+        seed, (_, deviation) = torch.zeros(1, dtype=torch.int64, device=hr.device), flow.spread.at(time)
+        begin = flow.spread.sample(seed, time, *latent.shape[2:])
         (y,), calls = solve(lambda y, tau, guide=guide: flow.network(y, tau, guide), begin, 0.0, [1.0])
-        yield latent + guide.gain * deviation * y, skips, calls
+        grain = flow.grain.gain(image, after, time) * flow.grain.sample(seed, time, *image.shape[2:])
+        yield latent + guide.gain * deviation * y, skips, grain, calls
 
 
 def released(degrader: Degrader, hr: Tensor, scales: Sequence[float]) -> Swept:

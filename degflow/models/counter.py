@@ -30,13 +30,16 @@ def sample_keys(seed: int, number: Tensor) -> Tensor:
     return key
 
 
-def gaussian(seed: Tensor, channels: int, height: int, width: int, *, place: Tensor | None = None) -> Tensor:
+def gaussian(
+    seed: Tensor, channels: int, height: int, width: int, *, place: Tensor | None = None, first: int = 0
+) -> Tensor:
     """Standard normal numbers by Box and Muller's method.
 
     Args:
         seed: int64 "B" in [0, 2^63), one for each image.
         channels, height, width: of the result. A number depends on its seed, channel, row and column alone.
         place: int64 "B 2", row and column that each image begins at, not negative; None: at 0, 0.
+        first: number of the first channel, even.
 
     Returns:
         float32 "B C H W".
@@ -44,7 +47,9 @@ def gaussian(seed: Tensor, channels: int, height: int, width: int, *, place: Ten
     key = sample_keys(_NOISE, seed)
     for axis, count in enumerate((channels + channels % 2, height, width)):
         word = torch.arange(count, device=seed.device)
-        if axis and place is not None:
+        if not axis:
+            word = word + first
+        elif place is not None:
             word = word + place[:, axis - 1].view(-1, *[1] * key.ndim)
         key = mix(step(key[..., None], word))
     radius, angle = ((key.unflatten(1, (-1, 2)) + 0.5) * 2.0**-32).float().unbind(2)

@@ -15,13 +15,16 @@ from degflow.capture.skeletons import Stack, stacks_of
 from degflow.config import option, required
 from degflow.degrader import Degrader
 from degflow.models import ResidualAutoencoder, ResidualConfig, ResidualFlow, ResidualNetwork, Spread
-from degflow.objectives import ResidualObjective, residuals
+from degflow.models.grain import Grain, Lack
+from degflow.objectives import ResidualObjective, residuals, to_float
 from degflow.training.lfm import provenance
 from degflow.training.loop import Validation, fit
 from degflow.training.processes import is_main_process, local_share
 from degflow.training.rae import load_stage1, watched_crops
 from degflow.training.settings import FitConfig
 from degflow.trajectory import Timeline
+
+GRAIN_WINDOW, GRAIN_CROP = 32, 256  # pixels along the windows that the grain's spectra are estimated in, and the crops
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ def train_residual(config: TrainResidualConfig) -> None:
     torch.manual_seed(config.fit.seed)
     network = ResidualNetwork(replace(config.residual, latent_channels=autoencoder.config.latent_channels))
     spread = fit_spread(autoencoder, stacks, times, config.scenes.crop, quiet=not main)
+
     objective = ResidualObjective(autoencoder, ResidualFlow(optics, spread, network, r), config.fit.seed)
 
     def degrader(network: nn.Module) -> Degrader:
@@ -79,8 +83,9 @@ def train_residual(config: TrainResidualConfig) -> None:
         result = fit(objective, samples, config.fit, config.output, config, validate)
         trained = result.network if result else None
     if trained:
-        file = f"{config.output}/degrader.safetensors"
-        degrader(trained).save(file, provenance(config, scenes), half=config.half)
+        file, made = f"{config.output}/degrader.safetensors", degrader(trained)
+        cast(ResidualFlow, made.flow).grain = fit_grain(made, stacks, times)
+        made.save(file, provenance(config, scenes), half=config.half)
         print(f"degrader: {file}")
 
 
@@ -105,14 +110,14 @@ def fit_spread(
         batches, batch: crops for each time.
         quiet: no progress bar.
     """
-    found = sorted({round(time, 6) for each in times for time in each})
+    found = _distinct(times)
     channels = autoencoder.config.latent_channels
     spread, unit = Spread(channels, (0.0, *found)), Spread(channels, (0.0, 1.0))
-    unit.fit(torch.eye(channels)[None])
-    unit.factors[0] = unit.factors[1]  # deviation 1 everywhere: the residual divided by its gain alone
+    unit.fit(torch.eye(channels)[None, None, None])
+    unit.filters[0] = unit.filters[1]  # deviation 1 everywhere: the residual divided by its gain alone
     covariances = []
     for time in tqdm(found, "fitting the spread", disable=quiet):
-        places = [(n, k) for n, each in enumerate(times) for k, at in enumerate(each) if round(at, 6) == time]
+        places = _places(times, time)
         total = torch.zeros(channels, channels, dtype=torch.float64)
         for number in range(batches):
             hr, skeleton, lr = _crops(stacks, places, crop, batch, np.random.default_rng((number, round(1e6 * time))))
@@ -120,8 +125,58 @@ def fit_spread(
             flat = residual.transpose(0, 1).flatten(1).double()
             total += flat @ flat.T / flat.shape[1] / batches
         covariances.append(total)
-    spread.fit(torch.stack(covariances))
+    spread.fit(torch.stack(covariances)[:, None, None])
     return spread
+
+
+@torch.no_grad()
+def fit_grain(
+    degrader: Degrader,
+    stacks: Sequence[Stack],
+    times: Sequence[Sequence[float]],
+    batches: int = 12,
+    batch: int = 4,
+    quiet: bool = False,
+) -> Grain:
+    """What decoded draws lack at every time that the stacks have; draws are rounded to 8 bits, as captures are.
+
+    Args:
+        degrader: trained, but for its grain.
+        stacks, times: as `ResidualCrops` takes them.
+        batches, batch: crops for each time.
+        quiet: no progress bar.
+    """
+    autoencoder, flow = degrader.autoencoder, cast(ResidualFlow, degrader.flow)
+    device, r = next(degrader.parameters()).device, autoencoder.config.compression
+    crop = min(GRAIN_CROP, *(side for stack in stacks for side in stack.pixels.shape[1:3])) // r * r
+    found, lack = _distinct(times), []
+    solver, steps = flow.solver
+    for time in tqdm(found, "fitting the grain", disable=quiet):
+        lack.append(Lack(min(GRAIN_WINDOW, crop), r))
+        for number in range(batches):
+            random = np.random.default_rng((number, round(1e6 * time)))
+            taken = (x.to(device) for x in _crops(stacks, _places(times, time), crop, batch, random))
+            hr, skeleton, lr = taken
+            guide, _ = residuals(autoencoder, flow.spread, hr, skeleton, lr, torch.full((batch,), time, device=device))
+            skips, seed = autoencoder.skips(to_float(skeleton)), torch.arange(batch, device=device) + batch * number
+            mean, draw = (
+                autoencoder.decode(flow.latent(guide, seed, spread, steps, solver), skips).clamp(-1, 1)
+                for spread in (0.0, 1.0)
+            )
+            draw = ((draw + 1) * 127.5).round() / 127.5 - 1
+            lack[-1].add(*map(to_float, (hr, skeleton, lr)), mean, draw)
+    grain = Grain((0.0, *found))
+    grain.fit(lack)
+    return grain.to(device)
+
+
+def _distinct(times: Sequence[Sequence[float]]) -> list[float]:
+    return sorted({round(time, 6) for each in times for time in each})
+
+
+def _places(times: Sequence[Sequence[float]], time: float) -> list[tuple[int, int]]:
+    """The stacks and LR levels that have a time."""
+    return [(n, k) for n, each in enumerate(times) for k, at in enumerate(each) if round(at, 6) == time]
 
 
 def _crops(

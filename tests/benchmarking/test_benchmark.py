@@ -43,7 +43,7 @@ def drawing(blocks=2):
     torch.nn.init.normal_(network.head.weight, std=0.1)  # zeros at first
     optics, spread = Optics((1.0, 4.0)), Spread(4, (0.0, 1.0))
     optics.log_transfer[1] = -10 * torch.linspace(0, 1, optics.rings) ** 2
-    spread.fit(0.2 * torch.eye(4)[None])
+    spread.fit(0.2 * torch.eye(4)[None, None, None])
     return ResidualFlow(optics, spread, network, 4)
 
 

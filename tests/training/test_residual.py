@@ -5,22 +5,25 @@ import re
 import signal
 import time
 from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
 from degflow import Degrader, images
 from degflow.capture.optics import Optics
 from degflow.capture.scenes import SceneConfig, SceneImages
 from degflow.capture.skeletons import Stack, stacks_of
-from degflow.models import ResidualFlow
+from degflow.models import ResidualConfig, ResidualFlow, ResidualNetwork, Spread
 from degflow.models.files import load_checkpoint
+from degflow.models.grain import SHARE
 from degflow.models.residual import lost_detail
 from degflow.training.rae import load_stage1
-from degflow.training.residual import fit_spread
+from degflow.training.residual import fit_grain, fit_spread
 from tests.captures import save_scenes
 from tests.training.test_jobs import LFM, RAE, fails, start, succeed
 
@@ -158,7 +161,7 @@ def test_without_blocks_the_gaussian_is_fitted_and_nothing_is_trained(tree, rae,
     assert "step 1" not in said
     degrader, trained = (Degrader.load(str(folder / "degrader.safetensors")) for folder in (tmp_path, residual[0]))
     assert degrader.flow.network.config.blocks == 0
-    assert torch.equal(degrader.flow.spread.factors, trained.flow.spread.factors)
+    assert torch.equal(degrader.flow.spread.filters, trained.flow.spread.filters)
     hr = torch.rand(1, 3, 40, 40) * 2 - 1
     draws = [degrader(hr, torch.tensor([3.0]), seed=seed) for seed in (0, 1)]
     assert not torch.equal(*draws)
@@ -168,7 +171,7 @@ def test_half_precision_is_stored_on_request(tree, rae, tmp_path):
     succeed("train_residual", **keys_of(tree, rae, tmp_path, half="true", **{"fit.steps": 1}))
     stored = load_file(tmp_path / "degrader.safetensors")
     assert stored["flow.network.stem.weight"].dtype == torch.float16
-    assert stored["flow.spread.factors"].dtype == torch.float32
+    assert stored["flow.spread.filters"].dtype == torch.float32
 
 
 def test_each_stage_2_takes_its_own_kind_of_stage_1_alone(tree, rae, residual, tmp_path):
@@ -232,9 +235,70 @@ def test_the_spread_is_fitted_to_the_captured_covariance_at_every_time():
     for covariance in (early, late):
         stacks += [known_stack(torch.linalg.cholesky(covariance).float(), random) for _ in range(4)]
     spread = fit_spread(Identity(), stacks, [(0.4,)] * 4 + [(1.0,)] * 4, crop=64, quiet=True)
-    roots = spread.factors.double()
+    roots = spread.filters[..., 0, 0].double()
     assert spread.times.tolist() == pytest.approx([0, 0.4, 1])
     torch.testing.assert_close(roots @ roots.mT, torch.stack((0 * early, early, late)), rtol=0.05, atol=1e-3)
+
+
+class Blind(nn.Module):
+    """An autoencoder whose latent is nothing of the image; decoding adds it to the skips in squares of 8 pixels."""
+
+    config = SimpleNamespace(latent_channels=3, compression=8)
+
+    def encode(self, image):
+        return torch.zeros_like(image[..., ::8, ::8]), ()
+
+    def skips(self, image):
+        return (image,)
+
+    def decode(self, latent, skips):
+        return skips[0] + upsampled(latent)
+
+
+def upsampled(latent):
+    return latent.repeat_interleave(8, 2).repeat_interleave(8, 3)
+
+
+def grain_of(stacks, deviation):
+    """Fitted where the Gaussian alone draws, with this deviation."""
+    spread = Spread(3, (0.0, 1.0))
+    spread.filters[1, :, :, 0, 0] = deviation * torch.eye(3)
+    network = ResidualNetwork(ResidualConfig(latent_channels=3, width=8, blocks=0))
+    flow = ResidualFlow(Optics((1.0, 2.0)), spread, network, 8)
+    degrader = SimpleNamespace(autoencoder=Blind(), flow=flow, parameters=network.parameters)
+    return fit_grain(cast(Degrader, degrader), stacks, [(1.0,)] * len(stacks), quiet=True)
+
+
+def flat_stack(seed, deviation, fine=0.0, side=200):
+    """A scene that lost 1 level everywhere, with the noise of such draws, and white noise of a strength in levels."""
+    random = np.random.default_rng(seed)
+    skeleton = random.integers(90, 166, (side, side, 3), dtype=np.uint8)
+    stack = np.stack((skeleton + 1, skeleton, skeleton))
+    gain = lost_detail(*map(images.to_tensor, (stack[:1], stack[2:])), 8)
+    noise = upsampled(gain * deviation * torch.from_numpy(random.standard_normal((1, 3, side // 8, side // 8))))
+    lr = images.to_tensor(stack[2:]) + noise + fine / 127.5 * torch.from_numpy(random.standard_normal(noise.shape))
+    stack[1] = images.to_pixels(lr)[0]
+    return Stack(stack, (2.0,))
+
+
+def variance(grain):
+    """Squared levels in each channel, where 1 level was lost."""
+    one = torch.full((1, 3, 16, 16), 1 / 127.5)
+    gain = grain.gain(one, torch.zeros_like(one), torch.ones(1))[0, 0, 0, 0] * 127.5
+    return gain.square() * grain.field.filters[1].square().sum((1, 2, 3))
+
+
+def test_the_grain_is_what_draws_lack():
+    grain = grain_of([flat_stack(seed, 0.05, fine=2.0) for seed in range(3)], 0.05)
+    assert variance(grain).tolist() == pytest.approx(
+        [SHARE * 4 * (1 - 1.25**2 * torch.pi / 64)] * 3, rel=0.15
+    )  # without a disc of frequencies
+
+
+def test_rounding_is_no_grain():
+    """Draws have the captured noise before it was rounded to 8 bits, which adds 1/12 of a squared level."""
+    grain = grain_of([flat_stack(seed, 0.05) for seed in range(3)], 0.05)
+    assert variance(grain).tolist() == pytest.approx([0] * 3, abs=0.02)
 
 
 def test_a_fit_of_the_spread_repeats_and_keeps_times_apart(tree, rae):
@@ -243,8 +307,8 @@ def test_a_fit_of_the_spread_repeats_and_keeps_times_apart(tree, rae):
     stacks = stacks_of(scenes, optics, (1.0, 1.6), quiet=True)
     times = [tuple((scale - 1) / 3 for scale in stack.scales) for stack in stacks]
     one, again = (fit_spread(autoencoder, stacks, times, 32, batches=2, batch=4, quiet=True) for _ in range(2))
-    assert torch.equal(one.factors, again.factors)
+    assert torch.equal(one.filters, again.filters)
     assert one.times.tolist() == pytest.approx([0, 0.25 / 3, 1 / 3, 0.5, 1], abs=1e-6)
     plain = [(stack, at) for stack, at in zip(stacks, times, strict=True) if stack.scales == (2.0, 4.0)]
     alone = fit_spread(autoencoder, *map(list, zip(*plain, strict=True)), 32, batches=2, batch=4, quiet=True)
-    torch.testing.assert_close(alone.factors[1:], one.factors[[2, 4]])
+    torch.testing.assert_close(alone.filters[1:], one.filters[[2, 4]])
