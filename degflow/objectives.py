@@ -153,7 +153,7 @@ class ResidualObjective(_Stage2):
         """
         guide, captured = residuals(self.autoencoder, self.spread, hr, skeleton, lr, time.float())
         tau = tau.float()
-        begin = self.spread.sample(sample_keys(self.seed, number), guide.time, *captured.shape[2:])
+        begin = self.spread.sample(sample_keys(self.seed, number), guide.time, captured.shape[2], captured.shape[3])
         place = torch.lerp(begin, captured, tau[:, None, None, None])
         velocity = self.network(place, tau, guide).float()
         flow = F.mse_loss(velocity, captured - begin)

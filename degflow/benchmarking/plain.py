@@ -84,9 +84,9 @@ def _latents(
         latent, skips = encode(after)
         guide = Guide(latent, source, lost_detail(image, after, flow.compression), time)
         seed, (_, deviation) = torch.zeros(1, dtype=torch.int64, device=hr.device), flow.spread.at(time)
-        begin = flow.spread.sample(seed, time, *latent.shape[2:])
+        begin = flow.spread.sample(seed, time, latent.shape[2], latent.shape[3])
         (y,), calls = solve(lambda y, tau, guide=guide: flow.network(y, tau, guide), begin, 0.0, [1.0])
-        grain = flow.grain.gain(image, after, time) * flow.grain.sample(seed, time, *image.shape[2:])
+        grain = flow.grain.gain(image, after, time) * flow.grain.sample(seed, time, image.shape[2], image.shape[3])
         yield latent + guide.gain * deviation * y, skips, grain, calls
 
 

@@ -228,7 +228,7 @@ class ResidualFlow(nn.Module):
         if self.has_solver and spread < 1:
             y = velocity(y, guide.time.new_zeros(len(y)))
         if spread > 0:
-            drawn = self.spread.sample(seed, guide.time, *y.shape[2:], place)
+            drawn = self.spread.sample(seed, guide.time, y.shape[2], y.shape[3], place)
             if self.has_solver:
                 drawn = integrate(velocity, drawn, torch.ones(len(y)), steps=steps, solver=solver)
             y = torch.lerp(y, drawn, spread)
