@@ -15,7 +15,7 @@ from degflow.models import (
     VelocityConfig,
     VelocityNetwork,
 )
-from degflow.models.counter import sample_keys
+from degflow.models.counter import gaussian, sample_keys
 from degflow.models.residual import lost_detail
 from degflow.objectives import LFMObjective, RAEObjective, ResidualObjective, residuals, to_float
 from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear
@@ -224,14 +224,16 @@ def test_a_network_that_knows_the_captured_residual_has_its_error_squared_as_los
     y, tau, seen = network.seen
     torch.testing.assert_close(seen, guide)
     torch.testing.assert_close(tau, batch["tau"].float())
-    begin = spread().sample(sample_keys(7, NUMBERS), guide.time, *captured.shape[2:])
+    factor = spread().at(guide.time)[0][..., 0, 0]
+    begin = torch.einsum("bij,bjhw->bihw", factor, gaussian(sample_keys(7, NUMBERS), *captured.shape[1:]))
     torch.testing.assert_close(y, torch.lerp(begin, captured, tau[:, None, None, None]))
 
 
 def test_a_flow_of_the_straight_velocities_draws_the_captured_latent():
     batch, (guide, captured) = known_residuals()
     keys = sample_keys(0, NUMBERS)
-    begin = spread().sample(keys, guide.time, *captured.shape[2:])
+    factor = spread().at(guide.time)[0][..., 0, 0]
+    begin = torch.einsum("bij,bjhw->bihw", factor, gaussian(keys, *captured.shape[1:]))
 
     class Straight(nn.Module):
         config = ResidualConfig()

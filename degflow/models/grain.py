@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from degflow.models.spread import Spread, cross_spectra
+from degflow.models.spread import Spread, cross_spectra, filtered_noise
 
 SIDE = 9  # of the filters, and of the square in which lost detail is measured, in image pixels
 KNOTS = tuple(level / 127.5 for level in (0.5, 1, 2, 4, 8, 16, 32))  # of the curve: 8-bit levels, in [-1, 1]
@@ -55,7 +55,7 @@ class Grain(nn.Module):
 
     def sample(self, seed: Tensor, time: Tensor, height: int, width: int, place: Tensor | None = None) -> Tensor:
         """The field, "B 3 H W"; arguments as of `Spread.sample`."""
-        return self.field.at(time)[1] * self.field.sample(seed, time, height, width, place)
+        return filtered_noise(seed, self.field.filters_at(time), height, width, place, self.field.first)
 
 
 def lost_around(hr: Tensor, skeleton: Tensor) -> Tensor:

@@ -49,11 +49,14 @@ class Spread(nn.Module):
 
     def at(self, time: Tensor) -> tuple[Tensor, Tensor]:
         """Filters for unit variance, "B C C side side", and each channel's deviation, "B C 1 1", at the times "B"."""
-        after, weight = self.between(time)
-        weight = weight[:, None, None, None, None]
-        filters = torch.lerp(self.filters[after - 1], self.filters[after], weight)
+        filters = self.filters_at(time)
         deviation = filters.square().sum((2, 3, 4)).sqrt().clamp(min=1e-12)
         return filters / deviation[:, :, None, None, None], deviation[:, :, None, None]
+
+    def filters_at(self, time: Tensor) -> Tensor:
+        """Filters that give the field its own strength, "B C C side side"."""
+        after, weight = self.between(time)
+        return torch.lerp(self.filters[after - 1], self.filters[after], weight[:, None, None, None, None])
 
     def between(self, time: Tensor) -> tuple[Tensor, Tensor]:
         """The number of the first time after each, and the weight of that one beside the time before; both "B"."""

@@ -65,7 +65,6 @@ def train_residual(config: TrainResidualConfig) -> None:
     torch.manual_seed(config.fit.seed)
     network = ResidualNetwork(replace(config.residual, latent_channels=autoencoder.config.latent_channels))
     spread = fit_spread(autoencoder, stacks, times, config.scenes.crop, quiet=not main)
-
     objective = ResidualObjective(autoencoder, ResidualFlow(optics, spread, network, r), config.fit.seed)
 
     def degrader(network: nn.Module) -> Degrader:
@@ -155,8 +154,7 @@ def fit_grain(
         lack.append(Lack(min(GRAIN_WINDOW, crop), r))
         for number in range(batches):
             random = np.random.default_rng((number, round(1e6 * time)))
-            taken = (x.to(device) for x in _crops(stacks, _places(times, time), crop, batch, random))
-            hr, skeleton, lr = taken
+            hr, skeleton, lr = (x.to(device) for x in _crops(stacks, _places(times, time), crop, batch, random))
             guide, _ = residuals(autoencoder, flow.spread, hr, skeleton, lr, torch.full((batch,), time, device=device))
             skips, seed = autoencoder.skips(to_float(skeleton)), torch.arange(batch, device=device) + batch * number
             mean, draw = (

@@ -290,9 +290,8 @@ def variance(grain):
 
 def test_the_grain_is_what_draws_lack():
     grain = grain_of([flat_stack(seed, 0.05, fine=2.0) for seed in range(3)], 0.05)
-    assert variance(grain).tolist() == pytest.approx(
-        [SHARE * 4 * (1 - 1.25**2 * torch.pi / 64)] * 3, rel=0.15
-    )  # without a disc of frequencies
+    fine = 1 - 1.25**2 * torch.pi / 64  # the share of frequencies outside of the disc that a latent pixel can hold
+    assert variance(grain).tolist() == pytest.approx([SHARE * 4 * fine] * 3, rel=0.15)
 
 
 def test_rounding_is_no_grain():
