@@ -83,9 +83,8 @@ class Lack:
     def __init__(self, side: int, compression: int):
         frequency = torch.fft.fftfreq(side, dtype=torch.float64)
         radius = (frequency[:, None].square() + frequency.square()).sqrt() * compression
-        self.passed = (2 * radius - 2).clamp(0, 1)[
-            :, :, None, None
-        ]  # from one cycle in a latent pixel to one and a half
+        # From nothing at one cycle in a latent pixel to all at one and a half.
+        self.passed = (2 * radius - 2).clamp(0, 1)[:, :, None, None]
         self.side, self.pixels = side, 0
         self.spectra = torch.zeros(side, side, 3, 3, dtype=torch.complex128)
         self.product = torch.zeros(len(KNOTS), len(KNOTS), dtype=torch.float64)  # of the hats with one another
