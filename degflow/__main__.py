@@ -137,6 +137,20 @@ def evaluate():
     return evaluate, EvaluateConfig
 
 
+def baseline_scenes():
+    """Simple LR images as a RealSR-like tree, so that SR networks can be trained on them for comparison.
+
+        degflow baseline-scenes data=runs/scenes/Nikon/Train output=runs/random/Train baseline=random
+        degflow baseline-scenes data=runs/scenes/Canon/Train output=runs/spline/Train baseline=spline
+
+    writes output/2.5/Nikon_001_HR.png, Nikon_001_LR2.5.png, ... for train-sr with the same `levels`. The paths `spline`
+    and `linear` run through the captured levels of `data`; the others take its HR images alone.
+    """
+    from degflow.evaluation.baseline_scenes import BaselineScenesConfig, baseline_scenes
+
+    return baseline_scenes, BaselineScenesConfig
+
+
 def train_sr():
     """Train a super-resolution network on captured or generated pairs, and test it as the paper does.
 
@@ -216,6 +230,7 @@ COMMANDS: dict[str, Command] = {  # in the order of the list
         train_lfm,
         import_released,
         evaluate,
+        baseline_scenes,
         train_sr,
         protocol,
         benchmark,

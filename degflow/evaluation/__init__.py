@@ -4,12 +4,13 @@
 2. `fidelity` scores the degrader and the `baselines` against captured levels; `curve` scores the degrader over a fine
    grid of scales.
 3. `tables` and `pictures` show the results; `validation` is for trainings while they run.
-4. `run` is the job.
+4. `run` is the job; `baseline_scenes` is the job that writes a baseline's LR images for SR networks.
 """
 
 from degflow.evaluation.baselines import (
     BASELINES,
     Baselines,
+    baseline,
     bicubic,
     fit_sigmas,
     interpolate,
@@ -49,6 +50,7 @@ __all__ = [
     "BestTime",
     "Measurement",
     "SweepPoint",
+    "baseline",
     "baselines_table",
     "best_time_table",
     "best_times",

@@ -32,7 +32,7 @@ from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear
 BASELINES = ("optics", "mean", "gaussian", "random", "spline", "linear")
 FIT_SIDE = 512  # pixels of each scene that a sigma is fitted on
 SHARPEST = 0.05  # sigma in pixels, practically no blur
-_PATHS = {"spline": NaturalCubicSpline, "linear": PiecewiseLinear}
+PATHS = {"spline": NaturalCubicSpline, "linear": PiecewiseLinear}
 
 
 def bicubic(hr: Tensor, scale: float) -> Tensor:
@@ -73,7 +73,7 @@ def interpolate(degrader: Degrader, captured: Tensor, scale: float, path: str) -
     levels = pad(captured, autoencoder.config.compression).split(1)
     latents = torch.cat([autoencoder.encode(level)[0] for level in levels])
     time = degrader.timeline.time(torch.tensor([scale], dtype=torch.float64, device=captured.device))
-    latent = _PATHS[path](degrader.timeline.knots).to(captured.device).at(latents[None], time).position
+    latent = PATHS[path](degrader.timeline.knots).to(captured.device).at(latents[None], time).position
     decoded = autoencoder.decode(latent, skips)
     return decoded[..., : captured.shape[-2], : captured.shape[-1]].clamp(-1, 1)
 
@@ -150,29 +150,46 @@ class Baselines:
         self.degrader, self.levels, self.sigmas = degrader, dict(levels), dict(sigmas)
         self.lacking = [label for label in degrader.levels if label not in levels]
         draws = not isinstance(degrader.flow, PathFlow)
-        left_out = {*(_PATHS if self.lacking else ()), *(() if draws else ("optics", "mean"))}
+        left_out = {*(PATHS if self.lacking else ()), *(() if draws else ("optics", "mean"))}
         self.names = [name for name in names if name not in left_out]
         self.knots = [] if self.lacking else [list(levels).index(label) for label in degrader.levels]
 
     def at(self, label: str) -> list[str]:
         """Names at one level. At a trained level the latent paths equal the autoencoder's limit and are left out."""
         trained = self.degrader.levels.get(label) == self.levels[label]
-        return [name for name in self.names if not (name in _PATHS and trained)]
+        return [name for name in self.names if not (name in PATHS and trained)]
 
     def images(self, scene: str, captured: Tensor, label: str) -> dict[str, Tensor]:
         """Name -> "1 3 H W", for one scene "K 3 H W" in [-1, 1] at all levels."""
         return {name: self._image(name, scene, captured, label) for name in self.at(label)}
 
     def _image(self, name: str, scene: str, captured: Tensor, label: str) -> Tensor:
-        hr, scale = captured[:1], self.levels[label]
-        if name == "optics":
-            return self.degrader.flow.guide(hr, torch.tensor([scale], dtype=torch.float64))
-        if name == "mean":
-            return self.degrader(hr, torch.tensor([scale], dtype=torch.float64), spread=0.0)
         if name == "gaussian":
-            return blur(hr, self.sigmas[label])
-        if name == "random":
-            identity = f"0 {label} {scene}".encode()  # 0: a fixed seed, so that tables repeat
-            rng = np.random.default_rng(int.from_bytes(hashlib.sha256(identity).digest()[:8], "big"))
-            return images.to_tensor(random_degradation(images.to_pixels(hr)[0], scale, rng), hr.device)[None]
-        return interpolate(self.degrader, captured[self.knots], scale, name)
+            return blur(captured[:1], self.sigmas[label])
+        trained = captured[self.knots] if name in PATHS else captured[:1]
+        return baseline(name, self.degrader, trained, self.levels[label], f"{label} {scene}")
+
+
+def baseline(name: str, degrader: Degrader, captured: Tensor, scale: float, identity: str) -> Tensor:
+    """One LR image of a baseline that needs no fit.
+
+    Args:
+        name: optics, mean, random, spline or linear.
+        degrader: whose optics, mean or autoencoder is taken.
+        captured: "K 3 H W" in [-1, 1], HR first; for spline and linear all of the degrader's levels.
+        scale: in the degrader's range.
+        identity: names the image; the random pipeline's random numbers follow from it.
+
+    Returns:
+        "1 3 H W" in [-1, 1].
+    """
+    hr = captured[:1]
+    if name == "optics":
+        return degrader.flow.guide(hr, torch.tensor([scale], dtype=torch.float64))
+    if name == "mean":
+        return degrader(hr, torch.tensor([scale], dtype=torch.float64), spread=0.0)
+    if name == "random":
+        seed = f"0 {identity}".encode()  # 0: a fixed seed, so that tables repeat
+        rng = np.random.default_rng(int.from_bytes(hashlib.sha256(seed).digest()[:8], "big"))
+        return images.to_tensor(random_degradation(images.to_pixels(hr)[0], scale, rng), hr.device)[None]
+    return interpolate(degrader, captured, scale, name)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from degflow.config import option, required
 from degflow.degrader import SHIPPED
+from degflow.evaluation.baseline_scenes import BETWEEN
 
 TEST_LEVEL = "3"  # label and scale of the test images
 SYNTHESIS = ("scale.", "spread=", "solver.")  # what a degrader's words say to synthesize
@@ -37,9 +38,17 @@ class ProtocolConfig:
     residual: list[str] = option([], "words for train-residual")
     evaluate: list[str] = option(["levels={1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0}"], "words for evaluate")
     synthesize: list[str] = option(["scale.low=2", "scale.high=4"], "words for synthesize")
+    baselines: dict[str, list[str]] = option(
+        {}, "name -> words for baseline-scenes; its HR images are B's, but spline and linear take A's pairs"
+    )
+    trees: dict[str, str] = option({}, "name -> one split of another RealSR-like tree, for the rows")
+    between: dict[str, float] = option(
+        BETWEEN, "of baselines and trees: folder label -> scale of the LR images; the test level is not among them"
+    )
     rows: dict[str, list[str]] = option(
         {"real x3": ["3"], "real x2, x4": ["2", "4"], "generated x2..x4": ["draws"]},
-        "label -> training set of the SR networks: levels of real pairs, or names of degraders; {} trains none",
+        "label -> training set of the SR networks: levels of real pairs, or names of degraders, baselines and trees; "
+        "{} trains none",
         common=True,
     )
     row_words: dict[str, list[str]] = option({}, "row -> words for its train-sr, after all other words")
@@ -66,16 +75,24 @@ class ProtocolConfig:
             for word in words:
                 if word.startswith("stage2=") and word not in ("stage2=train_lfm", "stage2=train_residual"):
                     raise ValueError(f"degraders: {name}: {word}: must be stage2=train_lfm or stage2=train_residual")
-        if not self.degraders or not self.networks:
-            raise ValueError("degraders, networks: each needs at least one entry")
-        for kind in ("degraders", "rows", "networks"):
+        if not self.networks:
+            raise ValueError("networks={}: needs at least one entry")
+        named = [*self.degraders, *self.baselines, *self.trees]
+        if twice := [name for name in named if named.count(name) > 1]:
+            raise ValueError(f"degraders, baselines, trees: {twice[0]!r} is the name of two")
+        for kind in ("degraders", "baselines", "trees", "rows", "networks"):
             if wrong := [name for name in getattr(self, kind) if not re.fullmatch(r"[\w.,+ -]+", name)]:
                 raise ValueError(f"{kind}: {wrong[0]!r} must be of letters, digits, spaces and . , + - _")
         if len({slug(row) for row in self.rows}) < len(self.rows):
             raise ValueError(f"rows: {list(self.rows)} must differ in letters and digits, which name their folders")
         for row, parts in self.rows.items():
-            if not parts or any(not re.fullmatch(r"\d+(\.\d+)?", part) for part in set(parts) - set(self.degraders)):
-                raise ValueError(f"rows: {row!r}: {parts} must be level labels and names of degraders")
+            labels = [part for part in parts if part not in named]
+            if not parts or any(not re.fullmatch(r"\d+(\.\d+)?", label) for label in labels):
+                raise ValueError(
+                    f"rows: {row!r}: {parts} must be level labels and names of degraders, baselines, trees"
+                )
+            if labels and set(parts) & {*self.baselines, *self.trees}:
+                raise ValueError(f"rows: {row!r}: {parts}: level {labels[0]} cannot stand beside a baseline or a tree")
         if wrong := sorted(set(self.row_words) - set(self.rows)):
             raise ValueError(f"row_words: {wrong[0]!r} must be one of rows={list(self.rows)}")
         if wrong := [n for n, count in self.seeds.items() if n not in self.networks or count < 1]:
@@ -108,6 +125,8 @@ def cells(config: ProtocolConfig) -> list[Cell]:
             planned += trained
             models[name] = f"{config.output}/{trained[-1].name}/degrader.safetensors"
         planned += list(use_cells(config, name, own, models[name]))
+    for name, words in config.baselines.items():
+        planned.append(baseline_cell(config, name, words))
     runs = [(seed, n) for n in config.networks for seed in range(config.seeds.get(n, 1))]
     for seed, network in sorted(runs, key=lambda run: run[0]):
         planned += [sr_cell(config, network, row, seed) for row in config.rows]
@@ -157,16 +176,30 @@ def use_cells(config: ProtocolConfig, name: str, own: list[str], model: str) -> 
         )
 
 
+def baseline_cell(config: ProtocolConfig, name: str, words: list[str]) -> Cell:
+    """LR images of a baseline: of A's pairs where it needs captured ones, otherwise of B's HR images."""
+    a, b = config.cameras
+    camera = a if {"baseline=spline", "baseline=linear"} & set(words) else b
+    data = [f"data={root(config)}/{camera}/Train", f"output={config.output}/baselines/{name}"]
+    data += [f"levels={_dict(config.between)}", *(["resize_lr=true"] if config.resize_lr else [])]
+    return Cell(f"baselines/{name}", "baseline_scenes", [*data, *words])
+
+
 def first_level(config: ProtocolConfig) -> str:
     """The level folder whose HR files are degraded, the lowest that a row names: all levels have the same HR files."""
-    labels = [part for parts in config.rows.values() for part in parts if part not in config.degraders]
+    labels = [part for row in config.rows for part in labels_of(config, row)]
     return min(labels, key=float, default=TEST_LEVEL)
 
 
 def sr_cell(config: ProtocolConfig, network: str, row: str, seed: int) -> Cell:
     """One SR training with its tests."""
-    labels = [part for part in config.rows[row] if part not in config.degraders]
-    sources = {name: f"{config.output}/generated/{name}" for name in config.rows[row] if name in config.degraders}
+    parts, labels = config.rows[row], labels_of(config, row)
+    sources = {name: f"{config.output}/generated/{name}" for name in parts if name in config.degraders}
+    sources |= {name: f"{config.output}/baselines/{name}" for name in parts if name in config.baselines}
+    sources |= {name: config.trees[name] for name in parts if name in config.trees}
+    levels = {label: float(label) for label in labels}
+    if set(parts) & {*config.baselines, *config.trees}:
+        levels = config.between
     if labels:
         sources |= {camera: f"{root(config)}/{camera}/Train" for camera in config.real}
     name = sr_name(network, row, seed)
@@ -176,10 +209,15 @@ def sr_cell(config: ProtocolConfig, network: str, row: str, seed: int) -> Cell:
         f"test_level={TEST_LEVEL}",
         f"output={config.output}/{name}",
         f"fit.seed={seed}",
-        *([f"levels={_dict({label: float(label) for label in labels})}"] if labels else []),
+        *([f"levels={_dict(levels)}"] if levels else []),
         *(["resize_lr=true"] if config.resize_lr else []),
     ]
     return Cell(name, "train_sr", [*words, *config.sr, *config.networks[network], *config.row_words.get(row, [])])
+
+
+def labels_of(config: ProtocolConfig, row: str) -> list[str]:
+    """The levels of real pairs in a row."""
+    return [part for part in config.rows[row] if part not in {*config.degraders, *config.baselines, *config.trees}]
 
 
 def sr_name(network: str, row: str, seed: int) -> str:

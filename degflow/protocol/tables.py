@@ -72,7 +72,7 @@ def write_tables(config: ProtocolConfig, place: Place) -> None:
         "PSNR in dB / SSIM / LPIPS, mean of the two cameras, ± standard deviation over seeds. Real pairs: "
         f"{' and '.join(config.real)}, generated pairs: HR of {b}. Published: {SOURCE}.",
         *([sr_table(config, found)] if config.rows else []),
-        *([differences(config, found)] if found else []),
+        *([differences(config, found)] if found and config.degraders else []),
         *(["## Each camera", camera_table(config, found)] if found else []),
         *fidelity_tables(config, place),
     ]

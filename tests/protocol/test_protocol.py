@@ -18,6 +18,7 @@ from degflow import config, protocol
 from degflow.capture.simulate import SimulateConfig
 from degflow.degrader import SHIPPED
 from degflow.evaluation import Measurement, parquet
+from degflow.evaluation.baseline_scenes import BaselineScenesConfig
 from degflow.evaluation.run import EvaluateConfig
 from degflow.protocol import Cell, ProtocolConfig, cells
 from degflow.protocol.tables import PUBLISHED
@@ -39,6 +40,7 @@ SCHEMAS = {
     "train_residual": TrainResidualConfig,
     "evaluate": EvaluateConfig,
     "synthesize": SynthesizeConfig,
+    "baseline_scenes": BaselineScenesConfig,
     "train_sr": TrainSRConfig,
 }
 
@@ -55,6 +57,7 @@ def loaded(*words):
         ("data=RealSR", "config=realsr_protocol"),
         ("photographs=photos", "config=small_protocol"),
         ("photographs=photos", "config=small_protocol_ablations"),
+        ("photographs=photos", "config=small_protocol_baselines"),
     ],
 )
 def test_every_cell_of_the_configurations_that_ship_is_one_that_its_job_accepts(words):
@@ -116,6 +119,30 @@ def test_a_degrader_says_how_both_stages_train_and_what_synthesize_does():
     assert planned["sr/hat/all/1"].words[-1] == "crop=32"
 
 
+def test_rows_of_baselines_and_other_trees_are_trained_at_their_own_levels():
+    words = [
+        "degraders={}",
+        "baselines={random: [baseline=random], spline: [baseline=spline]}",
+        "trees={far: runs/far/Train}",
+        "between={a: 2.5, b: 3.5}",
+        "rows={real: ['2'], all: [random, spline, far]}",
+        "networks={hat: []}",
+    ]
+    planned = {cell.name: cell for cell in cells(loaded("data=R", *words))}
+    assert [*planned] == ["baselines/random", "baselines/spline", "sr/hat/real/0", "sr/hat/all/0"]
+    assert planned["baselines/random"].words == [
+        "data=R/Nikon/Train",
+        "output=out/baselines/random",
+        'levels={"a": 2.5, "b": 3.5}',
+        "baseline=random",
+    ]
+    assert planned["baselines/spline"].words[0] == "data=R/Canon/Train"  # it needs captured pairs of A
+    sources = '{"random": "out/baselines/random", "spline": "out/baselines/spline", "far": "runs/far/Train"}'
+    assert f"train={sources}" in planned["sr/hat/all/0"].words
+    assert 'levels={"a": 2.5, "b": 3.5}' in planned["sr/hat/all/0"].words
+    assert 'levels={"2": 2.0}' in planned["sr/hat/real/0"].words
+
+
 def test_stage_1_is_trained_once_for_degraders_that_share_it():
     own = {"flow": [], "Gaussian": ["residual.blocks=0"]}
     planned = {c.name: c for c in cells(loaded("data=d", f"degraders={json.dumps(own)}", "rows={}"))}
@@ -144,7 +171,12 @@ def test_the_first_seed_of_every_network_comes_first():
         (["degraders={a: [stage2=train_sr]}"], "degraders: a: stage2=train_sr: must be stage2=train_lfm or"),
         (["row_words={b: ['noise={draws: 3}']}"], "row_words: 'b' must be one of rows="),
         (["seeds={edsr: 2}"], "seeds=.*: 'edsr' must be one of networks"),
-        (["degraders={}"], "degraders, networks: each needs at least one entry"),
+        (["networks={}"], "networks={}: needs at least one entry"),
+        (["baselines={draws: [baseline=random]}"], "degraders, baselines, trees: 'draws' is the name of two"),
+        (
+            ["trees={far: runs/far}", "rows={a: ['2', far]}"],
+            "rows: 'a': .*: level 2 cannot stand beside a baseline or a tree",
+        ),
     ],
 )
 def test_a_configuration_that_cannot_be_is_named(words, said):
