@@ -52,6 +52,10 @@ class Perceptual(nn.Module):
         """
         return self.metric(image, reference).flatten()
 
+    def features(self, image: Tensor) -> list[Tensor]:
+        """The backbone's five blocks, "B C h w" each, of "B 3 H W" in [-1, 1]; not normalised as LPIPS does."""
+        return list(self.metric.net(self.metric.scaling_layer(image)))
+
 
 def _import_lpips() -> Any:
     mend_torchvision()

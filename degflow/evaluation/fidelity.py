@@ -12,6 +12,7 @@ from degflow.degrader import Degrader
 from degflow.evaluation import realism
 from degflow.evaluation.baselines import BASELINES, Baselines, bicubic, reconstruct
 from degflow.evaluation.crops import central
+from degflow.evaluation.frechet import CAPTURED, Frechet
 from degflow.evaluation.metrics import psnr, ssim
 
 METHODS = ("generated", "hr", "bicubic", "autoencoder")
@@ -60,6 +61,7 @@ def measure(
     perceptual: nn.Module | None,
     crop: int = 0,
     baselines: Baselines | None = None,
+    frechet: Frechet | None = None,
     **solver: int | str,
 ) -> Iterator[Measurement]:
     """Compare every method's LR with the captured one, at every level but HR.
@@ -71,6 +73,7 @@ def measure(
         perceptual: LPIPS, or None to leave it out (NaN).
         crop: side of the central crop, less if a scene is smaller; 0 takes whole images.
         baselines: more methods, after those of METHODS.
+        frechet: collects the patches of every image; its distances are complete when all measurements are.
         solver: `steps`, `solver` of the degrader.
 
     Raises:
@@ -94,6 +97,9 @@ def measure(
                 **(baselines.images(scene.name, real, label) if baselines else {}),
             }
             batch = images.to_tensor(images.to_pixels(torch.cat(list(made.values()))), device)
+            if frechet:
+                for method, image in ((CAPTURED, lr), *zip(made, batch.split(1), strict=True)):
+                    frechet.add(label, method, image)
             scores = _scores(batch, lr, hr, flat, perceptual)
             for method, row in zip(made, scores, strict=True):
                 yield Measurement(scene.name, label, levels[label], method, *row)

@@ -14,6 +14,7 @@ from degflow.evaluation.baselines import BASELINES, Baselines, fit_sigmas
 from degflow.evaluation.curve import BestTime, SweepPoint, best_times, mean_curve, sweep
 from degflow.evaluation.draws import distribution
 from degflow.evaluation.fidelity import Measurement, count, measure
+from degflow.evaluation.frechet import Distance, Frechet
 from degflow.evaluation.pictures import closeups, continuum
 from degflow.evaluation.realism import SMALLEST
 from degflow.flow import PathFlow
@@ -25,7 +26,8 @@ REALISM = (
     "Spectrum: mean absolute difference in dB of the radial power spectra of Y. Noise: standard deviation, in levels "
     "of Y, in the flattest 5% of the 16 x 16 blocks, after a fitted plane is subtracted; and the correlation of "
     "neighbouring pixels there (-0.01 for white noise). Both are medians of the scenes, and best when equal to those "
-    "of the captured LR. Residuals: KL divergence of the histograms of LR - HR in Y, from captured LR to this LR."
+    "of the captured LR. Residuals: KL divergence of the histograms of LR - HR in Y, from captured LR to this LR. "
+    "Frechet: distance of the patches of all scenes from captured ones, in features of the LPIPS backbone."
 )
 
 DRAWS = (
@@ -96,8 +98,10 @@ def evaluate(config: EvaluateConfig) -> None:
         f"{f'central {config.crop} x {config.crop} pixels' if config.crop else 'whole images'}; degrader "
         f"{config.model or 'that ships'}."
     ]
-    measurements, text = _measured(config, degrader, scenes, solver)
+    measurements, distances, text = _measured(config, degrader, scenes, solver)
     place.write("measurements.parquet", tables.parquet(measurements))
+    if distances:
+        place.write("frechet.parquet", tables.parquet(distances))
     texts.append(text)
     if config.draws and not isinstance(degrader.flow, PathFlow):
         rows = tqdm(distribution(degrader, scenes, config.levels, config.draws, config.crop), "drawing", unit="LR")
@@ -128,15 +132,16 @@ def _scenes(config: EvaluateConfig, data: str) -> SceneImages:
 
 def _measured(
     config: EvaluateConfig, degrader: Degrader, scenes: SceneImages, solver: dict[str, Any]
-) -> tuple[list[Measurement], str]:
-    """Every LR image's scores, and the tables of fidelity, baselines and realism."""
+) -> tuple[list[Measurement], list[Distance], str]:
+    """Every LR image's scores, where there is LPIPS the distances of patches, and the tables of both."""
     perceptual = Perceptual(config.lpips, config.lpips_weights) if config.lpips != "none" else None
     if perceptual:
         perceptual.to(next(degrader.parameters()).device)
     fit_on = _scenes(config, config.fit_data) if config.fit_data else scenes
     sigmas = fit_sigmas(fit_on, config.levels, config.crop) if "gaussian" in config.baselines else {}
     baselines = Baselines(degrader, config.levels, sigmas, config.baselines)
-    rows = measure(degrader, scenes, config.levels, perceptual, config.crop, baselines, **solver)
+    frechet = Frechet(perceptual) if perceptual else None
+    rows = measure(degrader, scenes, config.levels, perceptual, config.crop, baselines, frechet, **solver)
     measurements = list(tqdm(rows, "measuring", count(scenes, config.levels, baselines), unit="LR"))
     texts = [
         f"## Fidelity\n\nPSNR-Y in dB / SSIM / LPIPS ({config.lpips}) against the captured LR; the last two columns "
@@ -145,8 +150,9 @@ def _measured(
     ]
     if config.baselines:
         texts += [f"## Baselines\n\n{_about(config, baselines)}", tables.baselines_table(measurements, sigmas)]
-    texts += [f"## Realism\n\n{REALISM}", tables.realism_table(measurements)]
-    return measurements, "\n\n".join(texts)
+    distances = frechet.distances() if frechet else []
+    texts += [f"## Realism\n\n{REALISM}", tables.realism_table(measurements, distances)]
+    return measurements, distances, "\n\n".join(texts)
 
 
 def _about(config: EvaluateConfig, baselines: Baselines) -> str:

@@ -14,6 +14,7 @@ from degflow.evaluation.baselines import BASELINES
 from degflow.evaluation.curve import BestTime
 from degflow.evaluation.draws import DrawScore
 from degflow.evaluation.fidelity import METHODS, TITLES, Measurement, methods_of
+from degflow.evaluation.frechet import Distance
 from degflow.trajectory import Timeline
 
 _FORMS = (("psnr", "{:.2f}"), ("ssim", "{:.4f}"), ("lpips", "{:.4f}"))
@@ -47,22 +48,25 @@ def baselines_table(measurements: Sequence[Measurement], sigmas: Mapping[str, fl
     return _markdown(("scale", *map(TITLES.get, methods)), rows)
 
 
-def realism_table(measurements: Sequence[Measurement]) -> str:
-    """A row per level for the captured LR and each method: the means of `realism`'s measures.
+def realism_table(measurements: Sequence[Measurement], distances: Sequence[Distance] = ()) -> str:
+    """A row per level for the captured LR and each method: the means of `realism`'s measures, and the Frechet distance.
 
     Noise and its correlation are medians, because in a scene without flat blocks they include texture.
     """
+    apart = {(row.label, row.method): f"{row.distance:.2f}" for row in distances}
     rows = []
     for label in _labels(measurements):
         captured = _of(measurements, label, "generated")
         noise = (_middle(captured, "captured_noise"), _middle(captured, "captured_correlation"))
-        rows.append((f"x{label}", "captured LR", "0", *noise, "0"))
+        rows.append((f"x{label}", "captured LR", "0", *noise, "0", "0"))
         for method in methods_of(measurements):
             if found := _of(measurements, label, method):
                 noise = (_middle(found, "noise"), _middle(found, "correlation"))
                 means = (_mean(found, "spectrum", "{:.2f}"), _mean(found, "divergence", "{:.3f}"))
-                rows.append((f"x{label}", TITLES[method], means[0], *noise, means[1]))
-    return _markdown(("scale", "LR image", "spectrum, dB", "noise", "its correlation", "residuals, nats"), rows)
+                last = (means[1], apart.get((label, method), "—"))
+                rows.append((f"x{label}", TITLES[method], means[0], *noise, *last))
+    titles = ("scale", "LR image", "spectrum, dB", "noise", "its correlation", "residuals, nats", "Frechet")
+    return _markdown(titles, rows)
 
 
 def best_time_table(best: Sequence[BestTime], optical: Mapping[str, float], timeline: Timeline) -> str:

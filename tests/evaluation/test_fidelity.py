@@ -258,13 +258,13 @@ def test_the_table_of_realism_holds_means_and_the_medians_of_the_noise_that_ther
     lines = evaluation.realism_table(planted()).splitlines()
     assert len(lines) == 2 + 1 + 8 + 1 + 10
     assert lines[2:5] == [
-        "| x2 | captured LR | 0 | 0.50 | 0.30 | 0 |",
-        "| x2 | generated | 1.00 | 1.50 | 0.15 | 0.125 |",
-        "| x2 | HR unchanged | 2.00 | 2.50 | 0.15 | 0.375 |",
+        "| x2 | captured LR | 0 | 0.50 | 0.30 | 0 | 0 |",
+        "| x2 | generated | 1.00 | 1.50 | 0.15 | 0.125 | — |",
+        "| x2 | HR unchanged | 2.00 | 2.50 | 0.15 | 0.375 | — |",
     ]
-    assert lines[-1] == "| x3.361 | latent line | 10.00 | 10.50 | 0.15 | 2.375 |"
+    assert lines[-1] == "| x3.361 | latent line | 10.00 | 10.50 | 0.15 | 2.375 | — |"
     assert evaluation.realism_table(planted((1.0, math.nan))).splitlines()[3] == (
-        "| x2 | generated | 1.00 | 1.00 | 0.10 | 0.125 |"
+        "| x2 | generated | 1.00 | 1.00 | 0.10 | 0.125 | — |"
     )
     assert "| nan | nan |" in evaluation.realism_table(planted((math.nan, math.nan)))
 
