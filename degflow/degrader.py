@@ -180,15 +180,15 @@ class Degrader(nn.Module):
             return self._encode(image, plan, needs_skips)
 
         ways, r = self._ways, self.autoencoder.config.compression
-        for n, (latent, seen, grain) in enumerate(self.flow.carry(see, hr, draw)):
+        for n, (latent, seen, finish) in enumerate(self.flow.carry(see, hr, draw)):
             for tile in plan.grid.tiles():
                 if seen.skips:
                     skips = tuple(tile.cut(skip, r >> level) for level, skip in enumerate(seen.skips))
                 else:
                     skips = ways.merge(ways.skips(tile.cut(seen.image, r)))
                 image = ways.decode(tile.cut(latent, 1), skips)
-                if grain:
-                    image = image + grain(tile.rows.start * r, tile.columns.start * r, *image.shape[-2:])
+                if finish:
+                    image = finish(image, tile.rows.start * r, tile.columns.start * r)
                 tile.paste(lr[:, n], image.clamp_(-1, 1), r)
 
     def _encode(self, image: Tensor, plan: Plan, needs_skips: bool) -> Seen:
@@ -237,13 +237,13 @@ class Degrader(nn.Module):
         number = next(self.parameters()).element_size()
         area = number * config.compression**2  # bytes per latent pixel, for each number per image pixel
         costs = Costs(
-            held=(3 * flow.images + flow.grain_channels) * area + 12 * flow.images * number * config.latent_channels,
+            held=(3 * flow.images + flow.finish_channels) * area + 12 * flow.images * number * config.latent_channels,
             whole=max(number * flow.working_channels, flow.optics_channels * area),
             skips=area * config.skip_channels,
             work=area * config.working_channels,
         )
         try:
-            return Plan.fit(rows, columns, config.halo, costs, memory)
+            return Plan.fit(rows, columns, config.halo + -(-flow.reach // config.compression), costs, memory)
         except ValueError as error:
             raise ValueError(f"{error} for {width} x {height} pixels") from None
 

@@ -131,7 +131,7 @@ class Seen(NamedTuple):
 See = Callable[[Tensor, bool], Seen]  # (image "B 3 H W", whether the decoder will need its skips) -> Seen
 
 
-Addition = Callable[[int, int, int, int], Tensor]  # (top, left, height, width) in pixels -> "B 3 height width"
+Finish = Callable[[Tensor, int, int], Tensor]  # (a decoded window "B 3 H W", its top, its left in pixels) -> the same
 
 
 class Carried(NamedTuple):
@@ -139,7 +139,7 @@ class Carried(NamedTuple):
 
     latent: Tensor  # "B C_z h w"
     seen: Seen  # the encoded image whose skips the decoder gets
-    grain: Addition | None  # to add to the decoded image, window by window
+    finish: Finish | None  # what is done with the decoded image, window by window
 
 
 class Draw(NamedTuple):
@@ -165,7 +165,8 @@ class Flow(Protocol):
     has_solver: bool  # whether it integrates at all
     solver: tuple[str, int]  # the solver and its number of steps unless others are asked for
     images: int  # images and latents that are held at once, for each HR image
-    grain_channels: int  # numbers per image pixel that are held for the grain
+    reach: int  # pixels around a pixel that `Carried.finish` sees
+    finish_channels: int  # numbers per image pixel that are held for it
     optics_channels: float  # numbers per image pixel at the peak of the optics, which see the whole image
 
     def guide(self, hr: Tensor, scale: Tensor) -> Tensor:
@@ -199,7 +200,8 @@ class PathFlow(nn.Module):
         self.latent_channels: int = config.latent_channels
         self.working_channels: float = config.working_channels
         self.multiple: int = config.multiple
-        self.solver, self.images, self.grain_channels, self.optics_channels = (SOLVER, STEPS), 1, 0, 0.0
+        self.solver, self.images, self.optics_channels = (SOLVER, STEPS), 1, 0.0
+        self.reach, self.finish_channels = 0, 0
 
     def guide(self, hr: Tensor, scale: Tensor) -> Tensor:
         """HR itself."""

@@ -69,6 +69,7 @@ def residual_flow(levels, compression, **sizes):
     flow = ResidualFlow(gaussian_optics(tuple(levels.values())), spread, network, compression)
     torch.nn.init.normal_(flow.grain.field.filters, std=0.1)
     flow.grain.curves[1:] = 0.02
+    flow.cutoff.filters[1:] += 0.1 * torch.randn_like(flow.cutoff.filters[1:])
     return flow
 
 

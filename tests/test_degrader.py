@@ -259,7 +259,7 @@ def test_a_seed_counts_on_from_the_first_image_scale_by_scale(drawing):
     assert torch.equal(drawing(hr, scales, seed=40), wanted)
 
 
-def test_a_draw_is_the_flows_latent_decoded_with_the_skips_of_the_image_after_the_optics_and_grain(drawing):
+def test_a_draw_is_the_flows_latent_decoded_with_the_skips_of_the_image_after_the_optics_with_grain_and_cutoff(drawing):
     hr, scale, seeds = pictures(2, 40, 48), torch.tensor([2.0, 3.5], dtype=torch.float64), torch.tensor([3, 4])
     autoencoder, flow = drawing.autoencoder, drawing.flow
     with torch.inference_mode():
@@ -270,10 +270,10 @@ def test_a_draw_is_the_flows_latent_decoded_with_the_skips_of_the_image_after_th
         assert float(grain.abs().mean()) > 1e-3
         for spread in (0.0, 0.3, 1.0):
             latent = flow.latent(guide, seeds, spread, 2, "rk4")
-            wanted = (autoencoder.decode(latent, skips) + spread * grain).clamp(-1, 1)
+            wanted = flow.cutoff(autoencoder.decode(latent, skips) + spread * grain, guide.time).clamp(-1, 1)
             torch.testing.assert_close(drawing(hr, scale, seed=seeds, spread=spread), wanted, rtol=0, atol=1e-5)
         other = flow.latent(guide, seeds, 1.0, 3, "heun")
-        wanted = (autoencoder.decode(other, skips) + grain).clamp(-1, 1)
+        wanted = flow.cutoff(autoencoder.decode(other, skips) + grain, guide.time).clamp(-1, 1)
         found = drawing(hr, scale, seed=seeds, steps=3, solver="heun")
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
@@ -344,6 +344,7 @@ def test_half_precision_is_for_the_networks_alone(drawing, tmp_path):
     stored = load_file(uri)
     assert {name for name, tensor in stored.items() if tensor.dtype == torch.float16} == parameters.keys()
     assert sorted(stored.keys() - parameters.keys()) == [
+        "flow.cutoff.filters", "flow.cutoff.times",
         "flow.grain.curves", "flow.grain.field.filters", "flow.grain.field.times",
         "flow.optics.log_transfer",
         "flow.spread.filters", "flow.spread.times",

@@ -138,9 +138,9 @@ def test_the_published_flow_carries_hrs_latent_to_every_time_and_keeps_hrs_skips
     draw = Draw(scale=time, time=time, seed=time.long(), many=many, spread=1.0, steps=8, solver="rk5", place=place)
     carried = list(flow.carry(see, hr, draw))
     assert len(carried) == time.shape[1]
-    for n, (latent, found, grain) in enumerate(carried):
+    for n, (latent, found, finish) in enumerate(carried):
         assert found is seen
-        assert grain is None
+        assert finish is None
         torch.testing.assert_close(latent.flatten(1), problems.rotated(start(), time[:, n]), rtol=0, atol=2e-3)
     assert asked == [(hr, True)]
     assert flow.guide(hr, time[:, 0]) is hr

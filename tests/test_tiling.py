@@ -184,8 +184,8 @@ def test_tiled_is_untiled(height, width, sizes):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_scale_for_each_image_is_tiled_too(kind):
-    degrader, hr, scale = make(kind), image(2, 256, 320), torch.tensor([1.7, 3.0])
-    memory = budgets(degrader, 256, 320)[False]
+    degrader, hr, scale = make(kind), image(2, 320, 384), torch.tensor([1.7, 3.0])
+    memory = budgets(degrader, 320, 384)[False]
     whole = degrader(hr, scale, memory=float("inf"))
     torch.testing.assert_close(degrader(hr, scale, memory=memory), whole, rtol=0, atol=1e-4)
 
@@ -201,8 +201,8 @@ def test_a_batch_that_does_not_fit_is_split(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tiles_do_not_depend_on_how_many_scales_are_asked_for(kind):
-    degrader, hr = make(kind), image(1, 256, 320)
-    memory = budgets(degrader, 256, 320)[False]
+    degrader, hr = make(kind), image(1, 320, 384)
+    memory = budgets(degrader, 320, 384)[False]
     many = degrader(hr, torch.tensor([[2.0, 3.0, 4.0]]), seed=4, memory=memory)
     assert torch.equal(many[:, 1:2], degrader(hr, torch.tensor([[3.0]]), seed=5, memory=memory))
 

@@ -61,23 +61,23 @@ def plainly(degrader: Degrader, hr: Tensor, scales: Sequence[float], solve: Solv
         start: the time that the encoder's latent is given, on the published path.
     """
     calls, made = 0, []
-    for latent, skips, grain, count in _latents(degrader, hr, scales, solve, start):
+    for latent, skips, finish, count in _latents(degrader, hr, scales, solve, start):
         calls += count
-        made.append(plain_decode(degrader.autoencoder.decoder, latent, skips) + grain)
+        made.append(finish(plain_decode(degrader.autoencoder.decoder, latent, skips)))
     height, width = hr.shape[-2:]
     return Swept(torch.cat(made)[..., :height, :width].clamp(-1, 1), calls)
 
 
 def _latents(
     degrader: Degrader, hr: Tensor, scales: Sequence[float], solve: Solve, start: float
-) -> Iterator[tuple[Tensor, tuple[Tensor, ...], Tensor | float, int]]:
-    """Each scale's latent, the skips to decode it with, its grain, and the evaluations that it took."""
+) -> Iterator[tuple[Tensor, tuple[Tensor, ...], Callable[[Tensor], Tensor], int]]:
+    """Each scale's latent, the skips to decode it with, what finishes the image, and the evaluations that it took."""
     flow, encode, image = degrader.flow, degrader.autoencoder.encode, pad(hr, degrader.multiple)
     times = degrader.timeline.time(torch.tensor(scales, dtype=torch.float64))
     source, skips = encode(image)
     if isinstance(flow, PathFlow):
         states, calls = solve(flow.network, source, start, times.clamp(start, 1).tolist())
-        yield from ((state, skips, 0.0, 0 if n else calls) for n, state in enumerate(states))
+        yield from ((state, skips, lambda image: image, 0 if n else calls) for n, state in enumerate(states))
         return
     for scale, time in zip(scales, times.to(source)[:, None], strict=True):
         after = pad(flow.optics(hr, torch.tensor([scale], dtype=torch.float64)), degrader.multiple)
@@ -87,7 +87,11 @@ def _latents(
         begin = flow.spread.sample(seed, time, latent.shape[2], latent.shape[3])
         (y,), calls = solve(lambda y, tau, guide=guide: flow.network(y, tau, guide), begin, 0.0, [1.0])
         grain = flow.grain.gain(image, after, time) * flow.grain.sample(seed, time, image.shape[2], image.shape[3])
-        yield latent + guide.gain * deviation * y, skips, grain, calls
+
+        def finish(image: Tensor, grain: Tensor = grain, time: Tensor = time) -> Tensor:
+            return flow.cutoff(image + grain, time)
+
+        yield latent + guide.gain * deviation * y, skips, finish, calls
 
 
 def released(degrader: Degrader, hr: Tensor, scales: Sequence[float]) -> Swept:

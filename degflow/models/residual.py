@@ -13,7 +13,7 @@ The spread is a Gaussian for y with the captured covariance of channels. `Residu
 its samples to captured ones: conditional flow matching from one distribution to the other, given z_S, z_HR and t
 (compare Stochastic Flow Matching, arXiv 2410.19814).
 
-What decoded draws lack is added in pixels: see `grain`.
+What decoded draws lack is added in pixels (see `grain`), and what they have too much is filtered out (`cutoff`).
 """
 
 import math
@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from degflow.config import option
-from degflow.flow import Addition, Carried, Draw, See, integrate
+from degflow.flow import Carried, Draw, Finish, See, integrate
 from degflow.models.autoencoder import ChannelNorm
+from degflow.models.cutoff import SIDE, Cutoff
 from degflow.models.grain import Grain
 from degflow.models.spread import Spread
 
@@ -154,24 +155,19 @@ class ResidualFlow(nn.Module):
         spread: fitted.
         network: a `ResidualNetwork`; without one (blocks=0) residuals are drawn from the Gaussian.
         compression: image pixels along a latent pixel.
-        grain: what is added to decoded draws; None: nothing, until it is fitted.
+
+    Its `grain` and `cutoff` do nothing until they are fitted.
     """
 
     multiple = 1
     solver = ("rk4", 2)  # 8 evaluations; Heun's method in 4 steps loses a fifth of the variance
     images = 2
-    grain_channels = 1  # its gain
+    reach, finish_channels = SIDE // 2, 1  # the cutoff's filter; the grain's gain
 
-    def __init__(
-        self,
-        optics: nn.Module,
-        spread: Spread,
-        network: ResidualNetwork,
-        compression: int,
-        grain: Grain | None = None,
-    ):
+    def __init__(self, optics: nn.Module, spread: Spread, network: ResidualNetwork, compression: int):
         super().__init__()
-        self.grain = grain or Grain(tuple(spread.times.tolist()))
+        times = tuple(spread.times.tolist())
+        self.grain, self.cutoff = Grain(times), Cutoff(times)
         self.optics, self.spread, self.network, self.compression = optics, spread, network, compression
         self.has_solver = network.config.blocks > 0
         self.latent_channels, self.working_channels = network.config.latent_channels, network.config.working_channels
@@ -191,22 +187,21 @@ class ResidualFlow(nn.Module):
             time, seed, place = (x.to(hr.device, non_blocking=True) for x in asked)
             guide = Guide(seen.latent, source.latent, gain, time)
             latent = self.latent(guide, seed, draw.spread, draw.steps, draw.solver, place)
-            yield Carried(latent, seen, self._grain(source.image, seen.image, time, seed, draw.spread, place))
+            yield Carried(latent, seen, self._finish(source.image, seen.image, time, seed, draw.spread, place))
 
-    def _grain(
-        self, hr: Tensor, skeleton: Tensor, time: Tensor, seed: Tensor, spread: float, place: Tensor
-    ) -> Addition | None:
-        """What to add to a window of the decoded image."""
-        if not spread:
-            return None
-        gain = spread * self.grain.gain(hr, skeleton, time)
+    def _finish(self, hr: Tensor, skeleton: Tensor, time: Tensor, seed: Tensor, spread: float, place: Tensor) -> Finish:
+        """Grain for a window of the decoded image, unless spread is 0; then the cutoff."""
+        gain = spread * self.grain.gain(hr, skeleton, time) if spread else None
 
-        def add(top: int, left: int, height: int, width: int) -> Tensor:
-            begin = torch.stack((place[:, 0] * self.compression + top, place[:, 1] * self.compression + left), 1)
-            noise = self.grain.sample(seed, time, height, width, begin)
-            return gain[..., top : top + height, left : left + width] * noise
+        def finish(image: Tensor, top: int, left: int) -> Tensor:
+            if gain is not None:
+                height, width = image.shape[-2:]
+                begin = torch.stack((place[:, 0] * self.compression + top, place[:, 1] * self.compression + left), 1)
+                noise = self.grain.sample(seed, time, height, width, begin)
+                image = image + gain[..., top : top + height, left : left + width] * noise
+            return self.cutoff(image, time)
 
-        return add
+        return finish
 
     def latent(
         self, guide: Guide, seed: Tensor, spread: float, steps: int, solver: str, place: Tensor | None = None

@@ -59,12 +59,8 @@ class Spread(nn.Module):
         return torch.lerp(self.filters[after - 1], self.filters[after], weight[:, None, None, None, None])
 
     def between(self, time: Tensor) -> tuple[Tensor, Tensor]:
-        """The number of the first time after each, and the weight of that one beside the time before; both "B"."""
-        after = torch.searchsorted(self.times, time.to(self.times).contiguous(), right=True).clamp(
-            1, len(self.times) - 1
-        )
-        start, end = self.times[after - 1], self.times[after]
-        return after, ((time.to(start) - start) / (end - start)).clamp(0, 1)
+        """See the function `between`."""
+        return between(self.times, time)
 
     def sample(self, seed: Tensor, time: Tensor, height: int, width: int, place: Tensor | None = None) -> Tensor:
         """A field of unit variance in each channel, "B C H W"; a number depends on its seed, row and column alone.
@@ -77,6 +73,13 @@ class Spread(nn.Module):
         """
         filters, _ = self.at(time)
         return filtered_noise(seed, filters, height, width, place, self.first)
+
+
+def between(times: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+    """The number of the first of `times` after each time, and its weight beside the one before; both "B" as `time`."""
+    after = torch.searchsorted(times, time.to(times).contiguous(), right=True).clamp(1, len(times) - 1)
+    start, end = times[after - 1], times[after]
+    return after, ((time.to(start) - start) / (end - start)).clamp(0, 1)
 
 
 def filtered_noise(

@@ -1,8 +1,8 @@
 """Stage 2 for draws: fit the spread of captured latents, and train the flow that draws them, the autoencoder frozen."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -15,7 +15,8 @@ from degflow.capture.skeletons import Stack, stacks_of
 from degflow.config import option, required
 from degflow.degrader import Degrader
 from degflow.models import ResidualAutoencoder, ResidualConfig, ResidualFlow, ResidualNetwork, Spread
-from degflow.models.grain import Grain, Lack
+from degflow.models.cutoff import Excess
+from degflow.models.grain import Lack
 from degflow.objectives import ResidualObjective, residuals, to_float
 from degflow.training.lfm import provenance
 from degflow.training.loop import Validation, fit
@@ -83,7 +84,7 @@ def train_residual(config: TrainResidualConfig) -> None:
         trained = result.network if result else None
     if trained:
         file, made = f"{config.output}/degrader.safetensors", degrader(trained)
-        cast(ResidualFlow, made.flow).grain = fit_grain(made, stacks, times)
+        fit_finish(made, stacks, times)
         made.save(file, provenance(config, scenes), half=config.half)
         print(f"degrader: {file}")
 
@@ -129,43 +130,78 @@ def fit_spread(
 
 
 @torch.no_grad()
-def fit_grain(
+def fit_finish(
     degrader: Degrader,
     stacks: Sequence[Stack],
     times: Sequence[Sequence[float]],
     batches: int = 12,
     batch: int = 4,
     quiet: bool = False,
-) -> Grain:
-    """What decoded draws lack at every time that the stacks have; draws are rounded to 8 bits, as captures are.
+) -> None:
+    """Fit the cutoff and the grain of a trained degrader at every time that the stacks have.
+
+    The cutoff comes first: the grain is what draws lack after it, and after rounding to 8 bits, as captures are.
 
     Args:
-        degrader: trained, but for its grain.
+        degrader: trained; its cutoff and grain have the times 0 and those of the stacks.
         stacks, times: as `ResidualCrops` takes them.
         batches, batch: crops for each time.
         quiet: no progress bar.
     """
-    autoencoder, flow = degrader.autoencoder, cast(ResidualFlow, degrader.flow)
-    device, r = next(degrader.parameters()).device, autoencoder.config.compression
+    flow = cast(ResidualFlow, degrader.flow)
+    r = flow.compression
     crop = min(GRAIN_CROP, *(side for stack in stacks for side in stack.pixels.shape[1:3])) // r * r
-    found, lack = _distinct(times), []
-    solver, steps = flow.solver
-    for time in tqdm(found, "fitting the grain", disable=quiet):
-        lack.append(Lack(min(GRAIN_WINDOW, crop), r))
-        for number in range(batches):
-            random = np.random.default_rng((number, round(1e6 * time)))
-            hr, skeleton, lr = (x.to(device) for x in _crops(stacks, _places(times, time), crop, batch, random))
-            guide, _ = residuals(autoencoder, flow.spread, hr, skeleton, lr, torch.full((batch,), time, device=device))
-            skips, seed = autoencoder.skips(to_float(skeleton)), torch.arange(batch, device=device) + batch * number
-            mean, draw = (
-                autoencoder.decode(flow.latent(guide, seed, spread, steps, solver), skips).clamp(-1, 1)
-                for spread in (0.0, 1.0)
-            )
-            draw = ((draw + 1) * 127.5).round() / 127.5 - 1
-            lack[-1].add(*map(to_float, (hr, skeleton, lr)), mean, draw)
-    grain = Grain((0.0, *found))
-    grain.fit(lack)
-    return grain.to(device)
+    scales, found = tuple(degrader.levels.values())[1:], _distinct(times)
+    whole = [
+        n for n, stack in enumerate(stacks) if stack.scales == scales
+    ]  # scenes that were reduced are rounded twice
+
+    def decoded(time: float, among: Sequence[int]) -> Iterator[_Decoded]:
+        chosen = [stacks[n] for n in among], [times[n] for n in among]
+        return (_decoded(degrader, *chosen, time, crop, number, batch) for number in range(batches))
+
+    excess = [Excess(scale) for scale in scales if whole]
+    for each in tqdm(excess, "fitting the cutoff", disable=quiet):
+        for images in decoded(round(degrader.timeline.time(each.scale), 6), whole):
+            each.add(images.lr, images.draw)
+    if whole:
+        flow.cutoff.fit([degrader.timeline.scale(time) for time in found], excess)
+    lack = [Lack(min(GRAIN_WINDOW, crop), r) for _ in found]
+    for each, time in zip(lack, tqdm(found, "fitting the grain", disable=quiet), strict=True):
+        for hr, skeleton, lr, *made in decoded(time, range(len(stacks))):
+            mean, draw = (flow.cutoff(image, hr.new_full((batch,), time)).clamp(-1, 1) for image in made)
+            each.add(hr, skeleton, lr, mean, ((draw + 1) * 127.5).round() / 127.5 - 1)
+    flow.grain.fit(lack)
+
+
+class _Decoded(NamedTuple):
+    """Random crops, and what the degrader made of them before its cutoff and grain; floats "B 3 H W" in [-1, 1]."""
+
+    hr: Tensor
+    skeleton: Tensor  # HR after the optics
+    lr: Tensor
+    mean: Tensor
+    draw: Tensor
+
+
+def _decoded(
+    degrader: Degrader,
+    stacks: Sequence[Stack],
+    times: Sequence[Sequence[float]],
+    time: float,
+    crop: int,
+    number: int,
+    batch: int,
+) -> _Decoded:
+    autoencoder, flow = degrader.autoencoder, cast(ResidualFlow, degrader.flow)
+    device, (solver, steps) = next(degrader.parameters()).device, flow.solver
+    random = np.random.default_rng((number, round(1e6 * time)))
+    hr, skeleton, lr = (x.to(device) for x in _crops(stacks, _places(times, time), crop, batch, random))
+    guide, _ = residuals(autoencoder, flow.spread, hr, skeleton, lr, torch.full((batch,), time, device=device))
+    skips, seed = autoencoder.skips(to_float(skeleton)), torch.arange(batch, device=device) + batch * number
+    latents = (flow.latent(guide, seed, spread, steps, solver) for spread in (0.0, 1.0))
+    mean, draw = (autoencoder.decode(latent, skips) for latent in latents)
+    return _Decoded(to_float(hr), to_float(skeleton), to_float(lr), mean, draw)
 
 
 def _distinct(times: Sequence[Sequence[float]]) -> list[float]:

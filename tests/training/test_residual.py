@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from scipy.ndimage import gaussian_filter
 from torch import nn
 
 from degflow import Degrader, images
@@ -23,7 +24,8 @@ from degflow.models.files import load_checkpoint
 from degflow.models.grain import SHARE
 from degflow.models.residual import lost_detail
 from degflow.training.rae import load_stage1
-from degflow.training.residual import fit_grain, fit_spread
+from degflow.training.residual import fit_finish, fit_spread
+from degflow.trajectory import Timeline
 from tests.captures import save_scenes
 from tests.training.test_jobs import LFM, RAE, fails, start, succeed
 
@@ -259,14 +261,19 @@ def upsampled(latent):
     return latent.repeat_interleave(8, 2).repeat_interleave(8, 3)
 
 
-def grain_of(stacks, deviation):
-    """Fitted where the Gaussian alone draws, with this deviation."""
-    spread = Spread(3, (0.0, 1.0))
-    spread.filters[1, :, :, 0, 0] = deviation * torch.eye(3)
+def finished(stacks, deviation):
+    """A flow with grain and cutoff, fitted where the Gaussian alone draws, with this deviation."""
+    times = [tuple(scale - 1 for scale in stack.scales) for stack in stacks]
+    found = sorted({time for each in times for time in each})
+    spread = Spread(3, (0.0, *found))
+    spread.filters[1:, :, :, 0, 0] = deviation * torch.eye(3)
     network = ResidualNetwork(ResidualConfig(latent_channels=3, width=8, blocks=0))
     flow = ResidualFlow(Optics((1.0, 2.0)), spread, network, 8)
-    degrader = SimpleNamespace(autoencoder=Blind(), flow=flow, parameters=network.parameters)
-    return fit_grain(cast(Degrader, degrader), stacks, [(1.0,)] * len(stacks), quiet=True)
+    levels = {"1": 1.0, "2": 2.0}
+    parts = {"autoencoder": Blind(), "flow": flow, "levels": levels, "timeline": Timeline((1.0, 2.0))}
+    degrader = SimpleNamespace(**parts, parameters=network.parameters)
+    fit_finish(cast(Degrader, degrader), stacks, times, quiet=True)
+    return flow
 
 
 def flat_stack(seed, deviation, fine=0.0, side=200):
@@ -289,14 +296,28 @@ def variance(grain):
 
 
 def test_the_grain_is_what_draws_lack():
-    grain = grain_of([flat_stack(seed, 0.05, fine=2.0) for seed in range(3)], 0.05)
+    grain = finished([flat_stack(seed, 0.05, fine=2.0) for seed in range(3)], 0.05).grain
     fine = 1 - 1.25**2 * torch.pi / 64  # the share of frequencies outside of the disc that a latent pixel can hold
     assert variance(grain).tolist() == pytest.approx([SHARE * 4 * fine] * 3, rel=0.15)
 
 
+def test_the_cutoff_is_fitted_to_scenes_that_were_not_reduced_and_scaled_to_those_that_were():
+    whole = [flat_stack(seed, 0.0) for seed in range(3)]
+    for stack in whole:  # captures without what is above 0.3 cycles per pixel, which skips bring
+        stack.pixels[1] = gaussian_filter(stack.pixels[1].astype(float), (1, 1, 0)).round()
+    reduced = [flat_stack(seed, 0.0)._replace(scales=(1.5,)) for seed in range(3, 6)]
+    cutoff = finished([*whole, *reduced], 0.05).cutoff
+    half, full = (torch.fft.fft2(taps, s=(32, 32)).abs()[:17, 0] for taps in cutoff.filters[1:])
+    assert cutoff.times.tolist() == [0, 0.5, 1]
+    assert float((full[:9] - 1).abs().max()) < 0.2  # up to a quarter of a cycle; the scene is white
+    assert float(full[13:].max()) < 0.2
+    assert float((half[:12] - 1).abs().max()) < 0.2
+    assert float(half[16]) < 0.7
+
+
 def test_rounding_is_no_grain():
     """Draws have the captured noise before it was rounded to 8 bits, which adds 1/12 of a squared level."""
-    grain = grain_of([flat_stack(seed, 0.05) for seed in range(3)], 0.05)
+    grain = finished([flat_stack(seed, 0.05) for seed in range(3)], 0.05).grain
     assert variance(grain).tolist() == pytest.approx([0] * 3, abs=0.02)
 
 
