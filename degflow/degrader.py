@@ -35,7 +35,7 @@ from degflow.trajectory import Timeline
 
 MEMORY = 4.0  # GB
 SHIPPED = str(Path(__file__).parent / "models" / "weights" / "canon-simulated.safetensors")
-SHIPPED_SHA256 = "8dc3db86047d730dec495664d457160c5dfe9301fc473ca5cd1d36caf65906b6"
+SHIPPED_SHA256 = "9473e13f006c3f996b97d9450c4c6bb2ee3e0a7e83171a4ff22582013daad61e"
 
 
 class Degrader(nn.Module):
