@@ -56,6 +56,43 @@ def evaluations(degrader: Degrader, scales: Sequence[float], **options: Any) -> 
     return len(calls)
 
 
+def margins(
+    degrader: Degrader, photographs: Sequence[Tensor], crop: int, widths: Sequence[int], scales: Sequence[float]
+) -> Table:
+    """How far the LR image of a crop with a margin is from that part of the whole photograph's.
+
+    Args:
+        degrader: whose images are compared, before they are rounded.
+        photographs: each "1 3 H W"; the crop is taken from the middle.
+        crop: side in pixels.
+        widths: of the margin, in pixels, multiples of the degrader's.
+        scales: to degrade to.
+    """
+    unlike: dict[int, list[Tensor]] = {width: [] for width in widths}
+    for hr in photographs:
+        whole = ours(degrader, hr, scales)
+        multiple, sides = degrader.multiple, hr.shape[-2:]
+        begin = [max(0, side - crop) // 2 // multiple * multiple for side in sides]
+        for width in widths:
+            first = [max(0, start - width) for start in begin]
+            rows, columns = (slice(a, b + crop + width) for a, b in zip(first, begin, strict=True))
+            made = ours(degrader, hr[..., rows, columns], scales, place=torch.tensor([first]))
+            top, left = (b - a for a, b in zip(first, begin, strict=True))
+            inner = made[..., top : top + crop, left : left + crop]
+            rows, columns = (slice(start, start + crop) for start in begin)
+            unlike[width].append(127.5 * (inner - whole[..., rows, columns]).flatten(1))
+    header = ("margin, pixels", *(f"{what} at x{scale:g}" for scale in scales for what in ("largest", "rms")))
+    rows = []
+    for width, parts in unlike.items():
+        apart = torch.cat(parts, 1)
+        values = zip(apart.abs().amax(1).tolist(), apart.square().mean(1).sqrt().tolist(), strict=True)
+        rows.append((str(width), *(text for largest, rms in values for text in (f"{largest:.1f}", f"{rms:.2f}"))))
+    about = (
+        f"LR of crops of {crop} pixels beside LR of the whole photograph; {len(photographs)} photographs, in levels."
+    )
+    return Table("What a crop's margin leaves", about, header, rows)
+
+
 def decibels(image: Tensor, reference: Tensor) -> list[float]:
     """PSNR over RGB of each of "N 3 H W" in [-1, 1], unquantised; 200 for equal images."""
     errors = (image.double() - reference.double()).square().mean((1, 2, 3)).tolist()

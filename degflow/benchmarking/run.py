@@ -22,7 +22,18 @@ from degflow.storage import Place
 
 FULL_WIDTH = ", published networks at full width, RANDOM weights (no trained ones are here)"
 SWEEP = 30  # scales
-PARTS = ("accuracy", "comparison", "roofline", "optimisations", "large", "training", "job", "actors", "codecs")
+PARTS = (
+    "accuracy",
+    "comparison",
+    "roofline",
+    "optimisations",
+    "large",
+    "margins",
+    "training",
+    "job",
+    "actors",
+    "codecs",
+)
 PARTS += ("node", "scale")
 
 
@@ -140,6 +151,12 @@ class _Bench:
     def large(self) -> Iterator[Table]:
         width, height, memory = (640, 480, 0.3) if self.quick else (4000, 3000, 2.0)
         yield inference.large(self.degrader, self.config.model, height, width, memory, torch.get_num_threads())
+
+    def margins(self) -> Iterator[Table]:
+        crop, widths = (32, (0, 16)) if self.quick else (128, (0, 8, 16, 32, 64, 96))
+        widths = [-(-width // self.degrader.multiple) * self.degrader.multiple for width in widths]
+        photos = [images.to_tensor(photo, self.device)[None] for photo in self.photos]
+        yield inference.margins(self.degrader, photos, crop, widths, (2.0, 4.0))
 
     def training(self) -> Iterator[Table]:
         try:

@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from degflow import Degrader, images
-from degflow.benchmarking.inference import accuracy, comparison, decibels, evaluations, ours, pixel_by_pixel, roofline
+from degflow.benchmarking.inference import (
+    accuracy,
+    comparison,
+    decibels,
+    evaluations,
+    margins,
+    ours,
+    pixel_by_pixel,
+    roofline,
+)
 from degflow.benchmarking.measure import Timing, alternate, flop
 from degflow.benchmarking.node import Cost, rates
 from degflow.benchmarking.optimisations import optimisations
@@ -180,6 +189,19 @@ def test_a_plain_decoder_gives_the_same_image_for_more_work(degrader):
     assert flop(lambda _: decoder(latent, skips)) > work[1]  # zeros are multiplied, not counted
 
 
+def test_a_margin_leaves_less_the_wider_it_is_and_nothing_of_what_the_networks_see():
+    degrader = of(drawing)
+    hr = torch.rand(1, 3, 128, 160, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    table = margins(degrader, [hr, hr.flip(3)], 32, (0, 16, 128), (1.0, 4.0))
+    assert table.header == ("margin, pixels", "largest at x1", "rms at x1", "largest at x4", "rms at x4")
+    none, some, all_of_it = ([float(cell) for cell in row[1:]] for row in table.rows)
+    assert [row[0] for row in table.rows] == ["0", "16", "128"]
+    assert none[0] > 1
+    assert none[2] > 20 * some[2] > 0  # 6 times only, with the noise of another place
+    assert none[3] > 20 * some[3]
+    assert all_of_it == [0, 0, 0, 0]
+
+
 def test_the_comparison_takes_a_precision(hr):
     exactly, half = (cells(comparison(of(drawing), hr, 1, 3, precision=kind)) for kind in ("float32", "bfloat16"))
     assert float(half["degflow, one scale"]["agreement dB"]) < float(exactly["degflow, one scale"]["agreement dB"]) - 5
@@ -207,6 +229,7 @@ def test_the_job_saves_what_it_prints(tmp_path):
         "Roofline",
         "Optimisations",
         "A large image in bounded memory",
+        "What a crop's margin leaves",
         "Training steps",
         "Bare loop and Ray job",
         "Scaling with actors (stand-in)",
