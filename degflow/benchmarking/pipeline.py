@@ -23,37 +23,44 @@ from degflow.dataset.layout import MANIFEST
 from degflow.degrader import Degrader
 
 
-def codecs(photographs: Sequence[np.ndarray], repeats: int) -> Table:
-    """Megabytes of pixels per second and core, and bytes per pixel, of lossless encoders and of decoding."""
+def codecs(lrs: Sequence[np.ndarray], repeats: int) -> Table:
+    """Megabytes of pixels per second and core, and bytes per pixel, of lossless encoders and of decoding.
+
+    Args:
+        lrs: LR images, uint8 "H W 3": they have less noise than photographs, and so fewer bytes.
+        repeats: of each way, in turn.
+    """
     files = {
-        "JPEG": [saved(p, "JPEG", quality=95) for p in photographs],
-        "PNG": [saved(p, "PNG") for p in photographs],
+        "JPEG": [saved(lr, "JPEG", quality=95) for lr in lrs],
+        "PNG": [images.encode_png(lr) for lr in lrs],
+        "WebP": [saved(lr, "WebP", lossless=True, quality=0, method=0) for lr in lrs],
     }
     ways: dict[str, Callable[[int], list[Any]]] = {}
     for level in (1, 3, 6, 9):
-        ways[f"PNG, Pillow level {level}"] = lambda _, level=level: [images.encode_png(p, level) for p in photographs]
+        ways[f"PNG, Pillow level {level}"] = lambda _, level=level: [images.encode_png(lr, level) for lr in lrs]
     if cv2 := _opencv():
         cv2.setNumThreads(1)
         for level in (1, 3, 6):
             flags = [cv2.IMWRITE_PNG_COMPRESSION, level]
             ways[f"PNG, OpenCV level {level}"] = lambda _, flags=flags: [
-                cv2.imencode(".png", p[..., ::-1], flags)[1] for p in photographs
+                cv2.imencode(".png", lr[..., ::-1], flags)[1] for lr in lrs
             ]
-    for method in (0, 1):
-        ways[f"lossless WebP, Pillow method {method}"] = lambda _, method=method: [
-            saved(p, "WebP", lossless=True, quality=0, method=method) for p in photographs
+    for quality, method in ((0, 0), (0, 1), (25, 1), (50, 2)):
+        options = {"lossless": True, "quality": quality, "method": method}
+        ways[f"WebP, quality {quality}, method {method}"] = lambda _, options=options: [
+            saved(lr, "WebP", **options) for lr in lrs
         ]
     for kind, data in files.items():
         ways[f"read {kind}"] = lambda _, data=data: [images.decode(one) for one in data]
     timings = alternate(ways, repeats)
-    size = sum(p.nbytes for p in photographs)
+    size = sum(lr.nbytes for lr in lrs)
     rows = []
     for name, timing in timings.items():
         data = files[name.removeprefix("read ")] if name.startswith("read ") else timing.result
         written = sum(map(len, data))
         rows.append((name, f"{size / timing.median / 1e6:.0f}", f"{written / (size / 3):.2f}"))
     missing = "" if cv2 else " OpenCV is not installed here, and left out."
-    about = f"{len(photographs)} photographs, {size / 3e6:.1f} MP, one core, medians of {repeats} repeats.{missing}"
+    about = f"{len(lrs)} LR images, {size / 3e6:.1f} MP, one core, medians of {repeats} repeats.{missing}"
     return Table("Codecs", about, ("", "MB/s of pixels", "bytes per pixel"), rows)
 
 

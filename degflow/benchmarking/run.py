@@ -178,7 +178,9 @@ class _Bench:
         yield pipeline.actors(pools, seconds, count)
 
     def codecs(self) -> Iterator[Table]:
-        yield pipeline.codecs(self.photos[: 1 if self.quick else None], self.repeats)
+        scales, photos = ([2.0], self.photos[:1]) if self.quick else ([1.9, 3.4], self.photos)
+        lrs = [np.asarray(lr) for photo in photos for lr in self.degrader.degrade(photo, scales)]
+        yield pipeline.codecs(lrs, self.repeats)
 
     def node(self) -> Iterator[Table]:
         (height, width), count = ((120, 160), 3) if self.quick else ((3000, 4000), 10)
