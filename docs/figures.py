@@ -3,6 +3,7 @@
 pip install -e ".[docs]"
 python docs/figures.py ladder                 # docs/ladder.png: HR, captured LR and generated LR at fixed scales
 python docs/figures.py curves runs/fidelity   # docs/fidelity.png: from the parquet files that evaluate leaves there
+python docs/figures.py restored TREE ... NAME=NETWORK ...   # docs/restored.png: x3 of test trees by SR networks
 """
 
 import sys
@@ -17,8 +18,11 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from degflow import Degrader
+from degflow import Degrader, evaluation, images
 from degflow.capture.camera import SimulatedCamera
+from degflow.capture.scenes import SceneConfig, SceneImages
+from degflow.evaluation.crops import central, most_detailed
+from degflow.restoration.networks import load
 
 DOCS = Path(__file__).parent
 PHOTOGRAPH, PLACE, SIDE = DOCS.parent / "examples" / "photographs" / "chelsea.jpg", (95, 130), 96
@@ -82,11 +86,30 @@ def curves(folder: Path) -> None:
     figure.savefig(DOCS / "fidelity.png")
 
 
+@torch.inference_mode()
+def restored(trees: list[str], networks: dict[str, str]) -> None:
+    """Draw docs/restored.png: the most detailed place of every scene at 200%, LR, by each network, and HR."""
+    scenes = [pixels for tree in trees for pixels in SceneImages(SceneConfig(tree, {"1": 1.0, "3": 3.0})).pixels]
+    columns: dict[str, list[torch.Tensor]] = {title: [] for title in ("LR", *networks, "HR")}
+    for pixels in scenes:
+        hr, lr = images.to_tensor(central(pixels, 256)).split(1)
+        top, left = most_detailed(hr, SIDE)
+        made = {"LR": lr, **{title: load(uri).restore(lr, 3.0) for title, uri in networks.items()}, "HR": hr}
+        for title, image in made.items():
+            shown = image[..., top : top + SIDE, left : left + SIDE]
+            columns[title].append(shown.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    sheet = evaluation.contact_sheet([(title, torch.cat(shown)) for title, shown in columns.items()])
+    (DOCS / "restored.png").write_bytes(images.encode_png(sheet))
+
+
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["ladder"]:
             ladder()
         case ["curves", folder]:
             curves(Path(folder))
+        case ["restored", *words]:
+            named = dict(word.split("=", 1) for word in words if "=" in word)
+            restored([word for word in words if "=" not in word], named)
         case _:
             sys.exit(__doc__)

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.root
 
 SHARDS = 24
 KEYS = {"shard.images": 1, "actors.threads": 1, "actors.max": 2, "scale.per_image": 4}
-STAGE = {"fit.steps": 300, "fit.save_every": 10, "fit.validate_every": 300, "fit.log_every": 50, "fit.workers": 1}
+STAGE = {"fit.steps": 160, "fit.save_every": 10, "fit.validate_every": 160, "fit.log_every": 50, "fit.workers": 1}
 
 
 @pytest.fixture(scope="module")
@@ -167,5 +167,5 @@ def test_both_stages_train_over_two_nodes_and_go_on_when_stopped(slurm, tree, tm
     said = log.read_text()
     assert "is requeued; it goes on from its checkpoint" in said
     assert re.search(r"^resuming after step \d+ ", said, re.M)
-    assert re.findall(r"^step 300 of 300: ", said, re.M) == ["step 300 of 300: "]
+    assert re.findall(r"^step 160 of 160: ", said, re.M) == ["step 160 of 160: "]
     assert (output / "degrader.safetensors").exists()
