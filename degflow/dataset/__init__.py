@@ -8,6 +8,7 @@ footer          the record and the rejects in that object's footer
 manifest        which shards are done; rejects/ and manifest.parquet
 references      the photographs of rows without HR bytes
 card            README.md and preview.png
+croissant       croissant.json
 gallery         preview.html
 reader          the rows of a finished dataset, or of the parts that are there
 order           the order of an epoch's rows, as numbers

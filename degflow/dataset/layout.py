@@ -1,7 +1,7 @@
 """The layout of a synthesized dataset: names of its objects and their schemas.
 
     OUTPUT/config.yaml  plan/part-000000.parquet ...  data/part-000000.parquet ...  rejects/part-000000.parquet
-           manifest.parquet  README.md  preview.png  preview.html  _SUCCESS
+           manifest.parquet  README.md  croissant.json  preview.png  preview.html  _SUCCESS
 
 A shard is planned before any work starts, and its plan never changes. A finished shard is one object with its number in
 `data/`: its rows, and in its footer its rejects and its record (`footer`). The object is put once and whole, only where
@@ -38,9 +38,9 @@ import pyarrow.parquet as pq
 from degflow.storage import Place
 
 CONFIG, PLAN, DATA, REJECTS = "config.yaml", "plan", "data", "rejects"
-MANIFEST, CARD, SUCCESS = "manifest.parquet", "README.md", "_SUCCESS"
+MANIFEST, CARD, CROISSANT, SUCCESS = "manifest.parquet", "README.md", "croissant.json", "_SUCCESS"
 PREVIEW, GALLERY = "preview.png", "preview.html"
-_TOP = (CONFIG, MANIFEST, CARD, PREVIEW, GALLERY, SUCCESS)
+_TOP = (CONFIG, MANIFEST, CARD, CROISSANT, PREVIEW, GALLERY, SUCCESS)
 PART = re.compile(r"(plan|data|rejects)/part-(\d{6,})\.parquet")
 _LEFTOVER = re.compile(r"((?:plan/|data/|rejects/)?)\.(.+)\.[0-9a-f]{32}")
 

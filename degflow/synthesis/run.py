@@ -8,8 +8,19 @@ from functools import partial
 
 from degflow.config import dump, plain
 from degflow.dataset.card import card, preview, samples
+from degflow.dataset.croissant import croissant
 from degflow.dataset.gallery import gallery
-from degflow.dataset.layout import CARD, CONFIG, GALLERY, PREVIEW, SUCCESS, find_objects, is_doomed_first, is_leftover
+from degflow.dataset.layout import (
+    CARD,
+    CONFIG,
+    CROISSANT,
+    GALLERY,
+    PREVIEW,
+    SUCCESS,
+    find_objects,
+    is_doomed_first,
+    is_leftover,
+)
 from degflow.dataset.manifest import first_rejects, parts_in_manifest, rejects_of, write_manifest, write_rejects
 from degflow.dataset.plan import Part, Plan, joined, write_part
 from degflow.dataset.scales import scales_of
@@ -216,6 +227,7 @@ class Run:
         recipe = plain(self.config)
         told = self.rejects, recipe, self.config.scale.in_words()
         self.output.write(CARD, card(self.state.done, *told).encode())
+        self.output.write(CROISSANT, croissant(sum(done.rows for done in self.state.done.values()), recipe).encode())
         try:
             shown = samples(self.output, self.state.done, recipe)
             if sheet := preview(shown):

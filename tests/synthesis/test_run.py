@@ -61,7 +61,7 @@ def test_the_finished_layout_and_manifest(photos, finished):
     parts = [f"part-{n:06d}.parquet" for n in range(3)]
     names = sorted(str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file())
     data = [f"data/{part}" for part in parts]
-    top = ["README.md", "_SUCCESS", "config.yaml", "manifest.parquet", "preview.html", "preview.png"]
+    top = ["README.md", "_SUCCESS", "config.yaml", "croissant.json", "manifest.parquet", "preview.html", "preview.png"]
     assert names == sorted([*data, *top, "plan/part-000000.parquet", "rejects/part-000000.parquet"])
     rejects = pq.read_table(finished / "rejects/part-000000.parquet")
     assert (rejects.schema, len(rejects)) == (REJECT, 0)
@@ -90,6 +90,24 @@ def test_datasets_reads_it_as_images(finished, tmp_path):
         for column in ("lr", "hr"):
             assert isinstance(rows.features[column], datasets.Image)
             assert np.array_equal(np.asarray(rows[4][column]), png(rows_here[rows[4]["key"], 0][column]["bytes"]))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_mlcroissant_reads_it_by_its_description(finished, caplog):
+    croissant = pytest.importorskip("mlcroissant")
+    described, rows_here = croissant.Dataset(jsonld=finished / "croissant.json"), rows_of(finished)
+    assert not described.metadata.ctx.issues.errors
+    assert not [record for record in caplog.records if "@context" in record.message]
+    rows = list(described.records("rows"))
+    assert len(rows) == 9
+    for row in rows:
+        here = rows_here[row["rows/key"].decode(), row["rows/draw"]]
+        assert [name.removeprefix("rows/") for name in row] == list(here)
+        for column in ("lr", "hr"):
+            assert np.array_equal(np.asarray(row[f"rows/{column}"]), png(here[column]["bytes"]))
+        for column in ("scale", "height", "noise_seed"):
+            assert row[f"rows/{column}"] == here[column]
+        assert row["rows/hr_sha256"].decode() == here["hr_sha256"]
 
 
 def test_card_and_preview(finished):
