@@ -8,7 +8,7 @@ from degflow.dataset.croissant import croissant
 from degflow.dataset.layout import ROW
 
 
-@pytest.mark.parametrize(("hr", "kind", "part"), [("embed", "sc:ImageObject", "bytes"), ("ref", "sc:Text", "path")])
+@pytest.mark.parametrize(("hr", "kind", "part"), [("embed", "sc:ImageObject", "bytes"), ("reference", "sc:Text", "path")])
 def test_hr_is_an_image_or_where_to_find_one(hr, kind, part):
     (rows,) = json.loads(croissant(30, {"hr": hr}))["recordSet"]
     fields = {field["name"].removeprefix("rows/"): field for field in rows["field"]}
@@ -20,6 +20,6 @@ def test_hr_is_an_image_or_where_to_find_one(hr, kind, part):
 
 
 def test_it_says_how_many_images_there_are_and_what_to_cite():
-    description = json.loads(croissant(1234, {"hr": "ref"}))
+    description = json.loads(croissant(1234, {"hr": "reference"}))
     assert "1234 low-resolution images" in description["description"]
     assert "Latent Flow Matching" in description["citeAs"]
