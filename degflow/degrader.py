@@ -342,7 +342,7 @@ class Degrader(nn.Module):
             description["residual"] = plain(self.flow.network.config)
             description["optics"] = cast(Optics, self.flow.optics).describe()
             description["times"] = self.flow.spread.times.tolist()
-        weights = {name for name, _ in self.named_parameters() if half}  # optics and spread are small, and stay exact
+        weights = {name for name, _ in self.named_parameters() if half}  # buffers are small, and stay exact
         state = {name: tensor.half() if name in weights else tensor for name, tensor in self.state_dict().items()}
         save_checkpoint(uri, state, description)
 

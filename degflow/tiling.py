@@ -1,7 +1,8 @@
 """Windows over an image that is too large to be worked on at once, and how many fit a memory budget.
 
-Encoder and decoder see only a `halo` around what they compute. So the inner part of a window, which is its halo away
-from every edge where the window was cut, comes out as from the whole image. Lengths are in latent pixels.
+Encoder, decoder and what finishes a decoded image see only a `halo` around what they compute. So the inner part of a
+window, which is its halo away from every edge where the window was cut, comes out as from the whole image. Lengths are
+in latent pixels.
 """
 
 from collections.abc import Iterator
@@ -135,7 +136,7 @@ class Plan(NamedTuple):
 
         Args:
             rows, columns: of the latent.
-            halo: of the networks.
+            halo: of the networks and of what finishes the image.
             costs: of one image.
             memory: GB (1e9 bytes).
 

@@ -10,7 +10,7 @@ from degflow import images
 from degflow.capture.scenes import HR_LABEL, SceneConfig, SceneImages
 from degflow.config import dump, option, required
 from degflow.degrader import Degrader
-from degflow.evaluation.baselines import PATHS, baseline
+from degflow.evaluation.baselines import baseline
 from degflow.evaluation.realism import SMALLEST
 from degflow.flow import PathFlow
 from degflow.storage import Place
@@ -47,18 +47,24 @@ class BaselineScenesConfig:
 
 
 def baseline_scenes(config: BaselineScenesConfig) -> None:
-    """Write HR and the baseline's LR of every scene, at every level."""
+    """Write HR and the baseline's LR of every scene, at every level; after a stop, all of it again.
+
+    Raises:
+        ValueError: levels beyond the degrader's range, a baseline that it has not, or an output in use.
+    """
     device = config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     degrader = Degrader.load(config.model or None, device)
     degrader.check_scales(min(config.levels.values()), max(config.levels.values()))
     if config.baseline in ("optics", "mean") and isinstance(degrader.flow, PathFlow):
         raise ValueError(f"baseline={config.baseline}: must be random, spline or linear for a degrader without draws")
     scenes = SceneImages(SceneConfig(config.data, degrader.levels, config.resize_lr, SMALLEST))
-    print(f"{scenes.describe()}; {'their latents' if config.baseline in PATHS else 'HR'} of each")
-    target = Place(config.output)
-    if target.files():
-        raise ValueError(f"output={config.output}: is not empty; choose another or remove it")
-    target.write("config.yaml", dump(config).encode())
+    print(f"{scenes.describe()}; baseline {config.baseline} of each")
+    target, described = Place(config.output), dump(config).encode()
+    if target.files() and not (target.exists("config.yaml") and target.read("config.yaml") == described):
+        raise ValueError(
+            f"output={config.output}: is not empty, nor of the same configuration; choose another or remove it"
+        )
+    target.write("config.yaml", described)
     for scene, pixels in tqdm(zip(scenes.scenes, scenes.pixels, strict=True), "degrading", len(scenes), unit="scene"):
         captured, hr = images.to_tensor(pixels, device), images.encode_png(pixels[0])
         for label, scale in config.levels.items():

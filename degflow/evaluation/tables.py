@@ -58,7 +58,7 @@ def realism_table(measurements: Sequence[Measurement], distances: Sequence[Dista
     for label in _labels(measurements):
         captured = _of(measurements, label, "generated")
         noise = (_middle(captured, "captured_noise"), _middle(captured, "captured_correlation"))
-        rows.append((f"x{label}", "captured LR", "0", *noise, "0", "0"))
+        rows.append((f"x{label}", "captured LR", "0", *noise, "0", "0" if distances else "—"))
         for method in methods_of(measurements):
             if found := _of(measurements, label, method):
                 noise = (_middle(found, "noise"), _middle(found, "correlation"))

@@ -16,7 +16,6 @@ from degflow.models.spread import between, cross_spectra
 
 SIDE = 11  # of the filters, in image pixels
 BEGIN, END = 0.6, 0.8  # cycles in an LR pixel between which the filter comes into effect; half a cycle is Nyquist's
-WINDOW = 32  # pixels along the windows that spectra are estimated in
 ROUNDING = (1 / 127.5) ** 2 / 12  # variance that rounding to 8 bits adds, in [-1, 1]
 
 
@@ -27,6 +26,7 @@ class Cutoff(nn.Module):
         times: "K" increasing from 0 to 1.
     """
 
+    reach = SIDE // 2  # pixels around a pixel that it sees
     times: Tensor
     filters: Tensor
 
@@ -54,9 +54,9 @@ class Cutoff(nn.Module):
         """Filter "B 3 H W" at the times "B"; the border's pixels are repeated beyond it. In float32."""
         after, weight = between(self.times, time)
         filters = torch.lerp(self.filters[after - 1], self.filters[after], weight[:, None, None])
-        reach, (batch, channels) = SIDE // 2, image.shape[:2]
+        batch, channels = image.shape[:2]
         with exactly(image.device.type):
-            padded = F.pad(image.to(filters), (reach,) * 4, mode="replicate").flatten(0, 1)[None]
+            padded = F.pad(image.to(filters), (self.reach,) * 4, mode="replicate").flatten(0, 1)[None]
             kernels = filters.repeat_interleave(channels, 0)[:, None]
             return F.conv2d(padded, kernels, groups=len(kernels))[0].unflatten(0, (batch, channels))
 
@@ -66,41 +66,46 @@ class Excess:
 
     Args:
         scale: of both.
+        side: of the windows that spectra are estimated in, in pixels, even.
     """
 
-    def __init__(self, scale: float):
-        self.scale, self.batches = scale, 0
-        self.captured = self.drawn = torch.zeros(WINDOW, WINDOW, dtype=torch.float64)
+    def __init__(self, scale: float, side: int):
+        self.scale, self.side, self.batches = scale, side, 0
+        self.captured = self.drawn = torch.zeros(side, side, dtype=torch.float64)
 
     def add(self, captured: Tensor, drawn: Tensor) -> None:
         """One more batch of images, each "B 3 H W" in [-1, 1]; captured ones are rounded to 8 bits, draws are not."""
-        self.captured = self.captured + _power(captured) - ROUNDING
-        self.drawn = self.drawn + _power(drawn)
+        self.captured = self.captured + _power(captured, self.side) - ROUNDING
+        self.drawn = self.drawn + _power(drawn, self.side)
         self.batches += 1
 
     def target(self, scale: float) -> Tensor:
-        """The response that gives draws the captured power where they have more, at this scale or a smaller one.
+        """The response that gives draws the captured power where they have more.
 
-        "N N" for an FFT's frequencies.
+        Args:
+            scale: the measured one or a smaller one.
+
+        Returns:
+            "side side" in [0, 1], at an FFT's frequencies.
         """
-        frequency = torch.fft.fftfreq(WINDOW, dtype=torch.float64)
+        frequency = torch.fft.fftfreq(self.side, dtype=torch.float64)
         radius = (frequency[:, None].square() + frequency.square()).sqrt() * self.scale
         effect = ((radius - BEGIN) / (END - BEGIN)).clamp(0, 1)
         own = torch.lerp(torch.ones_like(effect), (self.captured / self.drawn).clamp(0, 1).sqrt(), effect)
-        place = frequency.abs() * WINDOW * min(1.0, scale / self.scale)
-        away = (place[:, None] - torch.arange(WINDOW // 2 + 1)).abs()
-        linear = (1 - away).clamp(min=0)  # "N N/2+1", weights of the frequencies on both sides
-        return linear @ own[: WINDOW // 2 + 1, : WINDOW // 2 + 1] @ linear.T
+        place = frequency.abs() * self.side * min(1.0, scale / self.scale)
+        away = (place[:, None] - torch.arange(self.side // 2 + 1)).abs()
+        linear = (1 - away).clamp(min=0)  # "side side/2+1", weights of the frequencies on both sides
+        return linear @ own[: self.side // 2 + 1, : self.side // 2 + 1] @ linear.T
 
     def filter(self, scale: float) -> Tensor:
-        """The symmetric filter "side side" nearest to the target at a scale, by the error's power in a draw.
+        """The symmetric filter "SIDE SIDE" nearest to the target at a scale, by the error's power in a draw.
 
-        Least squares, weighted with the draws' power, which is 60 dB higher at low frequencies: those must pass to a
-        thousandth. Errors below the power of 8-bit rounding do not count more than it.
+        Least squares, weighted with the power of the draws that were measured. It is 60 dB higher at low frequencies:
+        those must pass to a thousandth. Where draws have less power than 8-bit rounding, the rounding's counts.
         """
-        turns = torch.arange(SIDE // 2 + 1) * torch.fft.fftfreq(WINDOW, dtype=torch.float64)[:, None]
+        turns = torch.arange(SIDE // 2 + 1) * torch.fft.fftfreq(self.side, dtype=torch.float64)[:, None]
         waves = torch.cos(2 * torch.pi * turns)
-        basis = torch.einsum("xa,yb->xyab", waves, waves).reshape(WINDOW**2, -1)
+        basis = torch.einsum("xa,yb->xyab", waves, waves).reshape(self.side**2, -1)
         weight = (self.drawn / (self.batches * ROUNDING)).clamp(min=1).sqrt().reshape(-1, 1)
         solved = torch.linalg.lstsq(basis * weight, self.target(scale).reshape(-1, 1) * weight, driver="gelsd").solution
         quarter = solved.reshape(SIDE // 2 + 1, SIDE // 2 + 1)
@@ -111,9 +116,9 @@ class Excess:
         return whole / whole.sum()  # a flat image stays as it is
 
 
-def _power(images: Tensor) -> Tensor:
-    """Mean power of the channels, the same for frequencies that differ in sign or in axis: "N N"."""
-    power = cross_spectra(images, WINDOW).diagonal(dim1=2, dim2=3).real.mean(2).cpu()
+def _power(images: Tensor, side: int) -> Tensor:
+    """Mean power of the channels, the same for frequencies that differ in sign or in axis: "side side"."""
+    power = cross_spectra(images, side).diagonal(dim1=2, dim2=3).real.mean(2).cpu()
     for axis in (0, 1):
         power = (power + power.flip(axis).roll(1, axis)) / 2
     return (power + power.T) / 2

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from degflow.models.spread import Spread, cross_spectra, filtered_noise
+from degflow.models.spread import Spread, between, cross_spectra, filtered_noise
 
 SIDE = 9  # of the filters, and of the square in which lost detail is measured, in image pixels
 KNOTS = tuple(level / 127.5 for level in (0.5, 1, 2, 4, 8, 16, 32))  # of the curve: 8-bit levels, in [-1, 1]
@@ -44,7 +44,7 @@ class Grain(nn.Module):
 
     def gain(self, hr: Tensor, skeleton: Tensor, time: Tensor) -> Tensor:
         """How strong the grain is at each pixel, "B 1 H W", for HR and its image S after the optics, "B 3 H W"."""
-        after, weight = self.field.between(time)
+        after, weight = between(self.field.times, time)
         curve = F.pad(torch.lerp(self.curves[after - 1], self.curves[after], weight[:, None]), (1, 0))  # 0 at 0
         lost = lost_around(hr, skeleton)
         knots = lost.new_tensor((0.0, *KNOTS))

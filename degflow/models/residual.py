@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from degflow.config import option
 from degflow.flow import Carried, Draw, Finish, See, integrate
 from degflow.models.autoencoder import ChannelNorm
-from degflow.models.cutoff import SIDE, Cutoff
+from degflow.models.cutoff import Cutoff
 from degflow.models.grain import Grain
 from degflow.models.spread import Spread
 
@@ -162,7 +162,7 @@ class ResidualFlow(nn.Module):
     multiple = 1
     solver = ("rk4", 2)  # 8 evaluations; Heun's method in 4 steps loses a fifth of the variance
     images = 2
-    reach, finish_channels = SIDE // 2, 1  # the cutoff's filter; the grain's gain
+    reach, finish_channels = Cutoff.reach, 1  # the grain's gain
 
     def __init__(self, optics: nn.Module, spread: Spread, network: ResidualNetwork, compression: int):
         super().__init__()

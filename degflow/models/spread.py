@@ -55,12 +55,8 @@ class Spread(nn.Module):
 
     def filters_at(self, time: Tensor) -> Tensor:
         """Filters that give the field its own strength, "B C C side side"."""
-        after, weight = self.between(time)
+        after, weight = between(self.times, time)
         return torch.lerp(self.filters[after - 1], self.filters[after], weight[:, None, None, None, None])
-
-    def between(self, time: Tensor) -> tuple[Tensor, Tensor]:
-        """See the function `between`."""
-        return between(self.times, time)
 
     def sample(self, seed: Tensor, time: Tensor, height: int, width: int, place: Tensor | None = None) -> Tensor:
         """A field of unit variance in each channel, "B C H W"; a number depends on its seed, row and column alone.

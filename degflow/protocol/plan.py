@@ -77,6 +77,9 @@ class ProtocolConfig:
                     raise ValueError(f"degraders: {name}: {word}: must be stage2=train_lfm or stage2=train_residual")
         if not self.networks:
             raise ValueError("networks={}: needs at least one entry")
+        if not self.between or {float(TEST_LEVEL), 1.0} & set(self.between.values()):
+            rule = f"at least one level, and neither scale 1 nor the test level {TEST_LEVEL}"
+            raise ValueError(f"between={self.between}: {rule}")
         named = [*self.degraders, *self.baselines, *self.trees]
         if twice := [name for name in named if named.count(name) > 1]:
             raise ValueError(f"degraders, baselines, trees: {twice[0]!r} is the name of two")

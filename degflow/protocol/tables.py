@@ -70,9 +70,10 @@ def write_tables(config: ProtocolConfig, place: Place) -> None:
     parts = [
         f"# SR networks by what they were trained on\n\nTested on x{TEST_LEVEL} of {a} and {b} ({simulated}): "
         "PSNR in dB / SSIM / LPIPS, mean of the two cameras, ± standard deviation over seeds. Real pairs: "
-        f"{' and '.join(config.real)}, generated pairs: HR of {b}. Published: {SOURCE}.",
+        f"{' and '.join(config.real)}, generated pairs and baselines: HR of {b} (latent paths: pairs of {a}). "
+        f"Published: {SOURCE}.",
         *([sr_table(config, found)] if config.rows else []),
-        *([differences(config, found)] if found and config.degraders else []),
+        *([differences(config, found)] if found and generated(config) else []),
         *(["## Each camera", camera_table(config, found)] if found else []),
         *fidelity_tables(config, place),
     ]
@@ -115,10 +116,15 @@ def sr_table(config: ProtocolConfig, found: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
+def generated(config: ProtocolConfig) -> list[str]:
+    """The rows with a degrader's pairs."""
+    return [row for row, parts in config.rows.items() if set(parts) & set(config.degraders)]
+
+
 def differences(config: ProtocolConfig, found: Sequence[Result]) -> str:
-    """PSNR of the generated rows minus that of the real ones, in dB, with the standard deviation over seeds."""
+    """PSNR of the generated rows minus that of each other row, in dB, with the standard deviation over seeds."""
     lines = ["| PSNR gained, dB | " + " | ".join(config.networks) + " |", "|---" * (len(config.networks) + 1) + "|"]
-    made = [row for row, parts in config.rows.items() if set(parts) & set(config.degraders)]
+    made = generated(config)
     for row in made:
         for other in [other for other in config.rows if other not in made]:
             texts = []

@@ -17,6 +17,7 @@ from degflow.degrader import Degrader
 from degflow.models import ResidualAutoencoder, ResidualConfig, ResidualFlow, ResidualNetwork, Spread
 from degflow.models.cutoff import Excess
 from degflow.models.grain import Lack
+from degflow.models.precision import computing
 from degflow.objectives import ResidualObjective, residuals, to_float
 from degflow.training.lfm import provenance
 from degflow.training.loop import Validation, fit
@@ -25,7 +26,7 @@ from degflow.training.rae import load_stage1, watched_crops
 from degflow.training.settings import FitConfig
 from degflow.trajectory import Timeline
 
-GRAIN_WINDOW, GRAIN_CROP = 32, 256  # pixels along the windows that the grain's spectra are estimated in, and the crops
+WINDOW, CROP = 32, 256  # pixels along the windows of spectra, and along the crops that cutoff and grain are fitted on
 
 
 @dataclass(frozen=True)
@@ -138,9 +139,11 @@ def fit_finish(
     batch: int = 4,
     quiet: bool = False,
 ) -> None:
-    """Fit the cutoff and the grain of a trained degrader at every time that the stacks have.
+    """Fit the cutoff and the grain of a trained degrader.
 
-    The cutoff comes first: the grain is what draws lack after it, and after rounding to 8 bits, as captures are.
+    The cutoff comes first. It is measured on the scenes that were not reduced; without any, it changes nothing. The
+    grain is what draws lack after the cutoff, and after rounding to 8 bits, as captures are. It is measured at every
+    time that the stacks have.
 
     Args:
         degrader: trained; its cutoff and grain have the times 0 and those of the stacks.
@@ -148,30 +151,30 @@ def fit_finish(
         batches, batch: crops for each time.
         quiet: no progress bar.
     """
-    flow = cast(ResidualFlow, degrader.flow)
+    flow, device = cast(ResidualFlow, degrader.flow), next(degrader.parameters()).device
     r = flow.compression
-    crop = min(GRAIN_CROP, *(side for stack in stacks for side in stack.pixels.shape[1:3])) // r * r
-    scales, found = tuple(degrader.levels.values())[1:], _distinct(times)
-    whole = [
-        n for n, stack in enumerate(stacks) if stack.scales == scales
-    ]  # scenes that were reduced are rounded twice
+    crop = min(CROP, *(side for stack in stacks for side in stack.pixels.shape[1:3])) // r * r
+    side, scales, found = min(WINDOW, crop), tuple(degrader.levels.values())[1:], _distinct(times)
+    # Reduced scenes are rounded to 8 bits twice, and do not show what a camera holds at the highest frequencies.
+    whole = [n for n, stack in enumerate(stacks) if stack.scales == scales]
 
     def decoded(time: float, among: Sequence[int]) -> Iterator[_Decoded]:
         chosen = [stacks[n] for n in among], [times[n] for n in among]
         return (_decoded(degrader, *chosen, time, crop, number, batch) for number in range(batches))
 
-    excess = [Excess(scale) for scale in scales if whole]
-    for each in tqdm(excess, "fitting the cutoff", disable=quiet):
-        for images in decoded(round(degrader.timeline.time(each.scale), 6), whole):
-            each.add(images.lr, images.draw)
-    if whole:
-        flow.cutoff.fit([degrader.timeline.scale(time) for time in found], excess)
-    lack = [Lack(min(GRAIN_WINDOW, crop), r) for _ in found]
-    for each, time in zip(lack, tqdm(found, "fitting the grain", disable=quiet), strict=True):
-        for hr, skeleton, lr, *made in decoded(time, range(len(stacks))):
-            mean, draw = (flow.cutoff(image, hr.new_full((batch,), time)).clamp(-1, 1) for image in made)
-            each.add(hr, skeleton, lr, mean, ((draw + 1) * 127.5).round() / 127.5 - 1)
-    flow.grain.fit(lack)
+    with computing("float32", device.type):
+        excess = [Excess(scale, side) for scale in scales if whole]
+        for each in tqdm(excess, "fitting the cutoff", disable=quiet):
+            for images in decoded(round(degrader.timeline.time(each.scale), 6), whole):
+                each.add(images.lr, images.draw)
+        if whole:
+            flow.cutoff.fit([degrader.timeline.scale(time) for time in found], excess)
+        lack = [Lack(side, r) for _ in found]
+        for each, time in zip(lack, tqdm(found, "fitting the grain", disable=quiet), strict=True):
+            for hr, skeleton, lr, *made in decoded(time, range(len(stacks))):
+                mean, draw = (flow.cutoff(image, hr.new_full((batch,), time)).clamp(-1, 1) for image in made)
+                each.add(hr, skeleton, lr, mean, ((draw + 1) * 127.5).round() / 127.5 - 1)
+        flow.grain.fit(lack)
 
 
 class _Decoded(NamedTuple):

@@ -189,7 +189,7 @@ def test_a_plain_decoder_gives_the_same_image_for_more_work(degrader):
     assert flop(lambda _: decoder(latent, skips)) > work[1]  # zeros are multiplied, not counted
 
 
-def test_a_margin_leaves_less_the_wider_it_is_and_nothing_of_what_the_networks_see():
+def test_a_margin_leaves_less_the_wider_it_is_and_nothing_if_it_is_the_whole_photograph():
     degrader = of(drawing)
     hr = torch.rand(1, 3, 128, 160, generator=torch.Generator().manual_seed(1)) * 2 - 1
     table = margins(degrader, [hr, hr.flip(3)], 32, (0, 16, 128), (1.0, 4.0))

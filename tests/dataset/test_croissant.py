@@ -8,7 +8,9 @@ from degflow.dataset.croissant import croissant
 from degflow.dataset.layout import ROW
 
 
-@pytest.mark.parametrize(("hr", "kind", "part"), [("embed", "sc:ImageObject", "bytes"), ("reference", "sc:Text", "path")])
+@pytest.mark.parametrize(
+    ("hr", "kind", "part"), [("embed", "sc:ImageObject", "bytes"), ("reference", "sc:Text", "path")]
+)
 def test_hr_is_an_image_or_where_to_find_one(hr, kind, part):
     (rows,) = json.loads(croissant(30, {"hr": hr}))["recordSet"]
     fields = {field["name"].removeprefix("rows/"): field for field in rows["field"]}

@@ -95,7 +95,12 @@ def test_levels_that_are_no_folders_and_an_output_in_use_are_refused(scenes, mod
             load(BaselineScenesConfig, [f"data={scenes}", "output=o", f"levels={{{label}: 2.0}}"])
     with pytest.raises(ValueError, match=r"levels=\{\}: at least one"):
         load(BaselineScenesConfig, [f"data={scenes}", "output=o", "levels={}"])
+    half = made(scenes, tmp_path / "half", models[True])
+    (half / "4/Canon_001_LR4.png").unlink()  # as a stop leaves it
+    assert (made(scenes, half, models[True]) / "4/Canon_001_LR4.png").exists()
+    with pytest.raises(ValueError, match="is not empty, nor of the same configuration"):
+        made(scenes, half, models[True], "baseline=spline")
     (tmp_path / "mine.txt").write_text("kept")
     with pytest.raises(ValueError, match="is not empty"):
         made(scenes, tmp_path, models[True])
-    assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["half", "mine.txt"]

@@ -258,7 +258,7 @@ def test_the_table_of_realism_holds_means_and_the_medians_of_the_noise_that_ther
     lines = evaluation.realism_table(planted()).splitlines()
     assert len(lines) == 2 + 1 + 8 + 1 + 10
     assert lines[2:5] == [
-        "| x2 | captured LR | 0 | 0.50 | 0.30 | 0 | 0 |",
+        "| x2 | captured LR | 0 | 0.50 | 0.30 | 0 | — |",
         "| x2 | generated | 1.00 | 1.50 | 0.15 | 0.125 | — |",
         "| x2 | HR unchanged | 2.00 | 2.50 | 0.15 | 0.375 | — |",
     ]

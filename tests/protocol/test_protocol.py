@@ -172,6 +172,8 @@ def test_the_first_seed_of_every_network_comes_first():
         (["row_words={b: ['noise={draws: 3}']}"], "row_words: 'b' must be one of rows="),
         (["seeds={edsr: 2}"], "seeds=.*: 'edsr' must be one of networks"),
         (["networks={}"], "networks={}: needs at least one entry"),
+        (["between={3: 3.0}"], "between=.*: at least one level, and neither scale 1 nor the test level 3"),
+        (["between={}"], "between=.*: at least one level"),
         (["baselines={draws: [baseline=random]}"], "degraders, baselines, trees: 'draws' is the name of two"),
         (
             ["trees={far: runs/far}", "rows={a: ['2', far]}"],

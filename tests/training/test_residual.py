@@ -20,6 +20,7 @@ from degflow.capture.optics import Optics
 from degflow.capture.scenes import SceneConfig, SceneImages
 from degflow.capture.skeletons import Stack, stacks_of
 from degflow.models import ResidualConfig, ResidualFlow, ResidualNetwork, Spread
+from degflow.models.cutoff import Cutoff
 from degflow.models.files import load_checkpoint
 from degflow.models.grain import SHARE
 from degflow.models.residual import lost_detail
@@ -262,14 +263,14 @@ def upsampled(latent):
 
 
 def finished(stacks, deviation):
-    """A flow with grain and cutoff, fitted where the Gaussian alone draws, with this deviation."""
+    """A flow with grain and cutoff, fitted where the Gaussian alone draws, with this deviation; levels 1, 1.5, 2."""
     times = [tuple(scale - 1 for scale in stack.scales) for stack in stacks]
     found = sorted({time for each in times for time in each})
     spread = Spread(3, (0.0, *found))
     spread.filters[1:, :, :, 0, 0] = deviation * torch.eye(3)
     network = ResidualNetwork(ResidualConfig(latent_channels=3, width=8, blocks=0))
     flow = ResidualFlow(Optics((1.0, 2.0)), spread, network, 8)
-    levels = {"1": 1.0, "2": 2.0}
+    levels = {"1": 1.0, "1.5": 1.5, "2": 2.0}
     parts = {"autoencoder": Blind(), "flow": flow, "levels": levels, "timeline": Timeline((1.0, 2.0))}
     degrader = SimpleNamespace(**parts, parameters=network.parameters)
     fit_finish(cast(Degrader, degrader), stacks, times, quiet=True)
@@ -301,18 +302,30 @@ def test_the_grain_is_what_draws_lack():
     assert variance(grain).tolist() == pytest.approx([SHARE * 4 * fine] * 3, rel=0.15)
 
 
-def test_the_cutoff_is_fitted_to_scenes_that_were_not_reduced_and_scaled_to_those_that_were():
-    whole = [flat_stack(seed, 0.0) for seed in range(3)]
-    for stack in whole:  # captures without what is above 0.3 cycles per pixel, which skips bring
-        stack.pixels[1] = gaussian_filter(stack.pixels[1].astype(float), (1, 1, 0)).round()
-    reduced = [flat_stack(seed, 0.0)._replace(scales=(1.5,)) for seed in range(3, 6)]
-    cutoff = finished([*whole, *reduced], 0.05).cutoff
-    half, full = (torch.fft.fft2(taps, s=(32, 32)).abs()[:17, 0] for taps in cutoff.filters[1:])
-    assert cutoff.times.tolist() == [0, 0.5, 1]
+def two_levels(seed, side=200):
+    """A scene that was not reduced, and whose captures lack what is above 0.3 cycles per pixel at x2."""
+    hr, lr, skeleton = flat_stack(seed, 0.0, side=side).pixels
+    blurred = gaussian_filter(lr.astype(float), (1, 1, 0)).round().astype(np.uint8)
+    return Stack(np.stack((hr, lr, blurred, skeleton, skeleton)), (1.5, 2.0))
+
+
+def test_the_cutoff_is_fitted_to_scenes_that_were_not_reduced():
+    whole = [two_levels(seed) for seed in range(3)]
+    reduced = [Stack(two_levels(seed).pixels, (1.125, 1.5)) for seed in range(3, 6)]  # blurred already at x1.5
+    alone, cutoff = (finished(stacks, 0.05).cutoff for stacks in (whole, [*whole, *reduced]))
+    assert cutoff.times.tolist() == [0, 0.125, 0.5, 1]
+    assert torch.equal(cutoff.filters[2:], alone.filters[1:])
+    low, full = (torch.fft.fft2(taps, s=(32, 32)).abs()[:17, 0] for taps in cutoff.filters[2:])
     assert float((full[:9] - 1).abs().max()) < 0.2  # up to a quarter of a cycle; the scene is white
     assert float(full[13:].max()) < 0.2
-    assert float((half[:12] - 1).abs().max()) < 0.2
-    assert float(half[16]) < 0.7
+    assert float(low[:13].min()) > 0.8
+
+
+def test_small_scenes_can_be_fitted_too_and_reduced_ones_alone_have_no_cutoff():
+    small = finished([two_levels(seed, side=24) for seed in range(2)], 0.05)
+    assert float(small.cutoff.filters[2, 5, 5]) < 0.9
+    reduced = finished([Stack(two_levels(0).pixels, (1.125, 1.5))], 0.05)
+    assert torch.equal(reduced.cutoff.filters, Cutoff((0.0, 0.125, 0.5)).filters)
 
 
 def test_rounding_is_no_grain():
