@@ -96,7 +96,7 @@ class SynthesizeConfig:
         "embed", "rows hold HR's pixels (embed; a file stores them once), or only its URI or path (reference)"
     )
     codec: str = option(
-        "png", "LR and embedded HR, without loss: png, or webp (a fifth smaller, and written in half the time)"
+        "png", "LR and embedded HR, without loss: png, or webp (a sixth smaller, and written in a third of the time)"
     )
     gray: str = option(
         "camera", "LR images of a gray photograph have a colour camera's slight colour (camera), or stay gray (keep)"
