@@ -49,17 +49,22 @@ class SimulateConfig:
 
 
 def simulate_scenes(config: SimulateConfig) -> None:
-    """Assign each photograph to a camera, and capture it at scale 1 and at every scale."""
+    """Assign each photograph to a camera, and capture it at scale 1 and at every scale.
+
+    A run that was stopped (there is no scenes.csv) is made again from its beginning, with the same configuration.
+    """
     source, target = Place(config.input), Place(config.output)
     keys = [file.key for file in source.files() if file.key.lower().endswith(images.SUFFIXES)]
     if not keys:
         raise ValueError(f"input={config.input}: no photograph there (files ending in {', '.join(images.SUFFIXES)})")
-    if target.files():
+    described = dump(config).encode()
+    stopped = target.exists("config.yaml") and not target.exists("scenes.csv")
+    if target.files() and not (stopped and target.read("config.yaml") == described):
         raise ValueError(f"output={config.output}: is not empty; choose another or remove it")
     assigned = assign(config, keys)
     for key in keys:  # decoding is cheap beside a capture, and a damaged file is named before anything is written
         photograph(config, source, key)
-    target.write("config.yaml", dump(config).encode())
+    target.write("config.yaml", described)
     listing = io.StringIO(newline="")
     rows = csv.writer(listing, lineterminator="\n")
     rows.writerow(("scene", "photograph"))

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import re
 import shutil
 from pathlib import Path
@@ -116,6 +117,19 @@ def test_an_output_that_holds_something_is_refused_and_left_alone(tree, photogra
     with pytest.raises(ValueError, match="is not empty"):
         simulate.simulate_scenes(simulate.SimulateConfig(str(photographs), str(tree)))
     assert sorted(tree.rglob("*")) == before
+
+
+def test_a_stopped_run_is_made_again_with_the_same_configuration_alone(photographs, tmp_path):
+    keys = {"cameras": ("canon",), "scales": {"2": 2.0}, "longest_side": 64}
+    config = simulate.SimulateConfig(str(photographs), str(tmp_path), **keys)
+    simulate.simulate_scenes(config)
+    whole = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for name in ("scenes.csv", "Canon/Train/2/Canon_005_LR2.png"):
+        (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match="is not empty"):
+        simulate.simulate_scenes(dataclasses.replace(config, seed=1))
+    simulate.simulate_scenes(config)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == whole
 
 
 def test_failures_end_the_job_with_a_line_and_a_code(tmp_path):
