@@ -30,8 +30,8 @@ from tests.synthesis.clusters import own_cluster, share_ray
 JOB = ROOT / "jobs" / "synthesize.py"
 PHOTOS, SHARD = 40, 8
 WORDS = (f"shard.images={SHARD}", "actors.threads=1", "batch=2")
-LAYOUT = r"(config\.yaml|manifest\.parquet|README\.md|preview\.(png|html)|_SUCCESS|(plan|data)/part-\d{6}\.parquet"
-LAYOUT += r"|rejects/part-000000\.parquet)"
+LAYOUT = r"(config\.yaml|manifest\.parquet|README\.md|croissant\.json|preview\.(png|html)|_SUCCESS"
+LAYOUT += r"|(plan|data)/part-\d{6}\.parquet|rejects/part-000000\.parquet)"
 
 
 @pytest.fixture(scope="module")
