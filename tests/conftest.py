@@ -1,5 +1,3 @@
-import os
-import tempfile
 from typing import Any
 
 import pytest
@@ -10,13 +8,11 @@ from tests import s3 as server
 # Tests of one group run one after another in one process of pytest-xdist. The groups below come first, for they take
 # longest. Every other file is a group of its own, so that its fixtures are made once.
 GROUPS = {
-    "pool": (  # what starts Ray, in two groups of equal time: each process has a folder of its own for its Rays
+    "ray": (  # two Rays at a time would share ports, memory and this machine's cores
         "tests/synthesis/test_pool.py",
         "tests/synthesis/test_cluster.py",
         "tests/synthesis/test_tasks.py",
         "tests/synthesis/test_metrics.py",
-    ),
-    "runs": (
         "tests/synthesis/test_storms.py",
         "tests/synthesis/test_run.py",
         "tests/synthesis/test_oddities.py",
@@ -52,15 +48,6 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         pytest.skip("--device cuda: this machine has no such device")
     return device
-
-
-@pytest.fixture(scope="session", autouse=True)
-def ray_folder():
-    """A folder of its own for the Rays of this process, so that they do not find those of the other processes."""
-    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        os.environ["RAY_TMPDIR"] = folder
-        yield
-        del os.environ["RAY_TMPDIR"]
 
 
 @pytest.fixture(scope="session")

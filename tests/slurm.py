@@ -64,7 +64,6 @@ class Slurm:
         self.hosts: dict[str, list[str]] = {name: [] for name in NODES}
         self.namespaces = _namespaces_work()
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
-        self.environment.pop("RAY_TMPDIR", None)  # of this process's own Rays; a job of Slurm has its own
         self.first_job = 1000 + secrets.randbelow(1_000_000)  # a job's number names its files in /tmp
 
     def __enter__(self):
