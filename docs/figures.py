@@ -90,11 +90,12 @@ def curves(folder: Path) -> None:
 def restored(trees: list[str], networks: dict[str, str]) -> None:
     """Draw docs/restored.png: the most detailed place of every scene at 200%, LR, by each network, and HR."""
     scenes = [pixels for tree in trees for pixels in SceneImages(SceneConfig(tree, {"1": 1.0, "3": 3.0})).pixels]
+    loaded = {title: load(uri) for title, uri in networks.items()}
     columns: dict[str, list[torch.Tensor]] = {title: [] for title in ("LR", *networks, "HR")}
     for pixels in scenes:
         hr, lr = images.to_tensor(central(pixels, 256)).split(1)
         top, left = most_detailed(hr, SIDE)
-        made = {"LR": lr, **{title: load(uri).restore(lr, 3.0) for title, uri in networks.items()}, "HR": hr}
+        made = {"LR": lr, **{title: network.restore(lr, 3.0) for title, network in loaded.items()}, "HR": hr}
         for title, image in made.items():
             shown = image[..., top : top + SIDE, left : left + SIDE]
             columns[title].append(shown.repeat_interleave(2, 2).repeat_interleave(2, 3))

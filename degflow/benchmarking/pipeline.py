@@ -33,7 +33,7 @@ def codecs(lrs: Sequence[np.ndarray], repeats: int) -> Table:
     files = {
         "JPEG": [saved(lr, "JPEG", quality=95) for lr in lrs],
         "PNG": [images.encode_png(lr) for lr in lrs],
-        "WebP": [saved(lr, "WebP", lossless=True, quality=0, method=0) for lr in lrs],
+        "WebP": [images.encode(lr, "webp")[0] for lr in lrs],
     }
     ways: dict[str, Callable[[int], list[Any]]] = {}
     for level in (1, 3, 6, 9):

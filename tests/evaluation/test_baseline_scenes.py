@@ -80,7 +80,7 @@ def read(path):
     ("words", "said"),
     [
         (["baseline=optics"], "baseline=optics: must be random, spline or linear for a degrader without draws"),
-        (["baseline=random", "levels={9: 9.0}"], "9"),
+        (["baseline=random", "levels={9: 9.0}"], r"scale=9.0: must lie in the trained range \[1.0, 4.0\]"),
     ],
 )
 def test_what_cannot_be_made_is_said_before_anything_is_written(scenes, models, tmp_path, words, said):
