@@ -21,6 +21,7 @@ from degflow.benchmarking import stand_in
 from degflow.benchmarking.measure import Table, alternate
 from degflow.dataset.layout import MANIFEST
 from degflow.degrader import Degrader
+from degflow.synthesis.pool import REPORTS
 
 
 def codecs(lrs: Sequence[np.ndarray], repeats: int) -> Table:
@@ -88,7 +89,8 @@ def job(degrader: Degrader, model: str, photographs: Sequence[np.ndarray], repea
         repeats: bare loop, job, bare loop, job, ...
         threads: CPUs of the actor and of the loop.
     """
-    tensors = [images.to_tensor(p)[None] for p in photographs]
+    device = next(degrader.parameters()).device
+    tensors = [images.to_tensor(p, device)[None] for p in photographs]
     scale = torch.tensor([[(degrader.low + degrader.high) / 2]], dtype=torch.float64)
     at, bare, shards = f"scale.values=[{float(scale)}]", [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -100,11 +102,12 @@ def job(degrader: Degrader, model: str, photographs: Sequence[np.ndarray], repea
             degrader(tensors[0], scale)
             begun = time.perf_counter()
             for hr in tensors:
-                degrader(hr, scale)
+                images.to_pixels(degrader(hr, scale)[0])
             bare.append(len(tensors) / (time.perf_counter() - begun))
             output = f"{folder}/out{repeat}"
             words = [f"input={source}", f"output={output}", f"model={model}", "scale.distribution=list", at, "batch=1"]
-            words += [f"actors.threads={threads}", "actors.max=1", "actors.gpus=0", f"shard.images={len(photographs)}"]
+            words += [f"actors.threads={threads}", "actors.max=1", f"actors.gpus={int(device.type == 'cuda')}"]
+            words += [f"shard.images={len(photographs)}"]
             _run_job(["-m", "degflow", "synthesize"], words)
             shards.append(_rate(Path(output, MANIFEST)))
     share = statistics.median(b / a for a, b in zip(bare, shards, strict=True))
@@ -112,7 +115,7 @@ def job(degrader: Degrader, model: str, photographs: Sequence[np.ndarray], repea
     height, width, _ = photographs[0].shape
     row = (f"{width} x {height}", *(f"{statistics.median(rates):.2f}" for rates in (bare, shards)), f"{share:.0%}")
     about = (
-        f"LR images per second of a loop over tensors in memory, and of a shard of the job (read, decode, degrade, "
+        f"LR images per second of a loop over tensors on the device, and of a shard of the job (read, decode, degrade, "
         f"compare, encode HR and LR), {len(photographs)} photographs, {threads} CPUs for each, medians of {repeats} "
         "alternating repeats. On CPUs the job's other stages compete with the networks. They take CPU s seconds per "
         "image, so a device that makes N images/s keeps N times as many cores busy."
@@ -149,51 +152,54 @@ def _rate(manifest: Path) -> float:
     return sum(columns["rows"]) / sum(columns["seconds"])
 
 
-def actors(counts: Sequence[int], seconds: float, images_per_shard: int) -> Table:
+def actors(pools: Sequence[tuple[int, int]], seconds: float, images_per_shard: int) -> Table:
     """Throughput of a pool of logical actors whose degrader only sleeps: what the pipeline loses with more actors.
 
     Args:
-        counts: sizes of the pool.
+        pools: actors, and how many the cluster has room for.
         seconds: that the stand-in sleeps per image.
         images_per_shard: each actor gets four shards.
     """
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for count in counts:
-            source, output = Path(folder, f"in{count}"), Path(folder, f"out{count}")
+        for count, room in pools:
+            source, output = Path(folder, f"in{count}-{room}"), Path(folder, f"out{count}-{room}")
             source.mkdir()
             data = saved(np.full((16, 16, 3), 128, np.uint8), "JPEG")
             for n in range(4 * count * images_per_shard):
                 (source / f"{n:05d}.jpg").write_bytes(data)
             words = [f"input={source}", f"output={output}", "actors.threads=1", "actors.gpus=0", f"actors.max={count}"]
             words += [f"actors.min={count}", f"shard.images={images_per_shard}", "batch=1"]
-            notes = run_stand_in(words, {"CPU": count}, seconds)
+            notes = run_stand_in(words, {"CPU": room}, seconds)
             ends = sorted(file.stat().st_mtime for file in (output / "data").iterdir())
             rate = (len(ends) - count) * images_per_shard / (ends[-1] - ends[count - 1])
             shares = f"{rate:.1f}", f"{count / seconds:.1f}", f"{rate * seconds / count:.0%}"
-            rows.append((str(count), *shares, *_driver(notes, count)))
+            rows.append((str(count), str(room), *shares, *_driver(notes, count)))
     about = (
-        f"A STAND-IN: the degrader sleeps {seconds:g} s per image and returns it, and Ray is told of as many CPUs "
-        f"as actors ({os.cpu_count()} are real). Images per second after each actor's first shard. An actor reports "
-        "once a second at most; the last columns are what its reports cost the driver."
+        f"A STAND-IN: the degrader sleeps {seconds:g} s per image and returns it, and Ray is told of as many CPUs as "
+        f"it has room for actors ({os.cpu_count()} are real). Images per second after each actor's first shard. An "
+        f"actor reports at the end of a shard, and once a second, or less often: all actors that there is room for "
+        f"send {REPORTS} reports a second at most. The driver's CPU time is that of a shard's reports and of Ray Data."
     )
     header = (
         "actors",
+        "room for",
         "images/s",
         "if nothing were lost",
         "share",
+        "reports/s of an actor",
         "driver CPU ms/report",
         "driver CPU ms/s of an actor",
     )
     return Table("Scaling with actors (stand-in)", about, header, rows)
 
 
-def _driver(notes: Sequence[dict[str, Any]], actors: int) -> tuple[str, str]:
-    """CPU milliseconds of the driver for each report, and for each actor and second."""
+def _driver(notes: Sequence[dict[str, Any]], actors: int) -> tuple[str, str, str]:
+    """Reports a second of an actor, CPU milliseconds of the driver for each, and for each actor and second."""
     reports = [note for note in notes if note["who"] == "report"]
     first, last = reports[0], reports[-1]
-    cpu, seconds = 1e3 * (last["cpu"] - first["cpu"]), last["at"] - first["at"]
-    return f"{cpu / (len(reports) - 1):.1f}", f"{cpu / seconds / actors:.1f}"
+    cpu, seconds, count = 1e3 * (last["cpu"] - first["cpu"]), last["at"] - first["at"], len(reports) - 1
+    return f"{count / seconds / actors:.2f}", f"{cpu / count:.1f}", f"{cpu / seconds / actors:.1f}"
 
 
 def run_stand_in(words: Sequence[str], resources: dict[str, int], seconds: float) -> list[dict[str, Any]]:

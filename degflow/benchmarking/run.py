@@ -1,6 +1,10 @@
 """benchmark: the parts one after the other, into one file of tables."""
 
+import copy
+import importlib.util
+import json
 import math
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -8,16 +12,18 @@ import numpy as np
 import torch
 
 from degflow import images
-from degflow.benchmarking import inference, node, pipeline, scale
+from degflow.benchmarking import gpu, inference, node, pipeline, scale
 from degflow.benchmarking.measure import Table, machine
 from degflow.benchmarking.optimisations import optimisations
+from degflow.benchmarking.predict import GPU
 from degflow.benchmarking.steps import training
-from degflow.config import option
+from degflow.config import option, plain
 from degflow.degrader import Degrader
 from degflow.flow import PathFlow
 from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityNetwork
 from degflow.models.precision import PRECISIONS
 from degflow.perceptual import Perceptual
+from degflow.restoration.networks import NetworkConfig, SwinIRConfig
 from degflow.storage import Place
 
 FULL_WIDTH = ", published networks at full width, RANDOM weights (no trained ones are here)"
@@ -34,7 +40,7 @@ PARTS = (
     "actors",
     "codecs",
 )
-PARTS += ("node", "scale")
+PARTS += ("node", "scale", "precisions", "images", "tests")
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,9 @@ class BenchmarkConfig:
     model: str = option("", "degrader file; empty: the one that ships", common=True)
     parts: tuple[str, ...] = option(PARTS, "which tables to make", common=True)
     sizes: tuple[int, ...] = option((256,), "sides of the square images of the comparison (full width: 64)")
+    sides: tuple[int, ...] = option((256, 1000), "sides of the square images of part images")
     repeats: int = option(3, "alternating repeats of everything timed", common=True)
-    precision: str = option("float32", f"of degflow in comparison and roofline: {', '.join(PRECISIONS)}")
+    precision: str = option("float32", f"of comparison, roofline, training, images: {', '.join(PRECISIONS)}")
     compile: bool = option(True, "measure with torch.compile as well")
     full_width: bool = option(
         True, "accuracy and comparison also of the published networks at full width, with random weights"
@@ -55,6 +62,8 @@ class BenchmarkConfig:
     device_seconds: float = option(
         0.17, "seconds that a GPU takes for a photograph of 12 megapixels with 4 draws, for the model of a node"
     )
+    tflops: float = option(798.0, "of the GPU that predictions are for: 1e12 FLOP/s of large products in bfloat16")
+    terabytes: float = option(3.0, "of the GPU that predictions are for: 1e12 bytes/s of its memory")
     threads: int = option(0, "CPU threads; 0: all cores", common=True)
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
     quick: bool = option(False, "tiny sizes and one repeat, to see that everything runs", common=True)
@@ -63,9 +72,12 @@ class BenchmarkConfig:
         rules = (
             ("parts", set(self.parts) <= set(PARTS) and self.parts, f"must be some of {', '.join(PARTS)}"),
             ("sizes", self.sizes and min(self.sizes) >= 8, "must be at least one side, each at least 8"),
+            ("sides", self.sides and min(self.sides) >= 8, "must be at least one side, each at least 8"),
             ("repeats", self.repeats >= 1, "must be at least 1"),
             ("precision", self.precision in PRECISIONS, f"must be one of {', '.join(PRECISIONS)}"),
             ("device_seconds", self.device_seconds > 0, "must be above 0"),
+            ("tflops", self.tflops > 0, "must be above 0"),
+            ("terabytes", self.terabytes > 0, "must be above 0"),
             ("threads", self.threads >= 0, "must not be negative"),
             ("device", self.device in ("auto", "cpu", "cuda"), "must be auto, cpu or cuda"),
         )
@@ -77,11 +89,14 @@ class BenchmarkConfig:
 def benchmark(config: BenchmarkConfig) -> None:
     """Make the tables, print each as it is done, and save them all.
 
+    A part that is finished is saved in `parts/`, and a later run with the same settings takes it from there. A part
+    that the device has too little memory for, or that fails, says so in place of its tables, and the others go on.
+
     Raises:
-        ValueError: no image in the input, or parts that the model has no solver for.
+        ValueError: no image in the input, parts that the model has no solver for, or, at the end, parts that failed.
     """
     if config.quick:
-        config = replace(config, sizes=(64,), repeats=1, compile=False, full_width=False)
+        config = replace(config, sizes=(64,), sides=(64,), repeats=1, compile=False, full_width=False)
     if config.threads:
         torch.set_num_threads(config.threads)
     device = config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
@@ -89,13 +104,39 @@ def benchmark(config: BenchmarkConfig) -> None:
     if not degrader.has_solver and (wrong := {"accuracy", "comparison", "optimisations"} & set(config.parts)):
         raise ValueError(f"parts: {', '.join(sorted(wrong))} compare solvers, and model={config.model} has none")
     bench = _Bench(config, degrader, photographs(config.input), device)
-    texts = [f"# Speed\n\n{machine(device)}"]
+    texts, failed = [f"# Speed\n\n{machine(device)}"], []
     print(texts[0])
+    place = Place(config.output)
     for part in config.parts:
+        try:
+            texts += _part(bench, part, place)
+        except Exception as error:  # one part's is not the others'
+            traceback.print_exc()
+            texts.append(f"## {part}: failed\n\n{type(error).__name__}: {error}")
+            failed.append(part)
+        place.write("benchmark.md", ("\n\n".join(texts) + "\n").encode())
+    if failed:
+        raise ValueError(f"parts that failed: {', '.join(failed)}; all others are in {place.uri_of('benchmark.md')}")
+
+
+def _part(bench: "_Bench", part: str, place: Place) -> list[str]:
+    """A part's tables: measured now, or by an earlier run with the same settings on such a machine."""
+    settings = {name: value for name, value in plain(bench.config).items() if name not in ("output", "parts")}
+    settings |= {"machine": machine(bench.device).rpartition("; load")[0]}
+    settings, name = json.loads(json.dumps(settings)), f"parts/{part}.json"  # as they are read back
+    if place.exists(name) and (found := json.loads(place.read(name)))["settings"] == settings:
+        print(f"\n{part}: measured before; to measure again, delete {place.uri_of(name)}", flush=True)
+        return found["tables"]
+    texts = []
+    try:
         for table in getattr(bench, part)():
             texts.append(table.markdown())
             print(f"\n{texts[-1]}", flush=True)
-    Place(config.output).write("benchmark.md", ("\n\n".join(texts) + "\n").encode())
+    except torch.OutOfMemoryError as error:
+        texts.append(f"## {part}: does not fit\n\n{str(error).splitlines()[0]}")
+        print(f"\n{texts[-1]}", flush=True)
+    place.write(name, json.dumps({"settings": settings, "tables": texts}, indent=1).encode())
+    return texts
 
 
 def photographs(uri: str) -> list[np.ndarray]:
@@ -165,16 +206,41 @@ class _Bench:
             print(f"\nLPIPS is left out of stage 2: {error}")
             perceptual = None
         crop, batch = (32, 2) if self.quick else (64, 8)
-        yield training(self.degrader, perceptual, self.repeats, crop, batch)
+        network = None
+        if importlib.util.find_spec("spandrel"):
+            network = NetworkConfig(swinir=SwinIRConfig(12, (2,), 2) if self.quick else SwinIRConfig())
+        else:
+            print("\nSwinIR is left out: it needs spandrel: pip install 'degflow[sr]'")
+        how = (network, self._gpu, self.config.precision, self.repeats)
+        yield training(self.degrader, perceptual, *how, crop, batch)
+        if self.config.full_width and self.device == "cuda":
+            yield training(gpu.full_size().to(self.device), perceptual, *how, 256, 16)
+
+    def precisions(self) -> Iterator[Table]:
+        yield gpu.precisions(self.degrader, self._crops(max(self.config.sizes))[0], self.repeats)
+
+    def images(self) -> Iterator[Table]:
+        models, measured = {"ships": self.degrader, "full size": gpu.full_size()}, ["ships"]
+        if self.config.full_width and self.device == "cuda":  # minutes for each image on a CPU
+            measured.append("full size")
+        side = 64 if self.quick else 1000
+        for name, degrader in models.items():
+            yield gpu.predicted(degrader, side, self._gpu, self.config.precision, name)
+        sides, precision = self.config.sides, self.config.precision
+        yield gpu.by_size(models, measured, sides, self._gpu, precision, self.repeats, self.device)
+
+    def tests(self) -> Iterator[Table]:
+        yield gpu.device_tests(self.device, "noise" if self.quick else "")
 
     def job(self) -> Iterator[Table]:
         side = min(self.config.sizes)
         photos = [cut(photo, side, side) for photo in self.photos] * (1 if self.quick else 32)
-        degrader, threads = self.degrader.to("cpu"), torch.get_num_threads()
-        yield pipeline.job(degrader, self.config.model, photos, min(2, self.repeats), threads)
+        yield pipeline.job(self.degrader, self.config.model, photos, min(2, self.repeats), torch.get_num_threads())
 
     def actors(self) -> Iterator[Table]:
-        pools, seconds, count = ((2,), 0.02, 2) if self.quick else ((1, 4), 0.2, 32)
+        pools, seconds, count = [(2, 2)], 0.02, 2
+        if not self.quick:
+            pools, seconds, count = [(1, 1), (4, 4), (16, 16), (16, 2000)], 0.2, 100
         yield pipeline.actors(pools, seconds, count)
 
     def codecs(self) -> Iterator[Table]:
@@ -190,7 +256,11 @@ class _Bench:
     def scale(self) -> Iterator[Table]:
         keys, shards = (1000, 20) if self.quick else (1_000_000, 2000)
         yield scale.planning(keys)
-        yield scale.recognising(self.degrader.to("cpu"), self.config.output, shards)
+        yield scale.recognising(copy.deepcopy(self.degrader).to("cpu"), self.config.output, shards)
+
+    @property
+    def _gpu(self) -> GPU:
+        return GPU(self.config.tflops, self.config.terabytes)
 
     def _crops(self, side: int) -> list[torch.Tensor]:
         return [images.to_tensor(cut(photo, side, side), self.device)[None] for photo in self.photos]

@@ -1,59 +1,105 @@
-"""Training steps: stage 1, and stage 2 of the model's own kind."""
+"""Training steps: stage 1, stage 2 of the model's own kind, and an SR network."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from degflow.benchmarking.measure import Table, alternate, flop
+from degflow.benchmarking.predict import GPU, kernels, total
 from degflow.degrader import Degrader
 from degflow.flow import PathFlow
-from degflow.objectives import LFMObjective, RAEObjective, ResidualObjective
+from degflow.models.precision import computing
+from degflow.objectives import LFMObjective, Losses, RAEObjective, ResidualObjective
+from degflow.restoration.networks import NetworkConfig, RestorationObjective, build
 from degflow.trajectory import NaturalCubicSpline
 
+Step = Callable[[int], Tensor]
 
-def training(degrader: Degrader, perceptual: nn.Module | None, repeats: int, crop: int = 64, batch: int = 8) -> Table:
-    """Steps per second of both stages; `perceptual` None leaves LPIPS out of the published stage 2."""
+
+def training(
+    degrader: Degrader,
+    perceptual: nn.Module | None,
+    network: NetworkConfig | None,
+    gpu: GPU,
+    precision: str,
+    repeats: int,
+    crop: int = 64,
+    batch: int = 8,
+) -> Table:
+    """Steps per second of both stages and of an SR network, with the prediction for a GPU.
+
+    Args:
+        degrader: its networks are trained (a copy), on its device.
+        perceptual: of the published stage 2; None leaves LPIPS out.
+        network: the SR network; None: none.
+        gpu: that the prediction is for.
+        precision: of the trained network's products.
+        repeats: of each step, in turn.
+        crop, batch: of all steps.
+    """
+    device = next(degrader.parameters()).device.type
+    ways = steps(degrader, perceptual, network, precision, crop, batch)
+    shadows = steps(copy.deepcopy(degrader).to("meta"), copy.deepcopy(perceptual), network, precision, crop, batch)
+    work = {name: flop(way) for name, way in ways.items()}
+    seconds = {name: total(kernels(lambda way=way: way(0), {}), gpu, precision) for name, way in shadows.items()}
+    rows = []
+    for name, timing in alternate(ways, repeats, device).items():
+        rates = f"{1 / timing.median:.2f}", f"{work[name] / 1e9:.0f}", f"{work[name] / timing.median / 1e9:.0f}"
+        rows.append((name, *rates, f"{1 / seconds[name]:.2f}"))
+    stage = "that of flows that draw"
+    if isinstance(degrader.flow, PathFlow):
+        stage = f"the published one, {'with' if perceptual else 'without'} LPIPS"
+    about = (
+        f"With Adam, batch {batch} of {crop} x {crop} crops at {len(degrader.levels)} levels, {precision}, medians of "
+        f"{repeats} alternating repeats; stage 2 is {stage}. Predicted for {gpu.tflops:g} TFLOP/s in bfloat16 and "
+        f"{gpu.terabytes:g} TB/s."
+    )
+    return Table("Training steps", about, ("", "steps/s", "GFLOP", "GFLOP/s", "steps/s predicted for a GPU"), rows)
+
+
+def steps(
+    degrader: Degrader,
+    perceptual: nn.Module | None,
+    network: NetworkConfig | None,
+    precision: str,
+    crop: int,
+    batch: int,
+) -> Mapping[str, Step]:
+    """A training step of each kind, on the degrader's device, on random images; each returns its loss."""
     degrader, device = copy.deepcopy(degrader), next(degrader.parameters()).device
     generator = torch.Generator().manual_seed(0)
-    levels = len(degrader.levels)
-    shape = (batch, levels, 3, crop, crop)
+    shape = (batch, len(degrader.levels), 3, crop, crop)
     images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)
     time, tau = torch.rand(2, batch, generator=generator).to(device)
     number, flow = torch.arange(batch, device=device), degrader.flow
-    rae = RAEObjective(copy.deepcopy(degrader.autoencoder).requires_grad_(True)).train()
-    ways = {"stage 1": _stepper(rae, images[:, 1], images[:, 0], number)}
+    rae = RAEObjective(copy.deepcopy(degrader.autoencoder).requires_grad_(True))
+    ways = {"stage 1": _stepper(rae, precision, images[:, 1], images[:, 0], number)}
     if isinstance(flow, PathFlow):
         path = NaturalCubicSpline(degrader.timeline.knots).to(device)
-        lfm = LFMObjective(degrader.autoencoder, flow.network, path, perceptual).train()
-        about = f"stage 2 is the published one, {'with' if perceptual else 'without'} LPIPS"
-        ways["stage 2"] = _stepper(lfm, images, time, number)
+        lfm = LFMObjective(degrader.autoencoder, flow.network, path, perceptual.to(device) if perceptual else None)
+        ways["stage 2"] = _stepper(lfm, precision, images, time, number)
     else:
-        residual = ResidualObjective(degrader.autoencoder, flow).train()
-        about = "stage 2 is that of flows that draw"
-        ways["stage 2"] = _stepper(residual, images[:, 0], images[:, 0], images[:, 1], time, tau, number)
-    work = {name: flop(way) for name, way in ways.items()}
-    rows = []
-    for name, timing in alternate(ways, repeats, device.type).items():
-        rates = f"{1 / timing.median:.2f}", f"{work[name] / 1e9:.0f}", f"{work[name] / timing.median / 1e9:.0f}"
-        rows.append((name, *rates))
-    about = (
-        f"With Adam, batch {batch} of {crop} x {crop} crops at {levels} levels, float32, medians of {repeats} "
-        f"alternating repeats; {about}."
-    )
-    return Table("Training steps", about, ("", "steps/s", "GFLOP", "GFLOP/s"), rows)
+        residual = ResidualObjective(degrader.autoencoder, flow)
+        ways["stage 2"] = _stepper(residual, precision, images[:, 0], images[:, 0], images[:, 1], time, tau, number)
+    if network:
+        sr = RestorationObjective(build(network)).to(device)
+        ways[f"SR: {network.name}"] = _stepper(sr, precision, images[:, 1], images[:, 0])
+    return ways
 
 
-def _stepper(objective: nn.Module, *sample: Tensor) -> Callable[[int], float]:
-    network: nn.Module = objective.network  # type: ignore[assignment]
-    adam = torch.optim.Adam(network.parameters(), lr=1e-5)
+def _stepper(objective: nn.Module, precision: str, *sample: Tensor) -> Step:
+    network: nn.Module = objective.train().network  # type: ignore[assignment]
+    on_gpu = sample[0].is_cuda  # either way: a few kernels for all weights
+    adam = torch.optim.Adam(network.parameters(), lr=1e-5, fused=on_gpu or None, foreach=not on_gpu)
 
-    def step(repeat: int) -> float:
-        losses = objective(*sample)
+    def step(repeat: int) -> Tensor:
+        with computing(precision, sample[0].device.type):
+            losses: Losses = objective(*sample)
         losses.total.backward()
         adam.step()
         adam.zero_grad()
-        return float(losses.total.detach())
+        return losses.total.detach()
 
     return step

@@ -43,6 +43,7 @@ from degflow.synthesis.tasks import Tasks
 ATTEMPTS = 3  # of a shard
 HOPELESS = 10  # failures end the run as long as no shard is made
 _OF_ONE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # errors of its disk; those of storage end the run
+REPORTS = 100  # a second, from all actors that the cluster has room for: they take a third of the driver's core
 JUDGED = 200  # images in made shards, after which a run ends if most of them are rejects
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
 
@@ -191,10 +192,15 @@ class _ShardActor:
         self.usual = Tasks(gpus) if gpus else Threads(threads)
         restarted = ray.get_runtime_context().was_current_actor_reconstructed
         self.workers = Tasks(gpus) if restarted else self.usual
-        self.reference, self.compiled = maker, compiled
+        self.reference, self.gpus, self.threads, self.compiled = maker, gpus, threads, compiled
         self.maker: ShardMaker | None = None
         self.metrics: ActorMetrics | None = None
         self.failed = False
+
+    def between_reports(self) -> float:
+        """Seconds: 1, or more where the cluster has room for more than `REPORTS` actors."""
+        kind, each = ("GPU", self.gpus) if self.gpus else ("CPU", self.threads)
+        return max(1.0, ray.cluster_resources().get(kind, 0) / each / REPORTS)
 
     def device(self) -> str:
         """The device that computes."""
@@ -219,7 +225,7 @@ class _ShardActor:
             self.maker = self.maker or self.load()
             self.metrics = self.metrics or ActorMetrics(self.maker.output)
             reports = self.metrics.counting(self.maker, self.maker.make(number, sources, self.workers))
-            for images, rejects, record in _seldom(reports):
+            for images, rejects, record in _seldom(reports, self.between_reports()):
                 yield _report(number, images, rejects, record=json.dumps(asdict(record)) if record else "")
             self.workers = self.usual
         except Exception as error:
@@ -333,8 +339,8 @@ class _Count:
             )
 
 
-def _seldom(reports: Iterable[Progress], seconds: float = 1.0) -> Iterator[Progress]:
-    """Sums of the reports over `seconds`: each report to Ray costs an actor some 2 ms."""
+def _seldom(reports: Iterable[Progress], seconds: float) -> Iterator[Progress]:
+    """Sums of the reports over `seconds`: each report costs an actor some 2 ms, and the driver some 4."""
     images, rejects, begun = 0, 0, time.monotonic()
     for report in reports:
         images, rejects = images + report.images, rejects + report.rejects

@@ -23,6 +23,7 @@ from degflow.benchmarking.node import Cost, rates
 from degflow.benchmarking.optimisations import optimisations
 from degflow.benchmarking.pipeline import codecs
 from degflow.benchmarking.plain import exact, plain_decode, released
+from degflow.benchmarking.predict import GPU
 from degflow.benchmarking.run import BenchmarkConfig, benchmark
 from degflow.benchmarking.steps import training
 from degflow.capture.optics import Optics
@@ -38,6 +39,7 @@ from degflow.models import (
     VelocityConfig,
     VelocityNetwork,
 )
+from degflow.restoration.networks import NetworkConfig, SwinIRConfig
 from tests import ROOT
 
 
@@ -147,12 +149,17 @@ def test_ways_take_turns_and_ratios_are_within_a_repeat():
 
 def test_the_other_tables_are_whole(degrader, hr):
     photographs = [images.to_pixels(hr)[0]]
-    steps, codec = training(degrader, None, 1, crop=16, batch=2), codecs(photographs, 1)
+    network = NetworkConfig(swinir=SwinIRConfig(12, (2,), 2))
+    steps = training(degrader, None, network, GPU(798, 3), "float32", 1, crop=32, batch=2)
+    codec = codecs(photographs, 1)
     rooflines = [roofline(degrader, hr, 1, side=64, precision=kind) for kind in ("float32", "bfloat16")]
     for table in (steps, codec, *rooflines):
         assert table.rows
         assert {len(row) for row in table.rows} == {len(table.header)}
     assert ("without LPIPS" in steps.about) == isinstance(degrader.flow, PathFlow)
+    made = cells(steps)
+    assert list(made) == ["stage 1", "stage 2", "SR: swinir"]
+    assert all(float(row["steps/s predicted for a GPU"]) > 1 for row in made.values())
     written = cells(codec)
     size = len(images.encode_png(photographs[0], 9)) / photographs[0][..., 0].size
     assert float(written["PNG, Pillow level 9"]["bytes per pixel"]) == pytest.approx(size, abs=0.01)
@@ -238,6 +245,11 @@ def test_the_job_saves_what_it_prints(tmp_path):
         "One node (model)",
         "Planning",
         "Finding finished shards",
+        "Precision",
+        "Predicted for a GPU",
+        "Predicted for a GPU",
+        "Images by size",
+        "Tests on this device",
     ]
     assert all(table in done.stdout for table in saved.split("\n\n"))
 

@@ -287,6 +287,19 @@ def test_reports_summed_up_lose_no_count():
     assert list(_seldom(reports, seconds=60)) == [Progress(4, 1, record)]
 
 
+def test_actors_report_less_often_the_more_the_cluster_has_room_for(monkeypatch):
+    actor, cluster = object.__new__(_ShardActor), {"CPU": 64.0, "GPU": 8.0}
+    monkeypatch.setattr(ray, "cluster_resources", lambda: cluster)
+    actor.gpus, actor.threads = 1, 4
+    assert actor.between_reports() == 1
+    cluster["GPU"] = 2000.0
+    assert actor.between_reports() == 2000 / pool.REPORTS == 20
+    actor.gpus, cluster["CPU"] = 0, 8000.0
+    assert actor.between_reports() == 20
+    cluster.clear()  # nodes come later
+    assert actor.between_reports() == 1
+
+
 def test_costs_are_told_with_the_progress_and_for_what_is_left(photos, model, tmp_path, capsys):
     count = _Count(tqdm(total=10, disable=True), 3, price=1800.0)
     assert count._cost() == {}

@@ -1,0 +1,187 @@
+"""What a GPU should take is counted right, and a benchmark goes on after a stop and past what does not fit."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from degflow import images
+from degflow.benchmarking import gpu, run
+from degflow.benchmarking.measure import Table, flop
+from degflow.benchmarking.predict import GPU, LAUNCH, REST, Kernel, kernels, total
+from degflow.benchmarking.run import BenchmarkConfig, benchmark
+from degflow.config import load
+from tests import ROOT
+from tests.benchmarking.test_benchmark import cells, drawing, of, published
+
+FAST = GPU(100.0, 1.0)
+
+
+def meta(*shape):
+    return torch.empty(*shape, device="meta")
+
+
+def test_a_kernels_bytes_and_work_are_those_of_its_tensors():
+    found = kernels(lambda: F.conv2d(meta(1, 8, 100, 100), meta(16, 8, 3, 3), padding=1) + 1, {})
+    image, weights, out = 8 * 100 * 100 * 4, 16 * 8 * 9 * 4, 16 * 100 * 100 * 4
+    assert found == [
+        Kernel(REST, 2 * 16 * 8 * 9 * 100 * 100, image + weights, out),
+        Kernel(REST, 0, out, out),
+    ]
+
+
+def test_a_view_and_an_empty_tensor_start_no_kernel_and_an_expanded_one_is_read_once():
+    def way():
+        wide = meta(1, 1000).expand(500, 1000).T[:10].unsqueeze(0)
+        torch.empty_like(wide)
+        return wide.mul(2)
+
+    assert kernels(way, {}) == [Kernel(REST, 0, 4 * 1000, 4 * 10 * 500)]
+
+
+def test_a_kernel_takes_the_longest_of_computing_memory_and_launch():
+    product, sum_ = Kernel("a", 10**13, 10**9, 10**9), Kernel("a", 0, 4 * 10**9, 10**9)
+    assert product.seconds(FAST, "bfloat16") == pytest.approx(0.1)  # 1e13 at 1e14 a second
+    assert product.seconds(FAST, "tf32") == pytest.approx(0.2)
+    assert sum_.seconds(FAST, "bfloat16") == pytest.approx(5e-3)
+    assert Kernel("a", 0, 4, 4).seconds(FAST, "float32") == LAUNCH
+    # Half precision: 4 bytes read, 2 written, 2 read; 2 written of 4.
+    assert Kernel("a", 1, 4 * 10**9, 2 * 10**9).seconds(FAST, "float16") == pytest.approx(9e-3)
+    assert total([product, sum_], FAST, "bfloat16") == pytest.approx(0.105)
+    assert total([product, sum_], FAST, "bfloat16", fused=True) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("flow", [published, drawing])
+def test_a_degraders_parts_are_all_of_its_work(flow):
+    degrader = of(flow)
+    found = gpu.counted(degrader, 64)
+    shadow = copy.deepcopy(degrader).to("meta")
+    assert sum(kernel.flop for kernel in found) == flop(lambda _: shadow(meta(1, 3, 64, 64), torch.tensor([3.0])))
+    assert {kernel.part for kernel in found} == {"encoder", "flow's network", "decoder", REST}
+    table = cells(gpu.predicted(degrader, 64, FAST, "bfloat16", "tiny"))
+    assert sum(int(row["kernels"]) for name, row in table.items() if name != "all") == int(table["all"]["kernels"])
+
+
+def test_a_convolution_of_four_times_the_pixels_is_four_times_the_work():
+    degrader = of(drawing)
+    work = [sum(k.flop for k in gpu.counted(degrader, side) if k.part == "encoder") for side in (64, 128)]
+    assert work[1] == 4 * work[0] > 0
+
+
+def test_every_image_is_predicted_and_one_that_does_not_fit_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "usual_memory", lambda device: 0.2)  # enough for 64 x 64
+    monkeypatch.setattr(gpu, "ON_CPU", 4096)
+    models = {"tiny": of(drawing), "larger": of(drawing)}
+    table = gpu.by_size(models, ["tiny"], (64, 4096), FAST, "float32", 1, "cpu")
+    measured = {(row[0], row[1]): row[6] for row in table.rows}
+    assert float(measured.pop(("tiny", "64 x 64"))) > 0
+    assert measured == {
+        ("tiny", "4096 x 4096"): "does not fit",
+        ("larger", "64 x 64"): "–",
+        ("larger", "4096 x 4096"): "–",
+    }
+    assert "4096 x 4096: memory=0.2" in capsys.readouterr().out
+    assert all(float(row[4]) > float(row[5]) > 0 for row in table.rows)
+
+
+def test_tf32_is_emulated_where_the_policy_allows_it():
+    degrader, hr = of(drawing), torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    scale = torch.tensor([3.0])
+    with gpu._RoundedToTF32():
+        same, rounded = (degrader(hr, scale, precision=kind) for kind in ("float32", "tf32"))
+    assert torch.equal(same, degrader(hr, scale))
+    assert not torch.equal(rounded, same)
+    rows = cells(gpu.precisions(degrader, hr, 1))
+    loss = {name: row["PSNR dB"] for name, row in rows.items()}
+    assert loss.pop("float32") == "–"
+    assert float(loss["bfloat16"]) + 6 < float(loss["tf32, emulated"]) < 110
+    assert abs(float(loss["float16"]) - float(loss["tf32, emulated"])) < 12  # both have 10 bits
+    assert rows["tf32, emulated"]["s"] == "–"
+
+
+def test_rounding_to_tf32_keeps_ten_bits_and_is_to_the_nearest():
+    values = torch.tensor([[1.0, 1 + 2**-10, 1 + 2**-11 + 2**-20, 1 + 2**-12, -3.0000002, 0.0]])
+    wanted = torch.tensor([[1.0, 1 + 2**-10, 1 + 2**-10, 1.0, -3.0, 0.0]])
+    assert torch.equal(gpu._rounded(values), wanted)
+    random = torch.randn(4, 1000)
+    mantissa, exponent = np.frexp(random.numpy())
+    independent = np.ldexp(np.round(mantissa * 2**11) / 2**11, exponent)
+    np.testing.assert_array_equal(gpu._rounded(random).numpy(), independent)
+    assert gpu._rounded(values[0]) is not None
+    assert torch.equal(gpu._rounded(values[0]), values[0])  # biases stay
+
+
+def test_the_tests_of_numerics_run_and_say_their_result():
+    assert " passed" in gpu.device_tests("cpu", "same_numbers").rows[0][1]
+    nothing = gpu.device_tests("cpu", "no_such_test").rows[0][1]
+    assert "deselected" in nothing
+    assert "passed" not in nothing
+
+
+@pytest.fixture
+def small(tmp_path):
+    of(drawing).save(str(tmp_path / "tiny.safetensors"), {})
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.png").write_bytes(images.encode_png(pixels))
+    words = ["quick=true", "device=cpu", f"output={tmp_path}/out", f"input={tmp_path}/photos"]
+    return lambda *more: load(BenchmarkConfig, [f"model={tmp_path}/tiny.safetensors", *words, *more])
+
+
+def test_a_benchmark_goes_on_where_it_was_stopped(small, tmp_path, monkeypatch, capsys):
+    def stopped(self):
+        raise SystemExit
+        yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run._Bench, "codecs", stopped)
+        with pytest.raises(SystemExit):
+            benchmark(small("parts=[margins,codecs]"))
+    first = json.loads((tmp_path / "out/parts/margins.json").read_text())["tables"]
+    assert first[0] in (tmp_path / "out/benchmark.md").read_text()
+    monkeypatch.setattr(run._Bench, "margins", stopped)  # it must not be measured again
+    benchmark(small("parts=[margins,codecs]"))
+    assert "margins: measured before; to measure again, delete" in capsys.readouterr().out
+    text = (tmp_path / "out/benchmark.md").read_text()
+    assert text.index(first[0]) < text.index("## Codecs")
+    with pytest.raises(SystemExit):
+        benchmark(small("parts=[margins]", "repeats=2", "quick=false"))  # other settings
+
+
+def test_a_part_that_does_not_fit_is_named_and_the_others_are_made(small, tmp_path, monkeypatch):
+    def full(self):
+        yield Table("Half of it", "", ("a",), [("1",)])
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nmore lines")
+
+    monkeypatch.setattr(run._Bench, "margins", full)
+    benchmark(small("parts=[margins,codecs]"))
+    text = (tmp_path / "out/benchmark.md").read_text()
+    assert "## Half of it" in text
+    assert "## margins: does not fit\n\nCUDA out of memory. Tried to allocate 20.00 GiB\n\n## Codecs" in text
+
+
+def test_a_part_that_fails_is_named_at_the_end_and_tried_again(small, tmp_path, monkeypatch, capfd):
+    def broken(self):
+        raise RuntimeError("CUDA error: an illegal memory access")
+        yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run._Bench, "margins", broken)
+        with pytest.raises(ValueError, match=r"^parts that failed: margins; all others are in .*/out/benchmark.md$"):
+            benchmark(small("parts=[margins,codecs]"))
+    assert "## margins: failed\n\nRuntimeError: CUDA error" in (tmp_path / "out/benchmark.md").read_text()
+    capfd.readouterr()
+    benchmark(small("parts=[margins,codecs]"))
+    said = capfd.readouterr().out
+    assert "codecs: measured before" in said
+    assert "margins: measured before" not in said
+    assert "failed" not in (tmp_path / "out/benchmark.md").read_text()
+
+
+def test_the_gpus_configuration_asks_for_parts_that_exist():
+    config = load(BenchmarkConfig, [f"config={ROOT}/configs/benchmark_gpu.yaml"])
+    assert (config.precision, config.parts[0], max(config.sides)) == ("bfloat16", "tests", 6708)
+    assert set(config.parts) <= set(run.PARTS)
