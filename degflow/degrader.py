@@ -4,6 +4,7 @@ Images that would need more working memory than `memory` allows are encoded and 
 would be at once: see `tiling`. What lies between works on the whole latent.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast, overload
@@ -26,10 +27,12 @@ from degflow.models import (
     Spread,
     VelocityConfig,
     VelocityNetwork,
+    hub,
 )
-from degflow.models.files import load_checkpoint, save_checkpoint
+from degflow.models.files import checkpoint, load_checkpoint
 from degflow.models.inputs import Picture, check_batch, check_range, pixels_of, scales_of, seeds_of
 from degflow.models.precision import computing
+from degflow.storage import split_uri
 from degflow.tiling import Costs, Plan
 from degflow.trajectory import Timeline
 
@@ -330,6 +333,31 @@ class Degrader(nn.Module):
             provenance: anything JSON can hold: data, seeds, metrics.
             half: store the networks in float16 (computed in float32 after loading).
         """
+        place, name = split_uri(uri)
+        place.write(name, self._file(provenance, half))
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, half: bool = False) -> str:
+        """Upload a file of `save`, with its provenance, to the Hugging Face Hub; needs huggingface_hub and HF_TOKEN.
+
+        The repository is made if needed. If it has no README.md yet, it gets a model card for you to complete.
+
+        Args:
+            repo_id: USER/NAME.
+            private: whether only you can read a repository that is made.
+            half: as in `save`.
+
+        Returns:
+            The file's URI, for `load`.
+
+        Raises:
+            ValueError: the Hub refuses, or does not answer.
+        """
+        data, uri = self._file(self.provenance, half), f"hf://{repo_id}/{hub.FILE}"
+        digest, draws = hashlib.sha256(data).hexdigest(), not isinstance(self.flow, PathFlow)
+        hub.upload(repo_id, data, hub.card(repo_id, uri, self.levels, draws, digest, self.provenance), private)
+        return uri
+
+    def _file(self, provenance: Mapping[str, Any], half: bool) -> bytes:
         description = {
             "kind": "degrader",
             "autoencoder": plain(self.autoencoder.config),
@@ -344,7 +372,7 @@ class Degrader(nn.Module):
             description["times"] = self.flow.spread.times.tolist()
         weights = {name for name, _ in self.named_parameters() if half}  # buffers are small, and stay exact
         state = {name: tensor.half() if name in weights else tensor for name, tensor in self.state_dict().items()}
-        save_checkpoint(uri, state, description)
+        return checkpoint(state, description)
 
     @classmethod
     def load(cls, uri: str | None = None, device: str | torch.device = "cpu") -> "Degrader":

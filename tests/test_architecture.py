@@ -36,13 +36,14 @@ FENCES = {  # package -> the rooms that may import it
     "lpips": {"perceptual"},
     "spandrel": {"restoration"},
     "scipy": {"benchmarking"},
+    "huggingface_hub": {"models"},
     "cv2": {"benchmarking"},
     "http": {"explore"},
 }
 APART = {"training", "restoration"}, "synthesis"  # they share checkpoint files, not code
 TORCH_ONLY = {"trajectory", "flow", "tiling"}
 SLOW = ("ray", "accelerate", "lpips", "torchvision", "pyarrow", "tensorboard", "datasets", "s3fs", "skimage", "scipy")
-SLOW += ("spandrel",)
+SLOW += ("spandrel", "huggingface_hub")
 MOST_MODULES, MOST_FOLDERS = 10, 10  # directly in degflow/, beside __main__, which is a door as jobs/ is
 
 

@@ -1,5 +1,6 @@
-"""Degraders and datasets on the Hugging Face Hub, read by the Hub's own client from a stand-in on this machine."""
+"""Degraders and datasets on the Hugging Face Hub: the Hub's own client, and a stand-in of the Hub on this machine."""
 
+import base64
 import json
 import os
 import re
@@ -15,12 +16,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from degflow import __version__
+from degflow import Degrader, __version__
 from degflow.dataset.card import card
 from tests import ROOT
 from tests.sources import save_model
 
-DatasetCard = pytest.importorskip("huggingface_hub").DatasetCard
+DatasetCard, ModelCard = (
+    getattr(pytest.importorskip("huggingface_hub"), name) for name in ("DatasetCard", "ModelCard")
+)
 READ = """
 import sys
 from degflow import Degrader
@@ -34,7 +37,12 @@ for uri in sys.argv[1:]:
 
 @contextmanager
 def hub(files):
-    """Serve the files (path -> bytes) of the model repository user/repo by the routes that the client uses."""
+    """The model repository user/repo with these files (path -> bytes), by the routes that the client uses.
+
+    Whoever writes needs the token hf_writes. Beside the endpoint stands a list of what new repositories were asked for.
+    """
+    asked: list[dict[str, object]] = []
+    blobs: list[bytes] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -51,6 +59,42 @@ def hub(files):
 
         do_HEAD = do_GET
 
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if self.headers.get("Authorization") != "Bearer hf_writes":
+                self.answer(json.dumps({"error": "Invalid credentials"}).encode(), 401)
+            elif self.path == "/api/repos/create":
+                asked.append(json.loads(body))
+                self.answer(json.dumps({"url": f"http://{self.headers['Host']}/user/repo"}).encode())
+            elif self.path == "/api/validate-yaml":
+                self.answer(json.dumps({"errors": [], "warnings": []}).encode())
+            elif self.path == "/api/models/user/repo/preupload/main":
+                large = [(file["path"], file["path"].endswith("safetensors")) for file in json.loads(body)["files"]]
+                modes = [
+                    {"path": p, "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False} for p, lfs in large
+                ]
+                self.answer(json.dumps({"files": modes}).encode())
+            elif self.path == "/user/repo.git/info/lfs/objects/batch":
+                put = {"upload": {"href": f"http://{self.headers['Host']}/lfs"}}
+                objects = [one | {"authenticated": True, "actions": put} for one in json.loads(body)["objects"]]
+                self.answer(json.dumps({"transfer": "basic", "objects": objects}).encode())
+            elif self.path == "/api/models/user/repo/commit/main":
+                for line in map(json.loads, body.splitlines()):
+                    about = line["value"]
+                    if line["key"] == "file":
+                        files[about["path"]] = base64.b64decode(about["content"])
+                    if line["key"] == "lfsFile":
+                        assert sha256(blobs[-1]).hexdigest() == about["oid"]
+                        files[about["path"]] = blobs[-1]
+                url = f"http://{self.headers['Host']}/user/repo/commit/{'1' * 40}"
+                self.answer(json.dumps({"commitUrl": url, "commitOid": "1" * 40, "success": True}).encode())
+            else:
+                self.answer(b"{}", 404)
+
+        def do_PUT(self):
+            blobs.append(self.rfile.read(int(self.headers["Content-Length"])))
+            self.answer(b"")
+
         def answer(self, data, status=200, headers=()):
             first, last = 0, len(data) - 1
             if (wanted := self.headers.get("Range")) and status == 200:
@@ -61,7 +105,7 @@ def hub(files):
                 self.send_header(name, value)
             self.send_header("Content-Length", str(last - first + 1))
             self.end_headers()
-            if self.command == "GET":
+            if self.command != "HEAD":
                 self.wfile.write(data[first : last + 1])
 
         def log_message(self, *_):
@@ -70,24 +114,86 @@ def hub(files):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield f"http://127.0.0.1:{server.server_port}", asked
     finally:
         server.shutdown()
+
+
+def at_hub(endpoint, folder, program, *arguments, token=""):
+    """Run a Python program whose Hub is the stand-in."""
+    environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_TOKEN": token} if token else {}
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
 
 def test_a_degrader_is_loaded_from_a_repository_and_what_is_not_there_is_named(tmp_path):
     data = Path(save_model(tmp_path / "d.safetensors")).read_bytes()
     there = ["hf://user/repo/degrader.safetensors", "hf://user/repo@main/degrader.safetensors"]
     missing = ["hf://user/repo/none.safetensors", "hf://user/none/degrader.safetensors", "hf://user/repo/README.md"]
-    with hub({"degrader.safetensors": data, "README.md": b"a card"}) as endpoint:
-        environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
-        command = [sys.executable, "-c", READ, *there, *missing]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    with hub({"degrader.safetensors": data, "README.md": b"a card"}) as (endpoint, _):
+        done = at_hub(endpoint, tmp_path, READ, *there, *missing)
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
     assert said[:2] == [sha256(data).hexdigest()] * 2
     assert said[2:4] == [f"{uri}: no such file" for uri in missing[:2]]
     assert said[4].startswith(f"{missing[2]}: not a degflow checkpoint")
+
+
+PUSH = """
+import sys
+from degflow import Degrader
+file, repo = sys.argv[1:]
+try:
+    uri = Degrader.load(file).push_to_hub(repo, private=True)
+    print(uri, Degrader.load(uri).sha256)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_degrader_is_pushed_with_a_card_and_loaded_again_by_what_push_returns(tmp_path):
+    file, files = save_model(tmp_path / "d.safetensors"), {}
+    with hub(files) as (endpoint, asked):
+        done = at_hub(endpoint, tmp_path, PUSH, file, "user/repo", token="hf_writes")
+        assert done.returncode == 0, done.stderr
+        uri, digest = done.stdout.split()
+        assert (uri, files.keys()) == ("hf://user/repo/degrader.safetensors", {"degrader.safetensors", "README.md"})
+        assert digest == sha256(files["degrader.safetensors"]).hexdigest() == Degrader.load(file).sha256
+        assert asked[0]["name"] == "repo"
+        assert "private" in (asked[0].get("visibility"), *(name for name, value in asked[0].items() if value is True))
+        text = files["README.md"].decode()
+        found = ModelCard(text)
+        assert (found.data.library_name, found.data.license) == ("degflow", "other")
+        assert f'Degrader.load("{uri}")' in text
+        assert digest in text
+        files["README.md"] = b"my own words"
+        assert at_hub(endpoint, tmp_path, PUSH, file, "user/repo", token="hf_writes").returncode == 0
+        assert files["README.md"] == b"my own words"
+
+
+@pytest.mark.parametrize(
+    ("repo", "token", "said"),
+    [
+        ("user/repo", "hf_secret", r"user/repo: not uploaded: .*401.*; is HF_TOKEN set, with write access\?$"),
+        ("not a name", "hf_secret", r"not a name: not uploaded: Repo id must .*"),
+    ],
+)
+def test_a_refused_push_says_why_without_the_token(tmp_path, repo, token, said):
+    files = {}
+    with hub(files) as (endpoint, _):
+        done = at_hub(endpoint, tmp_path, PUSH, save_model(tmp_path / "d.safetensors"), repo, token=token)
+    assert done.returncode == 0, done.stderr
+    assert re.match(said, done.stdout.strip()), done.stdout
+    assert token not in done.stdout + done.stderr
+    assert not files
+
+
+def test_a_hub_that_does_not_answer_is_named(tmp_path):
+    with hub({}) as (endpoint, _):
+        pass
+    done = at_hub(endpoint, tmp_path, PUSH, save_model(tmp_path / "d.safetensors"), "user/repo", token="hf_writes")
+    assert done.stdout.startswith("user/repo: not uploaded: "), done.stdout + done.stderr
 
 
 def test_the_hub_s_client_finds_the_rows_named_in_a_dataset_s_card():

@@ -14,8 +14,13 @@ from degflow.storage import split_uri
 def save_checkpoint(uri: str, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
     """Write tensors and a JSON description of what they are as one safetensors file."""
     place, name = split_uri(uri)
+    place.write(name, checkpoint(tensors, description))
+
+
+def checkpoint(tensors: dict[str, Tensor], description: dict[str, Any]) -> bytes:
+    """The bytes of a file of `save_checkpoint`."""
     contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    place.write(name, safetensors.torch.save(contiguous, {"degflow": json.dumps(description)}))
+    return safetensors.torch.save(contiguous, {"degflow": json.dumps(description)})
 
 
 def load_checkpoint(uri: str, *kinds: str, sha256: str = "") -> tuple[dict[str, Tensor], dict[str, Any], str]:
