@@ -191,23 +191,24 @@ class Explorer:
                 top - before[1] : top + down + MARGIN,
                 left - before[0] : left + across + MARGIN,
             ]
-            inner = Box(*before, across, down)
+            inner, place = Box(*before, across, down), (top - before[1], left - before[0])
             hr = images.to_tensor(part)[None]
-            return photograph, box, [p._replace(image=inner.cut(p.image)) for p in self._pictures(hr, ask)]
+            return photograph, box, [p._replace(image=inner.cut(p.image)) for p in self._pictures(hr, ask, place)]
 
-    def _pictures(self, hr: Tensor, ask: Ask) -> list[Picture]:
+    def _pictures(self, hr: Tensor, ask: Ask, place: tuple[int, int]) -> list[Picture]:
         device = next(self.degrader.parameters()).device
+        how = {"seed": ask.seed, "spread": ask.spread, "place": torch.tensor([place])}
         # As "1 N", like `degrade` and synthesize: the published flow's steps differ between "B" and "B N".
-        lr = _levels(self.degrader(hr.to(device), _one(ask.scale)[None], seed=ask.seed, spread=ask.spread)[0])
+        lr = _levels(self.degrader(hr.to(device), _one(ask.scale)[None], **how)[0])
         if not self.draws:
-            how = "This model draws nothing: every seed gives this picture."
+            kind = "This model draws nothing: every seed gives this picture."
         elif ask.spread == 0:
-            how = "The mean of what the model would draw, so with little noise."
+            kind = "The mean of what the model would draw, so with little noise."
         else:
-            how = f"What the model draws with seed {ask.seed}, as a camera might have taken it."
+            kind = f"What the model draws with seed {ask.seed}, as a camera might have taken it."
         return [
             Picture("hr", "HR", "The photograph, unchanged.", hr),
-            Picture("lr", f"Generated LR, ×{ask.scale:g}", f"{how} It keeps HR's size.", lr),
+            Picture("lr", f"Generated LR, ×{ask.scale:g}", f"{kind} It keeps HR's size.", lr),
             Picture(
                 "bicubic",
                 f"Bicubic, ×{ask.scale:g}",

@@ -147,9 +147,15 @@ def test_of_a_large_photograph_the_window_around_the_chosen_point_is_shown(drawi
     alone = images.to_pixels(drawing.flow.guide(batch(photo[120:184, 168:232]), torch.tensor([2.5])))[0]
     shown = middle["pictures"]["plain"]["pixels"]
     assert np.abs(shown.astype(int) - whole).max() <= 1 < np.abs(alone.astype(int) - whole).max()
-    lr = drawing(batch(around), torch.tensor([2.5]), seed=3)
+    place = torch.tensor([[120 - MARGIN, 168 - MARGIN]])
+    lr = drawing(batch(around), torch.tensor([2.5]), seed=3, place=place)
     inner = images.to_pixels(lr)[0][MARGIN:-MARGIN, MARGIN:-MARGIN]
     assert np.array_equal(middle["pictures"]["lr"]["pixels"], inner)
+    # And the noise is that of the whole photograph.
+    drawn = np.asarray(drawing.degrade(Image.fromarray(photo), 2.5, seed=3))[120:184, 168:232]
+    assert np.abs(inner.astype(int) - drawn).max() <= 2
+    elsewhere = images.to_pixels(drawing(batch(around), torch.tensor([2.5]), seed=3))[0][MARGIN:-MARGIN, MARGIN:-MARGIN]
+    assert np.abs(elsewhere.astype(int) - drawn).max() > 4
 
 
 def test_seed_scale_and_spread_each_change_the_generated_picture(drawing):
