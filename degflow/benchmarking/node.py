@@ -100,7 +100,7 @@ def _costs(cost: Cost, size: str) -> Table:
             f"{cost.encode:.2f}",
             f"{(1 + DRAWS) * cost.pixels / cost.encode / 1e6:.0f} MB/s of pixels",
         ),
-        ("the actor's own thread, CPU s", f"{cost.actor:.3f}", "copies to and from the object store; the shard's file"),
+        ("the actor's own thread, CPU s", f"{cost.actor:.3f}", "copies of pixels; another thread writes the shard"),
         ("through the object store, MB", f"{cost.stored / 1e6:.0f}", "computed: pixels, LR pixels, rows"),
         (
             "in the shard's file, MB",
@@ -123,7 +123,7 @@ def rates(cost: Cost, device_seconds: float, size: str) -> Table:
         "actors' own threads": (GPUS / cost.actor, f"{GPUS} at {cost.actor:.3f} CPU s"),
         "networks and own threads in turn": (
             GPUS / (device_seconds + cost.actor),
-            "while its thread copies, an actor's GPU has nothing to do",
+            "while its own thread copies, an actor's GPU has nothing to do",
         ),
         "codecs": (
             (CORES - threads) / (cost.decode + cost.encode),

@@ -1,13 +1,15 @@
 """One planned shard of photographs -> its rows, in four stages: read and decode, draw scales, degrade, encode.
 
 Photographs are taken in windows of `batch` places in the plan; what the store does not give soon comes last. While the
-degrader works on one window, workers load the next one and encode the one before. So memory holds at most three windows
-of decoded images with their LR images, one row group of encoded images, and the `memory` GB of one forward pass.
+degrader works on one window, workers load the next one and encode the one before, and a second thread of the actor
+writes the rows of the one before that. So memory holds at most three windows of decoded images with their LR images,
+the encoded images of a fourth, one row group of encoded images, and the `memory` GB of one forward pass.
 """
 
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -19,7 +21,7 @@ from degflow import storage
 from degflow.dataset.layout import Record, Reject
 from degflow.dataset.writer import ShardWriter
 from degflow.storage import Place, Source
-from degflow.synthesis.codec import Codec, CodecDied, Encoded, Handle, Postponed, Workers
+from degflow.synthesis.codec import Codec, CodecDied, Handle, Postponed, Workers
 from degflow.synthesis.resuming import Recipe
 from degflow.synthesis.window import Item, WindowDegrader
 
@@ -66,33 +68,20 @@ class ShardMaker:
             sources: its planned files.
             workers: run the codec.
         """
-        started, sums, rows = time.monotonic(), np.zeros(3), 0
-        with ShardWriter(Place(self.output), number, self.recipe.digest(sources)) as writer:
-            for results in self._encoded(sources, workers):
-                for result in results:
-                    if isinstance(result, Reject):
-                        writer.reject(result)
-                    else:
-                        writer.add(result.rows)
-                        sums, rows = sums + result.statistics, rows + len(result.rows)
-                yield Progress(len(results), sum(isinstance(result, Reject) for result in results))
-            means = tuple((sums / rows).tolist()) if rows else (None, None, None)
+        started, digest = time.monotonic(), self.recipe.digest(sources)
+        with ShardWriter(Place(self.output), number, digest) as writer, ThreadPoolExecutor(1) as second:
+            rows, written = _Rows(self, writer, workers), Future[Progress]()
+            written.set_result(Progress(0, 0))
+            for window in chain(self._loaded(sources, workers), [[]]):
+                begun = time.monotonic()
+                lrs = self.degrader.degrade(window)
+                self.tally["device"] += time.monotonic() - begun
+                yield written.result()
+                written = second.submit(rows.take, window, lrs)
+            yield written.result()
             if not self.recipe.is_stored_in(Place(self.output)):
                 raise OSError(f"output={self.output}: another run has overwritten it (overwrite=true)")
-            yield Progress(0, 0, writer.finish(time.monotonic() - started, *means))
-
-    def _encoded(self, sources: Sequence[Source], workers: Workers) -> Iterator[list[Encoded | Reject]]:
-        """The results of each window; a window is encoded while the next one is degraded."""
-        waiting: list[tuple[str, Handle | Reject]] = []
-        for window in chain(self._loaded(sources, workers), [[]]):
-            started = time.monotonic()
-            lrs = self.degrader.degrade(window)
-            self.tally["device"] += time.monotonic() - started
-            waiting, done = [self._encode(*pair, workers) for pair in zip(window, lrs, strict=True)], waiting
-            results = [_result(key, "encode", call) for key, call in done]
-            for reject in (result for result in results if isinstance(result, Reject)):
-                self.tally[f"reject {reject.stage}"] += 1
-            yield results
+            yield Progress(0, 0, writer.finish(time.monotonic() - started, *rows.means()))
 
     def _loaded(self, sources: Sequence[Source], workers: Workers) -> Iterator[list[Item | Reject]]:
         """The windows. A file that the store does not give soon is asked for again after all others."""
@@ -122,12 +111,47 @@ class ShardMaker:
             self.tally["waiting"] += time.monotonic() - started
             yield items
 
-    def _encode(self, item: Item | Reject, lrs: np.ndarray | Reject, workers: Workers) -> tuple[str, Handle | Reject]:
+
+class _Rows:
+    """Windows with their LR images -> rows in the shard. It runs beside the degrader, in a thread of its own.
+
+    Args:
+        maker: of the shard.
+        writer: of the shard.
+        workers: run the codec.
+    """
+
+    def __init__(self, maker: ShardMaker, writer: ShardWriter, workers: Workers):
+        self.maker, self.writer, self.workers = maker, writer, workers
+        self.waiting: list[tuple[str, Handle | Reject]] = []  # the last window, which is being encoded
+        self.sums, self.count = np.zeros(3), 0
+
+    def take(self, window: Sequence[Item | Reject], lrs: Sequence[np.ndarray | Reject]) -> Progress:
+        """Have a window encoded, and write the rows of the one before."""
+        started = [self._encode(*pair) for pair in zip(window, lrs, strict=True)]
+        done, self.waiting, rejects = self.waiting, started, 0
+        for key, call in done:
+            result = _result(key, "encode", call)
+            if isinstance(result, Reject):
+                self.writer.reject(result)
+                self.maker.tally[f"reject {result.stage}"] += 1
+                rejects += 1
+            else:
+                self.writer.add(result.rows)
+                self.sums, self.count = self.sums + result.statistics, self.count + len(result.rows)
+        return Progress(len(done), rejects)
+
+    def means(self) -> tuple[float | None, ...]:
+        """Of psnr, clipped and colour_shift; None where there are no rows."""
+        return tuple((self.sums / self.count).tolist()) if self.count else (None, None, None)
+
+    def _encode(self, item: Item | Reject, lrs: np.ndarray | Reject) -> tuple[str, Handle | Reject]:
         if isinstance(item, Reject):
             return item.key, item
         if isinstance(lrs, Reject):
             return lrs.key, lrs
-        return item.loaded.key, workers.encode(self.codec, item.handle, self.degrader.draws(item), lrs)
+        draws = self.maker.degrader.draws(item)
+        return item.loaded.key, self.workers.encode(self.maker.codec, item.handle, draws, lrs)
 
 
 def _result(key: str, stage: str, call: Handle | Reject) -> Any:

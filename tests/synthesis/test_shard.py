@@ -1,8 +1,10 @@
 import dataclasses
+import errno
 import hashlib
 import io
 import os
 import re
+import threading
 import weakref
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from degflow.dataset.manifest import data_files, judge
 from degflow.dataset.manifest import rejects_of as rejects_of_shards
 from degflow.dataset.plan import Plan, plan_files, read_plan, write_part
 from degflow.dataset.scales import ScaleConfig, noise_seed_of, scales_of, uniform_of
+from degflow.dataset.writer import ShardWriter
 from degflow.degrader import Degrader
 from degflow.storage import Place, Source
 from degflow.synthesis import shard
@@ -577,6 +580,41 @@ def test_a_file_that_the_store_withholds_comes_last_and_holds_no_other_up(s3, mo
     assert [scales_of(run.config.scale, 0, row["key"])[0] for row in found] == [row["scale"] for row in found]
     rejects = rejects_in(output.uri).values()
     assert [(reject.key, reject.stage) for reject in rejects] == ([] if comes else [("b.png", "read")])
+
+
+def test_rows_are_written_while_the_degrader_works_on_later_photographs(photos, model, tmp_path, monkeypatch):
+    run = open_run(photos, tmp_path, model, "batch=1")
+    maker = run.maker()
+    degrade, add = maker.degrader.degrade, ShardWriter.add
+    begun, written = {n: threading.Event() for n in range(20)}, []
+
+    def noted(window):
+        begun[len([event for event in begun.values() if event.is_set()])].set()
+        return degrade(window)
+
+    def waiting(self, rows):
+        later = min(len(written) + 2, 9)  # after the nine photographs comes an empty window
+        assert begun[later].wait(30), "photograph n + 2 is degraded while the rows of n are written"
+        written.append(rows[0]["key"])
+        add(self, rows)
+
+    maker.degrader.degrade = noted
+    monkeypatch.setattr(ShardWriter, "add", waiting)
+    plan = plan_of(photos, tmp_path, "limit=9")
+    list(maker.make(0, plan[0], Threads(2)))
+    assert written == [source.key for source in plan[0]]
+
+
+def test_a_failure_to_write_ends_the_shard_and_leaves_no_part(photos, model, tmp_path, monkeypatch):
+    def full(self, rows):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ShardWriter, "add", full)
+    run, plan, reports = open_run(photos, tmp_path, model, "batch=1"), plan_of(photos, tmp_path), []
+    with pytest.raises(OSError, match="No space left"):
+        reports.extend(run.maker().make(0, plan[0], Threads(2)))
+    assert len(reports) < 9
+    assert not list(tmp_path.glob("data/*"))
 
 
 def test_the_preview_shows_no_source_that_changed_since(model, tmp_path):
