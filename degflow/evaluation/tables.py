@@ -134,6 +134,13 @@ def generated_scores(measurements: Sequence[Measurement]) -> dict[str, str]:
     return {f"x{label}": _scores(_of(measurements, label, "generated")) for label in _labels(measurements)}
 
 
+def energy_scores(data: bytes) -> dict[str, str]:
+    """The mean energy score of the draws by level, from a file of `DrawScore`s that `parquet` wrote."""
+    rows = pq.read_table(pa.BufferReader(data), columns=["label", "energy"]).to_pylist()
+    labels = dict.fromkeys(row["label"] for row in rows)
+    return {f"x{x}": f"{np.mean([row['energy'] for row in rows if row['label'] == x]):.2f}" for x in labels}
+
+
 def _labels(measurements: Sequence[Measurement]) -> list[str]:
     return list(dict.fromkeys(row.label for row in measurements))
 

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -153,16 +153,25 @@ def camera_table(config: ProtocolConfig, found: Sequence[Result]) -> str:
 
 
 def fidelity_tables(config: ProtocolConfig, place: Place) -> Iterator[str]:
-    """Generated against captured LR of each camera, a row per degrader."""
+    """Generated against captured LR of each camera, a row per degrader; then the energy scores of those that draw."""
     for camera in config.cameras:
-        rows = {}
+        scores, energies = {}, {}
         for name in config.degraders:
-            if place.exists(f"cells/fidelity/{name}/{camera}.json"):
-                rows[name] = evaluation.generated_scores(
-                    evaluation.read_measurements(place.read(f"fidelity/{name}/{camera}/measurements.parquet"))
-                )
-        if rows:
-            levels = list(next(iter(rows.values())))
-            lines = ["| degrader | " + " | ".join(levels) + " |", "|---" * (len(levels) + 1) + "|"]
-            lines += [f"| {name} | {' | '.join(row.get(x, '–') for x in levels)} |" for name, row in rows.items()]
-            yield f"## Generated against captured LR of {camera}\n\nPSNR / SSIM / LPIPS.\n\n" + "\n".join(lines)
+            folder = f"fidelity/{name}/{camera}"
+            if not place.exists(f"cells/{folder}.json"):
+                continue
+            rows = evaluation.read_measurements(place.read(f"{folder}/measurements.parquet"))
+            scores[name] = evaluation.generated_scores(rows)
+            if place.exists(f"{folder}/draws.parquet"):
+                energies[name] = evaluation.energy_scores(place.read(f"{folder}/draws.parquet"))
+        if scores:
+            yield f"## Generated against captured LR of {camera}\n\nPSNR / SSIM / LPIPS.\n\n{_by_level(scores)}"
+        if energies:
+            yield f"Energy score of the draws, lower is better.\n\n{_by_level(energies)}"
+
+
+def _by_level(rows: Mapping[str, Mapping[str, str]]) -> str:
+    levels = list(next(iter(rows.values())))
+    lines = ["| degrader | " + " | ".join(levels) + " |", "|---" * (len(levels) + 1) + "|"]
+    lines += [f"| {name} | {' | '.join(row.get(x, '–') for x in levels)} |" for name, row in rows.items()]
+    return "\n".join(lines)

@@ -19,6 +19,7 @@ from degflow.capture.simulate import SimulateConfig
 from degflow.degrader import SHIPPED
 from degflow.evaluation import Measurement, parquet
 from degflow.evaluation.baseline_scenes import BaselineScenesConfig
+from degflow.evaluation.draws import DrawScore
 from degflow.evaluation.run import EvaluateConfig
 from degflow.protocol import Cell, ProtocolConfig, cells
 from degflow.protocol.tables import PUBLISHED
@@ -295,8 +296,15 @@ def test_the_tables_hold_means_spread_and_the_published_numbers(place):
         for scene, psnr in (("s1", psnr - 1), ("s2", psnr + 1))
     ]
     place.write("fidelity/draws/Canon/measurements.parquet", parquet(scored))
+    drawn = [
+        DrawScore(**dict.fromkeys(DrawScore._fields, 0.0) | {"scene": scene, "label": label, "energy": energy})
+        for label, energies in (("2", (1.0, 1.5)), ("3", (2.0, 2.5)))
+        for scene, energy in zip(("s1", "s2"), energies, strict=True)
+    ]
+    place.write("fidelity/draws/Canon/draws.parquet", parquet(drawn))
     protocol.write_tables(settings, place)
     text = place.read("table.md").decode()
+    assert "lower is better.\n\n| degrader | x2 | x3 |\n|---|---|---|\n| draws | 1.25 | 2.25 |" in text
     assert "simulated cameras, not RealSR" in text
     assert "| (LR as it is) | 20.00 / 0.5000 |" in text
     sd = np.std([28, 29], ddof=1)
