@@ -1,8 +1,11 @@
 """From the finished shards to what describes them: which are done, rejects/ and manifest.parquet."""
 
+import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -25,7 +28,9 @@ from degflow.dataset.layout import (
 from degflow.dataset.plan import Plan
 from degflow.storage import Place, Source
 
-_THREADS = 16
+GONE = Record("", 0, 0, 0, "", "", 0.0, None, None, None)  # of a part that was deleted since it was listed
+_THREADS, _PROCESSES = 16, 16
+_CHUNK = 1000  # parts that a process reads at a time
 _REJECTS_PART = part_name(REJECTS, 0)
 
 
@@ -57,44 +62,55 @@ def judge(
         recipe: the digest of a shard with these planned files.
         known: records of shards that were done before; their parts are not read again.
     """
-    known = known or {}
-
-    def look(file: Source) -> Record | None:
+    known, shards, unread = known or {}, Shards({}, []), []
+    for file in files:
         number = number_of(file.key)
         if number in known and known[number].bytes == file.size:
-            return known[number]
-        if not 0 <= number < len(plan):
-            return None
-        footer = read_footer(output, file.key, file.size)
-        return footer.record if footer and footer.record.recipe == recipe(plan[number]) else None
-
-    shards = Shards({}, [])
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for file, call in [(file, pool.submit(look, file)) for file in files]:
-            try:
-                record = call.result()
-            except FileNotFoundError:  # another driver has deleted it meanwhile
-                continue
-            if record:
-                shards.done[number_of(file.key)] = record
-            else:
-                shards.foreign.append(file)
+            shards.done[number] = known[number]
+        elif 0 <= number < len(plan):
+            unread.append(file)
+        else:
+            shards.foreign.append(file)
+    for file, record in zip(unread, _read_by_processes(output, unread), strict=True):
+        number = number_of(file.key)
+        if record and record.recipe == recipe(plan[number]):
+            shards.done[number] = record
+        elif record != GONE:  # another driver has deleted it meanwhile
+            shards.foreign.append(file)
     return shards
 
 
 def whole(output: Place, files: Sequence[Source]) -> list[Record]:
     """The records of those data parts that are whole, in the order of their numbers."""
+    records = [record for record in read_records(output.uri, files) if record not in (None, GONE)]
+    return sorted(records, key=lambda record: number_of(record.part))
+
+
+def read_records(uri: str, files: Sequence[Source]) -> list[Record | None]:
+    """The record of each part of an output; None if it is damaged or of no job, `GONE` if it is not there any more."""
+    output = Place(uri)
 
     def look(file: Source) -> Record | None:
         try:
             footer = read_footer(output, file.key, file.size)
-        except FileNotFoundError:  # a driver has deleted it meanwhile
-            return None
+        except FileNotFoundError:
+            return GONE
         return footer.record if footer else None
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        records = [record for record in pool.map(look, files) if record]
-    return sorted(records, key=lambda record: number_of(record.part))
+        return list(pool.map(look, files))
+
+
+def _read_by_processes(output: Place, files: Sequence[Source]) -> Iterator[Record | None]:
+    """`read_records`; of many parts of a store by several processes, as each request takes some 2 ms of a CPU."""
+    chunks = [files[first : first + _CHUNK] for first in range(0, len(files), _CHUNK)]
+    if output.local or len(chunks) < 2:
+        yield from read_records(output.uri, files)
+        return
+    count = min(len(chunks), os.cpu_count() or 1, _PROCESSES)
+    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
+        for records in pool.map(partial(read_records, output.uri), chunks):
+            yield from records
 
 
 def rejects_of(output: Place, records: Mapping[int, Record], newest: Mapping[str, int]) -> Iterator[Reject]:

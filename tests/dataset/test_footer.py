@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 import pyarrow as pa
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import s3fs.core
 
+from degflow.dataset import manifest
 from degflow.dataset.footer import Footer, body_sha256, footer_of, read_footer
 from degflow.dataset.layout import MANIFEST, ROW, SUCCESS, Reject
 from degflow.dataset.manifest import data_files, judge, write_manifest, write_rejects
@@ -17,6 +19,7 @@ from degflow.dataset.plan import Plan
 from degflow.dataset.writer import ShardWriter
 from degflow.storage import Place
 from tests import ROOT
+from tests.s3 import BUCKET
 
 GONE = Reject("b", "read", "gone")
 PART = "data/part-000000.parquet"
@@ -233,6 +236,33 @@ def test_parts_that_are_not_planned_are_foreign(tmp_path):
         ["data/part-0000000.parquet", "data/part-000001.parquet"],
     )
     assert judge(place, data_files(place), PLAN, lambda sources: "other").done == {}
+
+
+def test_many_parts_of_a_store_are_read_by_processes_with_the_same_result(s3, monkeypatch):
+    place, names = Place(f"s3://{BUCKET}/footers"), [f"data/part-{n:06d}.parquet" for n in range(4)]
+    put(place, 1)
+    for name in (names[1], names[3], "data/part-000009.parquet"):
+        place.write(name, place.read(PART))
+    place.write(names[2], place.read(PART)[:-20])
+    keys = {"key": list("abcd"), "size": [1] * 4, "etag": [""] * 4}
+    plan = Plan.empty().plus(pa.table({"shard": pa.array(range(4), pa.int32()), **keys}))
+    files, counts = data_files(place), []
+    place.delete(names[3])
+
+    class Counted(ProcessPoolExecutor):
+        def __init__(self, count, context):
+            super().__init__(count, context)
+            counts.append(count)
+
+    monkeypatch.setattr(manifest, "ProcessPoolExecutor", Counted)
+    few = judge(place, files, plan, lambda sources: "mine")
+    assert counts == []
+    monkeypatch.setattr(manifest, "_CHUNK", 2)
+    many = judge(place, files, plan, lambda sources: "mine")
+    assert counts == [2]
+    assert many == few
+    assert sorted(many.done) == [0, 1]  # 3 was deleted meanwhile
+    assert sorted(file.key for file in many.foreign) == [names[2], "data/part-000009.parquet"]
 
 
 def test_the_digest_is_of_the_bytes_before_the_footer(tmp_path):
