@@ -343,14 +343,15 @@ class Degrader(nn.Module):
 
         Args:
             repo_id: USER/NAME.
-            private: whether only you can read a repository that is made.
+            private: the repository must be private; one that is made is.
             half: as in `save`.
 
         Returns:
             The file's URI, for `load`.
 
         Raises:
-            ValueError: the Hub refuses, or does not answer.
+            ImportError: without huggingface_hub.
+            ValueError: the Hub refuses, does not answer, or has a public repository where a private one is wanted.
         """
         data, uri = self._file(self.provenance, half), f"hf://{repo_id}/{hub.FILE}"
         digest, draws = hashlib.sha256(data).hexdigest(), not isinstance(self.flow, PathFlow)

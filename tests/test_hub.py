@@ -36,8 +36,10 @@ for uri in sys.argv[1:]:
 
 
 @contextmanager
-def hub(files):
+def hub(files, public=False):
     """The model repository user/repo with these files (path -> bytes), by the routes that the client uses.
+
+    Private, unless `public`.
 
     Whoever writes needs the token hf_writes. Beside the endpoint stands a list of what new repositories were asked for.
     """
@@ -48,7 +50,9 @@ def hub(files):
         def do_GET(self):
             path = self.path.partition("?")[0].removeprefix("/api/models/user/repo")
             if path in ("", "/revision/main"):
-                self.answer(json.dumps({"id": "user/repo", "sha": "0" * 40, "siblings": []}).encode())
+                self.answer(
+                    json.dumps({"id": "user/repo", "sha": "0" * 40, "siblings": [], "private": not public}).encode()
+                )
             elif path in ("/tree/main", "/tree/main/"):
                 entries = [{"type": "file", "path": name, "size": len(files[name]), "oid": "0" * 40} for name in files]
                 self.answer(json.dumps(entries).encode())
@@ -186,6 +190,15 @@ def test_a_refused_push_says_why_without_the_token(tmp_path, repo, token, said):
     assert done.returncode == 0, done.stderr
     assert re.match(said, done.stdout.strip()), done.stdout
     assert token not in done.stdout + done.stderr
+    assert not files
+
+
+def test_nothing_private_is_pushed_into_a_public_repository(tmp_path):
+    files = {}
+    with hub(files, public=True) as (endpoint, _):
+        file = save_model(tmp_path / "d.safetensors")
+        done = at_hub(endpoint, tmp_path, PUSH, file, "user/repo", token="hf_writes")
+    assert done.stdout == "user/repo: not uploaded: private=True, but the repository is there and public\n", done.stderr
     assert not files
 
 

@@ -6,7 +6,7 @@ Without a GPU everything runs too, at small sizes: predictions stay predictions 
 import copy
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from degflow.models import (
 )
 from degflow.models import precision as policy
 from degflow.models.precision import PRECISIONS
-from degflow.synthesis.window import usual_memory
+from degflow.synthesis.window import is_out_of_memory, usual_memory
 
 SCALE = 3.0
 ON_CPU = 1024  # largest side of an image that is measured there
@@ -124,11 +124,18 @@ def _timed(
 ) -> tuple[str, str, str]:
     hr = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
     try:
+        degrader.plan(side, side, memory)
+    except ValueError as error:
+        print(f"{side} x {side}: {error}", flush=True)
+        return "does not fit", "–", "–"
+    try:
         degrader, hr = degrader.to(device), hr.to(device)
         degrader(hr, _scale(), memory=memory, precision=precision)
         ways = {"LR": lambda _: degrader(hr, _scale(), memory=memory, precision=precision)}
         timing = alternate(ways, repeats, device)["LR"]
-    except (torch.OutOfMemoryError, ValueError) as error:  # ValueError: not even in tiles
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         print(f"{side} x {side}: {error}", flush=True)
         return "does not fit", "–", "–"
     return f"{timing.median:.3g}", f"{1 / timing.median:.3g}", f"{timing.peak / 1e9:.2f}"
@@ -190,18 +197,24 @@ def _rounded(value: Any) -> Any:
     return ((value.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
-def device_tests(device: str, some: str = "") -> Table:
-    """Run the tests of numerics on this device; `some`: only those with this word in their names."""
+def device_tests(device: str, some: str = "") -> Iterator[Table]:
+    """Run the tests of numerics on this device; `some`: only those with this word in their names.
+
+    Raises:
+        RuntimeError: after the table, if a test failed, or none could run.
+    """
     file = Path(__file__).parents[2] / "tests/test_numerics.py"
-    header, about = ("tests", "result"), "The tests that compare a device's numbers with float64 on the CPU."
     if not file.exists():
-        row = (file.name, "not run: the package is installed without its tests; run from a clone")
-        return Table("Tests on this device", about, header, [row])
+        raise RuntimeError(f"no {file.name}: the package is installed without its tests; run from a clone")
     command = [sys.executable, "-m", "pytest", "-q", f"--device={device}", "-k", some, str(file)]
     done = subprocess.run(command, cwd=file.parents[1], capture_output=True, text=True)
     lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines()
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    return Table("Tests on this device", about, header, [(file.name, text) for text in (*failed, lines[-1])])
+    about = "The tests that compare a device's numbers with float64 on the CPU."
+    rows = [(file.name, text) for text in (*failed, lines[-1])]
+    yield Table("Tests on this device", about, ("tests", "result"), rows)
+    if done.returncode:
+        raise RuntimeError(f"{file.name}: {lines[-1]}")
 
 
 def _scale() -> Tensor:

@@ -23,13 +23,15 @@ _WARM = 2  # first photographs of an actor, which are not counted
 class Cost(NamedTuple):
     """What one photograph costs outside the networks.
 
-    CPU seconds of its decoding, its encoding (of HR and LR images, with their comparison), and of the actor's own
-    thread; bytes of its pixels, of the PNGs of HR, and of those of all LR images.
+    CPU seconds of its decoding, of its encoding (of HR and LR images, with their comparison), of the actor's own thread,
+    and of its second one, which hands out and writes; bytes of its pixels, of the PNGs of HR, and of those of all LR
+    images.
     """
 
     decode: float
     encode: float
     actor: float
+    second: float
     pixels: int
     hr: int
     lr: int
@@ -68,7 +70,7 @@ def measured(pixels: np.ndarray, device_seconds: float, repeats: int, photograph
         decode, encode = statistics.median(run[0] for run in runs), statistics.median(run[1] for run in runs)
         rows = runs[0][2].rows
         hr, lr = len(rows[0]["hr"]["bytes"]), sum(len(row["lr"]["bytes"]) for row in rows)
-        return Cost(decode, encode, _actor_seconds(folder, device_seconds), pixels.nbytes, hr, lr)
+        return Cost(decode, encode, *_actor_seconds(folder, device_seconds), pixels.nbytes, hr, lr)
 
 
 def _coded(codec: Codec, source: Source, pixels: np.ndarray) -> tuple[float, float, Encoded]:
@@ -82,14 +84,17 @@ def _coded(codec: Codec, source: Source, pixels: np.ndarray) -> tuple[float, flo
     return half - begun, time.process_time() - half, encoded
 
 
-def _actor_seconds(folder: str, device_seconds: float) -> float:
-    """CPU seconds of the own thread of an actor with a GPU, for each photograph of a folder after the first ones."""
+def _actor_seconds(folder: str, device_seconds: float) -> tuple[float, float]:
+    """CPU seconds of both threads of an actor with a GPU, for each photograph of a folder after the first ones."""
     words = [f"input={folder}", f"scale.per_image={DRAWS}", "actors.gpus=1", "actors.threads=1", "batch=1"]
     with tempfile.TemporaryDirectory() as output:
         notes = run_stand_in([*words, f"output={output}"], {"CPU": 2, "GPU": 1}, device_seconds)
-    clock = [note["cpu"] for note in notes if note["who"] == "image"]
-    spent = [after - before for before, after in pairwise(clock)]
-    return statistics.mean(spent[_WARM:] or spent)
+    means = []
+    for who in ("image", "rows"):
+        clock = [note["cpu"] for note in notes if note["who"] == who]
+        spent = [after - before for before, after in pairwise(clock)]
+        means.append(statistics.mean(spent[_WARM:] or spent))
+    return means[0], means[1]
 
 
 def _costs(cost: Cost, size: str) -> Table:
@@ -100,7 +105,8 @@ def _costs(cost: Cost, size: str) -> Table:
             f"{cost.encode:.2f}",
             f"{(1 + DRAWS) * cost.pixels / cost.encode / 1e6:.0f} MB/s of pixels",
         ),
-        ("the actor's own thread, CPU s", f"{cost.actor:.3f}", "copies of pixels; another thread writes the shard"),
+        ("the actor's own thread, CPU s", f"{cost.actor:.3f}", "copies of pixels"),
+        ("its second thread, CPU s", f"{cost.second:.3f}", "copies to and from the object store; the shard's file"),
         ("through the object store, MB", f"{cost.stored / 1e6:.0f}", "computed: pixels, LR pixels, rows"),
         (
             "in the shard's file, MB",
@@ -117,10 +123,12 @@ def _costs(cost: Cost, size: str) -> Table:
 
 def rates(cost: Cost, device_seconds: float, size: str) -> Table:
     """Photographs per second of each stage of a node, and which one binds."""
-    threads = GPUS * cost.actor / (cost.actor + device_seconds)  # cores that the actors' threads hold
+    busy = (cost.actor + cost.second) / max(cost.actor + device_seconds, cost.second)
+    threads = GPUS * busy  # cores that the actors' threads hold
     stages = {
         "networks": (GPUS / device_seconds, f"{GPUS} GPUs at {device_seconds:g} s per photograph (given)"),
         "actors' own threads": (GPUS / cost.actor, f"{GPUS} at {cost.actor:.3f} CPU s"),
+        "actors' second threads": (GPUS / cost.second, f"{GPUS} at {cost.second:.3f} CPU s"),
         "networks and own threads in turn": (
             GPUS / (device_seconds + cost.actor),
             "while its own thread copies, an actor's GPU has nothing to do",

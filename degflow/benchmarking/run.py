@@ -1,6 +1,7 @@
 """benchmark: the parts one after the other, into one file of tables."""
 
 import copy
+import gc
 import importlib.util
 import json
 import math
@@ -11,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from degflow import images
+from degflow import __version__, images
 from degflow.benchmarking import gpu, inference, node, pipeline, scale
 from degflow.benchmarking.measure import Table, machine
 from degflow.benchmarking.optimisations import optimisations
@@ -25,22 +26,14 @@ from degflow.models.precision import PRECISIONS
 from degflow.perceptual import Perceptual
 from degflow.restoration.networks import NetworkConfig, SwinIRConfig
 from degflow.storage import Place
+from degflow.synthesis.window import is_out_of_memory
 
 FULL_WIDTH = ", published networks at full width, RANDOM weights (no trained ones are here)"
 SWEEP = 30  # scales
 PARTS = (
-    "accuracy",
-    "comparison",
-    "roofline",
-    "optimisations",
-    "large",
-    "margins",
-    "training",
-    "job",
-    "actors",
-    "codecs",
+    *("accuracy", "comparison", "roofline", "optimisations", "large", "margins", "training", "job", "actors"),
+    *("codecs", "node", "scale", "precisions", "images", "tests"),
 )
-PARTS += ("node", "scale", "precisions", "images", "tests")
 
 
 @dataclass(frozen=True)
@@ -90,7 +83,7 @@ def benchmark(config: BenchmarkConfig) -> None:
     """Make the tables, print each as it is done, and save them all.
 
     A part that is finished is saved in `parts/`, and a later run with the same settings takes it from there. A part
-    that the device has too little memory for, or that fails, says so in place of its tables, and the others go on.
+    that fails, or that the device has too little memory for, says so after its tables. The others are still made.
 
     Raises:
         ValueError: no image in the input, parts that the model has no solver for, or, at the end, parts that failed.
@@ -108,35 +101,54 @@ def benchmark(config: BenchmarkConfig) -> None:
     print(texts[0])
     place = Place(config.output)
     for part in config.parts:
-        try:
-            texts += _part(bench, part, place)
-        except Exception as error:  # one part's is not the others'
-            traceback.print_exc()
-            texts.append(f"## {part}: failed\n\n{type(error).__name__}: {error}")
-            failed.append(part)
+        tables, error = _part(bench, part, place)
+        texts += tables
+        failed += [part] if error else []
         place.write("benchmark.md", ("\n\n".join(texts) + "\n").encode())
+        _free(device, error)
     if failed:
         raise ValueError(f"parts that failed: {', '.join(failed)}; all others are in {place.uri_of('benchmark.md')}")
 
 
-def _part(bench: "_Bench", part: str, place: Place) -> list[str]:
-    """A part's tables: measured now, or by an earlier run with the same settings on such a machine."""
+def _part(bench: "_Bench", part: str, place: Place) -> tuple[list[str], Exception | None]:
+    """A part's tables, measured now or by an earlier run with the same settings; and what ended it early."""
     settings = {name: value for name, value in plain(bench.config).items() if name not in ("output", "parts")}
     settings |= {"machine": machine(bench.device).rpartition("; load")[0]}
+    settings |= {"model_sha256": bench.degrader.sha256, "version": __version__}
     settings, name = json.loads(json.dumps(settings)), f"parts/{part}.json"  # as they are read back
     if place.exists(name) and (found := json.loads(place.read(name)))["settings"] == settings:
         print(f"\n{part}: measured before; to measure again, delete {place.uri_of(name)}", flush=True)
-        return found["tables"]
+        return found["tables"], None
     texts = []
     try:
         for table in getattr(bench, part)():
             texts.append(table.markdown())
             print(f"\n{texts[-1]}", flush=True)
-    except torch.OutOfMemoryError as error:
-        texts.append(f"## {part}: does not fit\n\n{str(error).splitlines()[0]}")
+    except Exception as error:  # the other parts are still measured
+        fits = not is_out_of_memory(error)
+        texts.append(f"## {part}: {'failed' if fits else 'does not fit'}\n\n{type(error).__name__}: {error}")
         print(f"\n{texts[-1]}", flush=True)
+        if fits:
+            traceback.print_exc()
+        return texts, error if fits else None
     place.write(name, json.dumps({"settings": settings, "tables": texts}, indent=1).encode())
-    return texts
+    return texts, None
+
+
+def _free(device: str, error: Exception | None) -> None:
+    """Give a GPU's memory back, which the next part may need in another process.
+
+    Raises:
+        ValueError: the error was one after which this process cannot use its GPU any more.
+    """
+    if device != "cuda":
+        return
+    gc.collect()
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        raise ValueError(f"the GPU is lost to this process after {error}; the same command goes on") from None
 
 
 def photographs(uri: str) -> list[np.ndarray]:
@@ -230,7 +242,7 @@ class _Bench:
         yield gpu.by_size(models, measured, sides, self._gpu, precision, self.repeats, self.device)
 
     def tests(self) -> Iterator[Table]:
-        yield gpu.device_tests(self.device, "noise" if self.quick else "")
+        yield from gpu.device_tests(self.device, "noise" if self.quick else "")
 
     def job(self) -> Iterator[Table]:
         side = min(self.config.sizes)

@@ -1,9 +1,9 @@
 """`python -m degflow.benchmarking.stand_in KEY=VALUE ...`: the synthesis job with a degrader that sleeps.
 
 It works without a GPU, where Ray is told of one. The environment has its settings: DEGFLOW_STAND_IN_SECONDS, for each
-photograph, and DEGFLOW_STAND_IN_TRACE, a file that gets a JSON object for each photograph that is degraded and for each
-report that the driver takes: `who` (image or report), `at` (clock, s), and `cpu` (s): of the actor's thread that runs
-the degrader, or of the driver's process.
+photograph, and DEGFLOW_STAND_IN_TRACE, a file that gets a JSON object for each photograph that is degraded, for each
+window whose rows are written and for each report that the driver takes. It has `who` (image, rows or report), `at`
+(clock, s) and `cpu` (s): of the actor's thread that runs the degrader, of its second thread, or of the driver.
 """
 
 import json
@@ -19,8 +19,9 @@ from degflow.config import load
 from degflow.degrader import Degrader
 from degflow.flow import PathFlow
 from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork
-from degflow.synthesis import pool, run
+from degflow.synthesis import pool, run, shard
 from degflow.synthesis.settings import SynthesizeConfig
+from degflow.synthesis.shard import Progress
 from degflow.synthesis.window import Item, WindowDegrader
 
 SECONDS, TRACE = "DEGFLOW_STAND_IN_SECONDS", "DEGFLOW_STAND_IN_TRACE"
@@ -46,6 +47,7 @@ class Sleeper(WindowDegrader):
     """
 
     def _forward(self, batch: Sequence[Item], memory: float) -> tuple[np.ndarray, list[bool]]:
+        shard._Rows = Noted  # type: ignore[misc] # in the actor's process
         for _ in batch:
             note("image", time.thread_time())
         hr = np.stack([item.loaded.pixels for item in batch])
@@ -58,6 +60,16 @@ def note(who: str, cpu: float) -> None:
     if path := os.environ.get(TRACE):
         with open(path, "a") as file:
             file.write(json.dumps({"who": who, "at": time.monotonic(), "cpu": cpu}) + "\n")
+
+
+class Noted(shard._Rows):
+    """What the second thread does, which notes each window of one photograph."""
+
+    def take(self, window: Sequence[Any], lrs: Sequence[Any]) -> Progress:
+        """As usual."""
+        done = super().take(window, lrs)
+        note("rows", time.thread_time())
+        return done
 
 
 class Count(pool._Count):

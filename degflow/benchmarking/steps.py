@@ -2,12 +2,13 @@
 
 import copy
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from degflow.benchmarking.measure import Table, alternate, flop
-from degflow.benchmarking.predict import GPU, kernels, total
+from degflow.benchmarking.predict import GPU, REST, Kernel, kernels, total
 from degflow.degrader import Degrader
 from degflow.flow import PathFlow
 from degflow.models.precision import computing
@@ -15,7 +16,17 @@ from degflow.objectives import LFMObjective, Losses, RAEObjective, ResidualObjec
 from degflow.restoration.networks import NetworkConfig, RestorationObjective, build
 from degflow.trajectory import NaturalCubicSpline
 
-Step = Callable[[int], Tensor]
+
+class Step(NamedTuple):
+    """A training step, which takes the number of the repeat and returns its loss, and how many weights it trains."""
+
+    run: Callable[[int], Tensor]
+    weights: int
+
+    def seconds(self, gpu: GPU, precision: str) -> float:
+        """What a GPU should take, if this step is one on the device meta; Adam reads 16 bytes a weight, writes 12."""
+        adam = Kernel(REST, 0, 16 * self.weights, 12 * self.weights)
+        return total([*kernels(lambda: self.run(0), {}), adam], gpu, precision)
 
 
 def training(
@@ -40,14 +51,15 @@ def training(
         crop, batch: of all steps.
     """
     device = next(degrader.parameters()).device.type
-    ways = steps(degrader, perceptual, network, precision, crop, batch)
+    own = steps(degrader, perceptual, network, precision, crop, batch)
+    ways = {name: step.run for name, step in own.items()}
     shadows = steps(copy.deepcopy(degrader).to("meta"), copy.deepcopy(perceptual), network, precision, crop, batch)
     work = {name: flop(way) for name, way in ways.items()}
-    seconds = {name: total(kernels(lambda way=way: way(0), {}), gpu, precision) for name, way in shadows.items()}
+    seconds = {name: step.seconds(gpu, precision) for name, step in shadows.items()}
     rows = []
     for name, timing in alternate(ways, repeats, device).items():
-        rates = f"{1 / timing.median:.2f}", f"{work[name] / 1e9:.0f}", f"{work[name] / timing.median / 1e9:.0f}"
-        rows.append((name, *rates, f"{1 / seconds[name]:.2f}"))
+        rates = f"{1 / timing.median:.3g}", f"{work[name] / 1e9:.3g}", f"{work[name] / timing.median / 1e9:.3g}"
+        rows.append((name, *rates, f"{1 / seconds[name]:.3g}"))
     stage = "that of flows that draw"
     if isinstance(degrader.flow, PathFlow):
         stage = f"the published one, {'with' if perceptual else 'without'} LPIPS"
@@ -67,7 +79,7 @@ def steps(
     crop: int,
     batch: int,
 ) -> Mapping[str, Step]:
-    """A training step of each kind, on the degrader's device, on random images; each returns its loss."""
+    """A training step of each kind, on the degrader's device, on random images."""
     degrader, device = copy.deepcopy(degrader), next(degrader.parameters()).device
     generator = torch.Generator().manual_seed(0)
     shape = (batch, len(degrader.levels), 3, crop, crop)
@@ -91,15 +103,17 @@ def steps(
 
 def _stepper(objective: nn.Module, precision: str, *sample: Tensor) -> Step:
     network: nn.Module = objective.train().network  # type: ignore[assignment]
-    on_gpu = sample[0].is_cuda  # either way: a few kernels for all weights
-    adam = torch.optim.Adam(network.parameters(), lr=1e-5, fused=on_gpu or None, foreach=not on_gpu)
+    weights, adam = sum(parameter.numel() for parameter in network.parameters()), None
+    if not sample[0].is_meta:
+        adam = torch.optim.Adam(network.parameters(), lr=1e-5, fused=True)
 
     def step(repeat: int) -> Tensor:
         with computing(precision, sample[0].device.type):
             losses: Losses = objective(*sample)
         losses.total.backward()
-        adam.step()
-        adam.zero_grad()
+        if adam:
+            adam.step()
+        network.zero_grad()
         return losses.total.detach()
 
-    return step
+    return Step(step, weights)

@@ -4,8 +4,10 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -29,8 +31,9 @@ from degflow.dataset.plan import Plan
 from degflow.storage import Place, Source
 
 GONE = Record("", 0, 0, 0, "", "", 0.0, None, None, None)  # of a part that was deleted since it was listed
-_THREADS, _PROCESSES = 16, 16
+_THREADS, _PROCESSES = 16, 4
 _CHUNK = 1000  # parts that a process reads at a time
+_STORES = ("s3://", "gs://", "gcs://", "az://", "abfs://")  # which processes reach by the environment alone
 _REJECTS_PART = part_name(REJECTS, 0)
 
 
@@ -101,16 +104,17 @@ def read_records(uri: str, files: Sequence[Source]) -> list[Record | None]:
         return list(pool.map(look, files))
 
 
-def _read_by_processes(output: Place, files: Sequence[Source]) -> Iterator[Record | None]:
+def _read_by_processes(output: Place, files: Sequence[Source]) -> list[Record | None]:
     """`read_records`; of many parts of a store by several processes, as each request takes some 2 ms of a CPU."""
     chunks = [files[first : first + _CHUNK] for first in range(0, len(files), _CHUNK)]
-    if output.local or len(chunks) < 2:
-        yield from read_records(output.uri, files)
-        return
-    count = min(len(chunks), os.cpu_count() or 1, _PROCESSES)
-    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
-        for records in pool.map(partial(read_records, output.uri), chunks):
-            yield from records
+    if len(chunks) > 1 and output.uri.startswith(_STORES):
+        count = min(len(chunks), len(os.sched_getaffinity(0)), _PROCESSES)
+        try:
+            with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
+                return list(chain.from_iterable(pool.map(partial(read_records, output.uri), chunks)))
+        except BrokenProcessPool:  # e.g. of a script that may not be imported; threads can do it too
+            pass
+    return read_records(output.uri, files)
 
 
 def rejects_of(output: Place, records: Mapping[int, Record], newest: Mapping[str, int]) -> Iterator[Reject]:

@@ -80,7 +80,9 @@ def upload(repo: str, data: bytes, text: str, private: bool) -> None:
         raise ImportError(f"push_to_hub needs huggingface_hub: pip install huggingface_hub ({error})") from None
     api = HfApi()
     try:
-        api.create_repo(repo, private=private, exist_ok=True)
+        api.create_repo(repo, private=private or None, exist_ok=True)  # None: as the owner's settings are
+        if private and not api.repo_info(repo).private:
+            raise ValueError("private=True, but the repository is there and public")
         files = [CommitOperationAdd(FILE, data)]
         if not api.file_exists(repo, CARD):
             files.append(CommitOperationAdd(CARD, text.encode()))

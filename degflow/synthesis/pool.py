@@ -43,7 +43,7 @@ from degflow.synthesis.tasks import Tasks
 ATTEMPTS = 3  # of a shard
 HOPELESS = 10  # failures end the run as long as no shard is made
 _OF_ONE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # errors of its disk; those of storage end the run
-REPORTS = 100  # a second, from all actors that the cluster has room for: they take a third of the driver's core
+REPORTS = 100  # a second, from all actors of a run: they take half of the driver's core
 JUDGED = 200  # images in made shards, after which a run ends if most of them are rejects
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
 
@@ -88,10 +88,11 @@ class Pool:
 
     def _reports(self, maker: ray.ObjectRef, plan: Plan, waiting: list[int]) -> Iterator[dict[str, Any]]:
         """Map a pool of actors over the shards once. A pool that breaks ends the reports early, and says why."""
+        strategy = self._strategy(len(waiting))
         reports = ray.data.from_arrow([plan.task(number) for number in waiting]).map_batches(
             _ShardActor,
-            fn_constructor_args=(maker, self.gpus, self.threads, self.actors.compile),
-            compute=self._strategy(len(waiting)),
+            fn_constructor_args=(maker, self.gpus, self.threads, self.actors.compile, strategy.max_size),
+            compute=strategy,
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=0 if self.gpus else self.threads,  # a GPU places its actor; the CPUs are left to the tasks
@@ -186,21 +187,17 @@ class _ShardActor:
 
     PAUSE = 30.0
 
-    def __init__(self, maker: ray.ObjectRef, gpus: int, threads: int, compiled: bool):
+    def __init__(self, maker: ray.ObjectRef, gpus: int, threads: int, compiled: bool, most: int):
         torch.set_num_threads(threads)
         keep_freed_memory()
         self.usual = Tasks(gpus) if gpus else Threads(threads)
         restarted = ray.get_runtime_context().was_current_actor_reconstructed
         self.workers = Tasks(gpus) if restarted else self.usual
-        self.reference, self.gpus, self.threads, self.compiled = maker, gpus, threads, compiled
+        self.reference, self.compiled = maker, compiled
+        self.between_reports = _between_reports(most, gpus, threads)
         self.maker: ShardMaker | None = None
         self.metrics: ActorMetrics | None = None
         self.failed = False
-
-    def between_reports(self) -> float:
-        """Seconds: 1, or more where the cluster has room for more than `REPORTS` actors."""
-        kind, each = ("GPU", self.gpus) if self.gpus else ("CPU", self.threads)
-        return max(1.0, ray.cluster_resources().get(kind, 0) / each / REPORTS)
 
     def device(self) -> str:
         """The device that computes."""
@@ -225,7 +222,7 @@ class _ShardActor:
             self.maker = self.maker or self.load()
             self.metrics = self.metrics or ActorMetrics(self.maker.output)
             reports = self.metrics.counting(self.maker, self.maker.make(number, sources, self.workers))
-            for images, rejects, record in _seldom(reports, self.between_reports()):
+            for images, rejects, record in _seldom(reports, self.between_reports):
                 yield _report(number, images, rejects, record=json.dumps(asdict(record)) if record else "")
             self.workers = self.usual
         except Exception as error:
@@ -337,6 +334,16 @@ class _Count:
                 f"{len(aside)} of {self.shards} shards were set aside after {ATTEMPTS} failures each (shards {names}). "
                 f"All others are made; the same command tries these again. The last failure, {aside[max(aside)][-1]}"
             )
+
+
+def _between_reports(most: int, gpus: int, threads: int) -> float:
+    """Seconds between two reports of an actor: 1, or more if the run may have, and the cluster holds, many actors."""
+    kind, each = ("GPU", gpus) if gpus else ("CPU", threads)
+    try:
+        room = ray.cluster_resources().get(kind, 0) / each
+    except Exception:  # Ray's head may be away for a moment, and an actor need not wait for it
+        room = 0
+    return max(1.0, min(most, room) / REPORTS)
 
 
 def _seldom(reports: Iterable[Progress], seconds: float) -> Iterator[Progress]:

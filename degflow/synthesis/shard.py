@@ -2,8 +2,8 @@
 
 Photographs are taken in windows of `batch` places in the plan; what the store does not give soon comes last. While the
 degrader works on one window, workers load the next one and encode the one before, and a second thread of the actor
-writes the rows of the one before that. So memory holds at most three windows of decoded images with their LR images,
-the encoded images of a fourth, one row group of encoded images, and the `memory` GB of one forward pass.
+writes the rows of the one before that. So memory holds at most four windows of decoded images with their LR images,
+one row group of encoded images, and the `memory` GB of one forward pass.
 """
 
 import time

@@ -96,7 +96,7 @@ class WindowDegrader:
         try:
             pixels, finite = self._forward(batch, memory)
         except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             pixels, finite = None, []
         if pixels is None:
@@ -144,7 +144,8 @@ def usual_memory(device: torch.device) -> float:
     return MEMORY
 
 
-def _out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether PyTorch, cuDNN, cuBLAS or CUDA say that memory ran out."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return any(words in str(error) for words in _FULL)

@@ -23,7 +23,7 @@ from degflow.config import load
 from degflow.dataset.layout import Record
 from degflow.dataset.plan import Plan
 from degflow.synthesis import pool
-from degflow.synthesis.pool import _Count, _seldom, _ShardActor
+from degflow.synthesis.pool import _between_reports, _Count, _seldom, _ShardActor
 from degflow.synthesis.run import Run, synthesize
 from degflow.synthesis.settings import SynthesizeConfig
 from degflow.synthesis.shard import Progress
@@ -167,7 +167,7 @@ def test_an_actor_pages_nothing_in_again_and_reports_less_often_than_images(shar
     task = Plan.empty().plus(Plan.empty().next_part(run.input.images(), 12)).task(0)  # reported image by image
     found = ray.data.from_arrow(task).map_batches(
         Watched,
-        fn_constructor_args=(ray.put(run.maker()), 0, 1, False),
+        fn_constructor_args=(ray.put(run.maker()), 0, 1, False, 1),
         compute=ActorPoolStrategy(size=1),
         batch_format="pyarrow",
         num_cpus=1,
@@ -287,17 +287,16 @@ def test_reports_summed_up_lose_no_count():
     assert list(_seldom(reports, seconds=60)) == [Progress(4, 1, record)]
 
 
-def test_actors_report_less_often_the_more_the_cluster_has_room_for(monkeypatch):
-    actor, cluster = object.__new__(_ShardActor), {"CPU": 64.0, "GPU": 8.0}
+def test_actors_report_less_often_the_more_of_them_there_may_be(monkeypatch):
+    cluster = {"CPU": 8000.0, "GPU": 8.0}
     monkeypatch.setattr(ray, "cluster_resources", lambda: cluster)
-    actor.gpus, actor.threads = 1, 4
-    assert actor.between_reports() == 1
-    cluster["GPU"] = 2000.0
-    assert actor.between_reports() == 2000 / pool.REPORTS == 20
-    actor.gpus, cluster["CPU"] = 0, 8000.0
-    assert actor.between_reports() == 20
+    assert _between_reports(most=5000, gpus=1, threads=4) == 1
+    assert _between_reports(most=5000, gpus=0, threads=4) == 2000 / pool.REPORTS == 20
+    assert _between_reports(most=500, gpus=0, threads=4) == 5
     cluster.clear()  # nodes come later
-    assert actor.between_reports() == 1
+    assert _between_reports(most=5000, gpus=1, threads=4) == 1
+    monkeypatch.setattr(ray, "cluster_resources", lambda: 1 / 0)
+    assert _between_reports(most=5000, gpus=1, threads=4) == 1
 
 
 def test_costs_are_told_with_the_progress_and_for_what_is_left(photos, model, tmp_path, capsys):
