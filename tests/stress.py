@@ -48,7 +48,7 @@ from tests.finished import synthesize_here
 from tests.s3 import S3Server, serving
 from tests.synthesis.test_storms import rows_of
 
-WORDS = ("shard.images=5", "scale.per_image=2", "memory=1", "batch=2", "actors.gpus=0", "max_reject_rate=0.2")
+WORDS = ("shard.images=5", "scale.per_image=2", "memory=1.1", "batch=2", "actors.gpus=0", "max_reject_rate=0.2")
 SMALL, SIZES = 27, ((4000, 3000), (1500, 1000), (800, 600))
 BAD = {"bad/empty.png": "decode", "bad/page.png": "decode", "bad/truncated.jpg": "decode"}
 FAULTS, ERRORS, PATIENCE = 0.03, 0.01, 900  # shares of requests and of calls that fail; seconds for one round
