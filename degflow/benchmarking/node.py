@@ -23,7 +23,7 @@ _WARM = 2  # first photographs of an actor, which are not counted
 class Cost(NamedTuple):
     """What one photograph costs outside the networks.
 
-    CPU seconds of its decoding, of its encoding (of HR and LR images, with their comparison), of the actor's own thread,
+    CPU seconds of its decoding, its encoding (of HR and LR images, with their comparison), of the actor's own thread,
     and of its second one, which hands out and writes; bytes of its pixels, of the PNGs of HR, and of those of all LR
     images.
     """
