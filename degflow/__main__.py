@@ -65,7 +65,8 @@ def train_rae():
         accelerate launch -m degflow train-rae config=...     # on several GPUs
 
     writes output/rae.safetensors. The validation lines show the PSNR of `decode(encode(LR))` against LR. It must become
-    higher than that of HR against LR. Otherwise the decoder ignores the latent.
+    higher than that of the image whose features the decoder gets against LR: of HR, or, with skips=optics, of HR after
+    the optics. Otherwise the decoder ignores the latent.
 
     After a stop, the same command continues from the last checkpoint. SIGTERM and SIGUSR1 save one and end the job with
     exit code 75 (accelerate's launcher turns every code but 0 into 1).
@@ -76,7 +77,7 @@ def train_rae():
 
 
 def train_residual():
-    """Stage 2 of the method that draws: train the residual flow on a RealSR-like tree, stage 1 frozen.
+    """Stage 2 of the method that draws LR images: train the residual flow on a RealSR-like tree, stage 1 frozen.
 
         degflow train-residual config=small_residual scenes.data=runs/scenes/Canon/Train \\
             rae=runs/rae/rae.safetensors output=runs/residual
@@ -143,8 +144,8 @@ def baseline_scenes():
         degflow baseline-scenes data=runs/scenes/Nikon/Train output=runs/random/Train baseline=random
         degflow baseline-scenes data=runs/scenes/Canon/Train output=runs/spline/Train baseline=spline
 
-    writes output/2.5/Nikon_001_HR.png, Nikon_001_LR2.5.png, ... for train-sr with the same `levels`. The paths `spline`
-    and `linear` run through the captured levels of `data`; the others take its HR images alone.
+    writes output/2.5/Nikon_001_HR.png, Nikon_001_LR2.5.png, ... for train-sr with the same `levels`. `spline` and
+    `linear` use the captured levels of `data`; the other baselines use its HR images only.
     """
     from degflow.evaluation.baseline_scenes import BaselineScenesConfig, baseline_scenes
 
@@ -184,8 +185,8 @@ def protocol():
     again, so the same command continues after a stop. After each cell, output/table.md shows the results so far beside
     the published ones. results.csv has every single run.
 
-    Keys such as `rae` and `lfm` are lists of words, which are added to the words of the command that they name. Paths
-    in them are relative to the current folder.
+    Keys such as `rae` and `lfm` are lists of arguments (KEY=VALUE) for the command that they name. Paths in them are
+    relative to the current folder.
     """
     from degflow.protocol.run import ProtocolConfig, run_protocol
 

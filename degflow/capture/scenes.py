@@ -48,7 +48,9 @@ class SceneConfig:
     crop: int = option(256, "side of the random crops, in pixels", common=True)
     cache: str = option("", "local folder for decoded images, shared by all processes; empty: memory of each process")
     reductions: tuple[float, ...] = option(
-        (1.0,), "factors that whole scenes are reduced by: all levels of a scene reduced by r are captures at scale / r"
+        (1.0,),
+        "factors by which all images of a scene are shrunk for training: shrunk by f, a capture at scale s is one at "
+        "s / f",
     )
 
     def __post_init__(self):

@@ -49,9 +49,15 @@ class ExportConfig:
     output: str = required("folder or URI of the export; an unfinished export is continued")
     layout: str = option("paired", "paired (gt/ and lq/ folders with meta_info), realsr, or webdataset (tars)")
     labels: dict[str, float] = option(
-        {}, "for realsr: folder label -> scale; a row goes to the nearest. {}: the dataset's scales, if they are few"
+        {},
+        "for realsr: folder label -> scale; a row goes to the nearest. {}: the dataset's scales, if they are a list or "
+        "a grid",
     )
-    tolerance: float | None = option(None, "for realsr: largest distance of a row from its label's scale; null: any")
+    tolerance: float | None = option(
+        None,
+        "for realsr: rows farther than this from their label's scale are left out; null: none (with labels={}: all but "
+        "equal ones)",
+    )
     workers: int | None = option(None, "processes, each with a part of the dataset; null: as many as CPUs or parts")
     threads: int = option(4, "photographs that each process fetches, encodes and writes at the same time")
     verify: bool = option(False, "first compare each part with the manifest's sha256; reads parts twice")

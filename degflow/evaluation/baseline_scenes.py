@@ -22,12 +22,14 @@ BETWEEN = {f"{scale:g}": scale for scale in (2.0, 2.25, 2.5, 2.75, 3.25, 3.5, 3.
 class BaselineScenesConfig:
     """Keys of baseline-scenes."""
 
-    data: str = required("one split of a RealSR-like tree with the degrader's levels; its HR images are degraded")
+    data: str = required(
+        "one split of a RealSR-like tree; it must have the degrader's levels, also where only its HR images are used"
+    )
     output: str = required("folder or URI of the split that is written")
     baseline: Literal["optics", "mean", "random", "spline", "linear"] = option(
         "random",
-        "optics: the degrader's optics without noise; mean: its image at spread 0; random: a pipeline without a "
-        "camera, after Real-ESRGAN; spline, linear: a path through the latents of the captured levels",
+        "optics: the degrader's optics, no noise; mean: the degrader with spread=0; random: random degradations as in "
+        "Real-ESRGAN, no camera; spline, linear: a path through the latents of the captured levels",
         common=True,
     )
     model: str = option("", "degrader file; empty: the one that ships", common=True)

@@ -53,7 +53,7 @@ class EvaluateConfig:
         common=True,
     )
     optical: dict[str, float] = option(
-        {}, "folder label -> scale it was shot at; its t is shown beside the best-matching t"
+        {}, "folder label -> true optical scale; its time t (0: first level, 1: last) stands beside the best-matching t"
     )
     resize_lr: bool = option(False, "enlarge LR images smaller than HR (RealSR V3) to HR's size by bicubic")
     crop: int = option(0, "side of the central crop that is compared; 0 takes whole images", common=True)
@@ -65,9 +65,11 @@ class EvaluateConfig:
         list(BASELINES), "more to compare with: optics, mean, gaussian, random, spline, linear", common=True
     )
     fit_data: str = option("", "split that the Gaussian blurs are fitted on; empty: data itself, to their advantage")
-    sweep: int = option(31, "scales of the curve over s and of the search for best-matching t; 0 leaves both out")
-    figure: int = option(3, "scenes in figure.png, and in closeups.png where the model draws; 0 leaves both out")
-    draws: int = option(8, "LR images of each photograph and level for the measures of their distribution; 0: none")
+    sweep: int = option(
+        31, "number of scales of the PSNR curve, and of the search for the scale that fits a level best; 0: neither"
+    )
+    figure: int = option(3, "number of scenes in figure.png, and in closeups.png if the model draws; 0: no pictures")
+    draws: int = option(8, "number of LR images of each photograph and level, to measure their distribution; 0: none")
     steps: int = option(0, "solver steps; 0: the model's own number")
     solver: str = option("", "solver; empty: the model's own")
     device: str = option("auto", "auto (cuda when there is one), cpu, cuda or cuda:N")

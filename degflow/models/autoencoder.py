@@ -22,12 +22,16 @@ class AutoencoderConfig:
 
     base_width: int = option(128, "channels at full resolution")
     multipliers: tuple[int, ...] = option(
-        (1, 1, 2, 4), "channels of each level / base_width; the first is at full resolution, so r = 2^(levels - 1)"
+        (1, 1, 2, 4),
+        "channels at each resolution, as multiples of base_width, full resolution first; with n entries the latent's "
+        "sides are 2^(n - 1) times smaller",
     )
-    blocks: int = option(2, "residual blocks in each level")
+    blocks: int = option(2, "residual blocks at each resolution")
     latent_channels: int = option(4, "C_z, channels of the latent")
     gate_init: float = option(0.0, "initial gate of each residual block (beta, gamma); 0.5 makes short trainings learn")
-    hr_skips: bool = option(True, "hand the HR image's encoder features to the decoder; false is the paper's ablation")
+    hr_skips: bool = option(
+        True, "give the decoder the encoder features of the image that `skips` names; false: none, the paper's ablation"
+    )
 
     def __post_init__(self):
         for name in ("base_width", "blocks", "latent_channels"):

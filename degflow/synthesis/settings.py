@@ -51,9 +51,10 @@ class ActorsConfig:
 class ShardConfig:
     """How the photographs are divided into shards."""
 
-    images: int = option(256, "most HR images per shard; a shard is the unit of work and of resuming")
+    images: int = option(256, "largest number of HR images per shard; a shard is the unit of work and of resuming")
     bytes: int = option(
-        512_000_000, "most bytes of output per shard, estimated from the sizes of the files; 0: cut by images alone"
+        512_000_000,
+        "largest number of bytes per shard, estimated from the sizes of the files; 0: cut by images alone",
     )
 
     def __post_init__(self):
@@ -82,13 +83,18 @@ class SynthesizeConfig:
         "HR images: a folder, a prefix (s3://bucket/photos), a glob (s3://bucket/photos/**/*.jpg), one file, or an "
         "inventory (a .parquet or .csv file with a column key, and optional columns size and etag)"
     )
-    root: str = option("", "folder or prefix of an inventory's keys; empty: the folder of the inventory")
+    root: str = option("", "folder or prefix that an inventory's paths are relative to; empty: the inventory's folder")
     output: str = required("folder or URI of the dataset; an unfinished dataset is continued")
     model: str = option("", "degrader file; empty: the degrader that ships with degflow", common=True)
     scale: ScaleConfig = option(ScaleConfig(), common=True)
-    seed: int = option(0, "decides every scale and noise, with the key and the number of the draw", common=True)
+    seed: int = option(
+        0, "decides all scales and noise, with the photograph's path and the number of the draw", common=True
+    )
     spread: float = option(
-        1.0, "1: LR images are drawn from what the camera does; 0: their mean; between: less noise", common=True
+        1.0,
+        "1: random LR images with the camera's noise; 0: the mean of all such images; between: less noise. No effect "
+        "with the published method",
+        common=True,
     )
     solver: SolverConfig = option(SolverConfig())
     size: str = option("same", "LR images have HR's size (same), or are shrunk by their scale (scaled)")
@@ -108,7 +114,11 @@ class SynthesizeConfig:
         "memory, 4 GB on CPUs",
     )
     precision: str = option("float32", f"of the networks: {', '.join(PRECISIONS)}; all but float32 are for GPUs")
-    batch: int = option(4, "images in each stage at a time; those of equal size share a forward pass")
+    batch: int = option(
+        4,
+        "photographs that are loaded, degraded or encoded at a time; small ones of equal size share a forward pass (up "
+        "to 1 megapixel)",
+    )
     actors: ActorsConfig = option(ActorsConfig())
     price: PriceConfig = option(PriceConfig())
     shard: ShardConfig = option(ShardConfig())

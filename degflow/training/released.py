@@ -32,7 +32,7 @@ class ImportConfig:
     flow: str = required("file or URI of the released velocity network")
     output: str = required("degrader file or URI to write")
     levels: dict[str, float] = option(
-        {"1": 1.0, "2": 2.0, "4": 4.0}, "label -> scale of the levels the weights were trained on (knots 0, 1/3, 1)"
+        {"1": 1.0, "2": 2.0, "4": 4.0}, "label -> scale of the levels the weights were trained on"
     )
 
     def __post_init__(self):

@@ -23,7 +23,7 @@ class FitConfig:
     clip: float = option(1.0, "largest gradient norm; 0: no clipping")
     ema: float = option(0.999, "decay of the averaged weights, which are the result; 0: no averaging")
     precision: Literal["float32", "tf32", "bfloat16", "float16"] = option(
-        "float32", "of the trained network's products: float32, or on a GPU tf32, bfloat16 or float16", common=True
+        "float32", "of matrix products and convolutions: float32, or on a GPU tf32, bfloat16 or float16", common=True
     )
     compile: bool = option(False, "torch.compile the objective")
     workers: int = option(2, "data loader processes per training process", common=True)
