@@ -46,8 +46,11 @@ class Sleeper(WindowDegrader):
     Two copies stay, of those that a GPU needs: the photographs in one array, and the LR images in another.
     """
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        shard._Rows = Noted  # type: ignore[misc] # in the actor's process, which unpickles this
+
     def _forward(self, batch: Sequence[Item], memory: float) -> tuple[np.ndarray, list[bool]]:
-        shard._Rows = Noted  # type: ignore[misc] # in the actor's process
         for _ in batch:
             note("image", time.thread_time())
         hr = np.stack([item.loaded.pixels for item in batch])
