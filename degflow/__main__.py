@@ -65,8 +65,8 @@ def train_rae():
         accelerate launch -m degflow train-rae config=...     # on several GPUs
 
     writes output/rae.safetensors. The validation lines show the PSNR of `decode(encode(LR))` against LR. It must become
-    higher than that of the image whose features the decoder gets against LR: of HR, or, with skips=optics, of HR after
-    the optics. Otherwise the decoder ignores the latent.
+    higher than the PSNR of the image that gives the decoder its features: HR, or HR after the optics with skips=optics.
+    Otherwise the decoder ignores the latent.
 
     After a stop, the same command continues from the last checkpoint. SIGTERM and SIGUSR1 save one and end the job with
     exit code 75 (accelerate's launcher turns every code but 0 into 1).

@@ -70,11 +70,10 @@ class _Counting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in flop_registry:
-            with self:
-                made = func.decompose(*args, **kwargs)
-            if made is not NotImplemented:
-                return made
+        with self:
+            made = func.decompose(*args, **kwargs)
+        if made is not NotImplemented:
+            return made
         made = func(*args, **kwargs)
         given, out = (_on_meta(values) for values in ((args, kwargs), made))
         name = func.overloadpacket.__name__

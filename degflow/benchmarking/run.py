@@ -101,24 +101,24 @@ def benchmark(config: BenchmarkConfig) -> None:
     print(texts[0])
     place = Place(config.output)
     for part in config.parts:
-        tables, error = _part(bench, part, place)
+        tables, fine = _part(bench, part, place)
         texts += tables
-        failed += [part] if error else []
+        failed += [] if fine else [part]
         place.write("benchmark.md", ("\n\n".join(texts) + "\n").encode())
-        _free(device, error)
+        _free(device)
     if failed:
         raise ValueError(f"parts that failed: {', '.join(failed)}; all others are in {place.uri_of('benchmark.md')}")
 
 
-def _part(bench: "_Bench", part: str, place: Place) -> tuple[list[str], Exception | None]:
-    """A part's tables, measured now or by an earlier run with the same settings; and what ended it early."""
+def _part(bench: "_Bench", part: str, place: Place) -> tuple[list[str], bool]:
+    """A part's tables, measured now or by an earlier run with the same settings; and whether it did not fail."""
     settings = {name: value for name, value in plain(bench.config).items() if name not in ("output", "parts")}
     settings |= {"machine": machine(bench.device).rpartition("; load")[0]}
     settings |= {"model_sha256": bench.degrader.sha256, "version": __version__}
     settings, name = json.loads(json.dumps(settings)), f"parts/{part}.json"  # as they are read back
     if place.exists(name) and (found := json.loads(place.read(name)))["settings"] == settings:
         print(f"\n{part}: measured before; to measure again, delete {place.uri_of(name)}", flush=True)
-        return found["tables"], None
+        return found["tables"], True
     texts = []
     try:
         for table in getattr(bench, part)():
@@ -130,16 +130,16 @@ def _part(bench: "_Bench", part: str, place: Place) -> tuple[list[str], Exceptio
         print(f"\n{texts[-1]}", flush=True)
         if fits:
             traceback.print_exc()
-        return texts, error if fits else None
+        return texts, not fits
     place.write(name, json.dumps({"settings": settings, "tables": texts}, indent=1).encode())
-    return texts, None
+    return texts, True
 
 
-def _free(device: str, error: Exception | None) -> None:
+def _free(device: str) -> None:
     """Give a GPU's memory back, which the next part may need in another process.
 
     Raises:
-        ValueError: the error was one after which this process cannot use its GPU any more.
+        ValueError: the last part failed in a way after which this process cannot use its GPU any more.
     """
     if device != "cuda":
         return
@@ -148,7 +148,7 @@ def _free(device: str, error: Exception | None) -> None:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
     except RuntimeError:
-        raise ValueError(f"the GPU is lost to this process after {error}; the same command goes on") from None
+        raise ValueError("after this failure the process cannot use its GPU; the same command goes on") from None
 
 
 def photographs(uri: str) -> list[np.ndarray]:
