@@ -17,6 +17,7 @@ from degflow.storage import Place
 from degflow.synthesis import run
 from degflow.synthesis.codec import Threads
 from degflow.synthesis.settings import SynthesizeConfig
+from degflow.synthesis.shard import Turn
 
 
 class Here:
@@ -26,7 +27,7 @@ class Here:
 
     def make(self, maker, plan, pending, price):
         for number in pending:
-            list(maker.make(number, plan[number], Threads(1)))
+            list(maker.make(number, plan[number], Threads(1), Turn()))
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from degflow.synthesis.codec import Codec, Draw, Encoded, Loaded
 
 GPUS, CORES, DRAWS = 8, 64, 4
 _NOISE = 2.0  # levels, of the sensor: enlarged photographs have none, and would be too easy to encode
+_ONE_GPU = (f"scale.per_image={DRAWS}", "actors.gpus=1", "actors.threads=1", "batch=1")  # keys of the job
 _WARM = 2  # first photographs of an actor, which are not counted
 
 
@@ -43,7 +44,7 @@ class Cost(NamedTuple):
 
 
 def node(photograph: np.ndarray, device_seconds: float, repeats: int, photographs: int) -> list[Table]:
-    """Two tables: what a photograph costs, as measured here, and the rates of a node that follow.
+    """Three tables: what a photograph costs, as measured here, the rates of a node that follow, and `busy`.
 
     Args:
         photograph: uint8 "H W 3", of the size that the node makes.
@@ -54,8 +55,8 @@ def node(photograph: np.ndarray, device_seconds: float, repeats: int, photograph
     noise = np.random.default_rng(0).normal(0, _NOISE, photograph.shape)
     pixels = (photograph + noise).round().clip(0, 255).astype(np.uint8)
     cost = measured(pixels, device_seconds, repeats, photographs)
-    height, width, _ = pixels.shape
-    return [_costs(cost, f"{width} x {height}"), rates(cost, device_seconds, f"{width} x {height}")]
+    size = _size(pixels)
+    return [_costs(cost, size), rates(cost, device_seconds, size), busy(pixels[::2, ::2], photographs)]
 
 
 def measured(pixels: np.ndarray, device_seconds: float, repeats: int, photographs: int) -> Cost:
@@ -64,13 +65,17 @@ def measured(pixels: np.ndarray, device_seconds: float, repeats: int, photograph
         data = saved(pixels, "JPEG", quality=95)
         for n in range(photographs):
             Path(folder, f"{n:03d}.jpg").write_bytes(data)
-        rule: dict[str, Any] = {"embed": True, "codec": "png", "scaled": False, "keep_gray": False}
-        codec = Codec(folder, images.MAX_PIXELS, **rule, seed=0, model_sha256="")
+        codec = _codec(folder)
         runs = [_coded(codec, Source("000.jpg", len(data), ""), pixels) for _ in range(repeats)]
         decode, encode = statistics.median(run[0] for run in runs), statistics.median(run[1] for run in runs)
         rows = runs[0][2].rows
         hr, lr = len(rows[0]["hr"]["bytes"]), sum(len(row["lr"]["bytes"]) for row in rows)
         return Cost(decode, encode, *_actor_seconds(folder, device_seconds), pixels.nbytes, hr, lr)
+
+
+def _codec(folder: str) -> Codec:
+    rule: dict[str, Any] = {"embed": True, "codec": "png", "scaled": False, "keep_gray": False}
+    return Codec(folder, images.MAX_PIXELS, **rule, seed=0, model_sha256="")
 
 
 def _coded(codec: Codec, source: Source, pixels: np.ndarray) -> tuple[float, float, Encoded]:
@@ -86,15 +91,49 @@ def _coded(codec: Codec, source: Source, pixels: np.ndarray) -> tuple[float, flo
 
 def _actor_seconds(folder: str, device_seconds: float) -> tuple[float, float]:
     """CPU seconds of both threads of an actor with a GPU, for each photograph of a folder after the first ones."""
-    words = [f"input={folder}", f"scale.per_image={DRAWS}", "actors.gpus=1", "actors.threads=1", "batch=1"]
     with tempfile.TemporaryDirectory() as output:
-        notes = run_stand_in([*words, f"output={output}"], {"CPU": 2, "GPU": 1}, device_seconds)
+        words = [f"input={folder}", f"output={output}", *_ONE_GPU]
+        notes = run_stand_in(words, {"CPU": 2, "GPU": 1}, device_seconds)
     means = []
     for who in ("image", "rows"):
         clock = [note["cpu"] for note in notes if note["who"] == who]
         spent = [after - before for before, after in pairwise(clock)]
         means.append(statistics.mean(spent[_WARM:] or spent))
     return means[0], means[1]
+
+
+def busy(pixels: np.ndarray, photographs: int) -> Table:
+    """The share of the time in which one device works, across the ends of shards, where codecs do not bind.
+
+    Args:
+        pixels: of the photographs, uint8 "H W 3".
+        photographs: of each of two shards.
+    """
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as output:
+        data = saved(pixels, "JPEG", quality=95)
+        for n in range(2 * photographs):
+            Path(folder, f"{n:03d}.jpg").write_bytes(data)
+        decode, encode, _ = _coded(_codec(folder), Source("000.jpg", len(data), ""), pixels)
+        seconds = max(1.5 * (decode + encode), 0.1)
+        words = [f"input={folder}", f"output={output}", f"shard.images={photographs}", "actors.max=1"]
+        notes = run_stand_in([*words, *_ONE_GPU], {"CPU": 2, "GPU": 1}, seconds)
+    begun = [note["at"] for note in notes if note["who"] == "image"]
+    idle = [after - before - seconds for before, after in pairwise(begun)]
+    between = idle.pop(photographs - 1)
+    rows = [
+        ("busy", f"{100 * seconds * (len(begun) - 1) / (begun[-1] - begun[0]):.0f}%"),
+        ("idle between two photographs of a shard, s, median", f"{statistics.median(idle):.2f}"),
+        ("idle between two shards, s", f"{between:.2f}"),
+    ]
+    about = (
+        f"One actor, two shards of {photographs} photographs of {_size(pixels)} pixels with {DRAWS} draws. Its "
+        f"degrader is A STAND-IN that sleeps {seconds:.1f} s for each, so that a core and a half can encode them."
+    )
+    return Table("How busy a device stays (stand-in)", about, ("", "measured"), rows)
+
+
+def _size(pixels: np.ndarray) -> str:
+    return f"{pixels.shape[1]} x {pixels.shape[0]}"
 
 
 def _costs(cost: Cost, size: str) -> Table:

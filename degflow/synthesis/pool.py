@@ -13,12 +13,13 @@ import logging
 import os
 import socket
 import sys
+import threading
 import time
 import traceback
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -37,12 +38,13 @@ from degflow.synthesis.cluster import NoCompiler, Watch, check_address, check_co
 from degflow.synthesis.codec import Threads
 from degflow.synthesis.metrics import ActorMetrics, DriverMetrics
 from degflow.synthesis.settings import ActorsConfig
-from degflow.synthesis.shard import Progress, ShardMaker
+from degflow.synthesis.shard import Progress, ShardMaker, Turn
 from degflow.synthesis.tasks import Tasks
 
 ATTEMPTS = 3  # of a shard
 HOPELESS = 10  # failures end the run as long as no shard is made
 _OF_ONE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # errors of its disk; those of storage end the run
+SHARDS_AT_ONCE = 2  # of an actor: while one is being stored, the next one is degraded
 REPORTS = 100  # a second, from all actors of a run: they take half of the driver's core
 JUDGED = 200  # images in made shards, after which a run ends if most of them are rejects
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
@@ -108,10 +110,16 @@ class Pool:
         most = min(shards, self.actors.max or shards)
         least = min(self.actors.min, most)
         first = min(most, max(least, self.room))
+        at_once = SHARDS_AT_ONCE if shards >= SHARDS_AT_ONCE * most else 1  # of few shards, each actor has its share
         # Ray Data enlarges a pool only if shards wait at its actors; in a pool that cannot grow they wait at none.
-        waiting = 1 if first == most else 2
+        waiting = 0 if first == most else at_once
         return ActorPoolStrategy(
-            min_size=least, max_size=most, initial_size=first, max_tasks_in_flight_per_actor=waiting
+            min_size=least,
+            max_size=most,
+            initial_size=first,
+            max_tasks_in_flight_per_actor=at_once + waiting,
+            max_concurrent_calls_per_actor=at_once,
+            enable_true_multi_threading=True,  # `Turn` keeps two shards from the device at a time
         )
 
 
@@ -178,8 +186,9 @@ class _ShardActor:
     """A Ray Data callable: takes one planned shard, yields reports; the last one has the shard's record.
 
     A failure is reported as well, because an exception in one actor would end Ray Data's whole run. The actor then
-    waits `PAUSE` seconds, lest one bad machine take the shards of all good ones, and its process ends with the next
-    shard, because some errors of a GPU stay with their process. Ray starts it anew and gives it that shard again.
+    waits `PAUSE` seconds, lest one bad machine take the shards of all good ones. When it is given the next shard, it
+    ends its other one, and its process ends, because some errors of a GPU stay with their process. Ray starts it anew
+    and gives it that shard again.
 
     On CPUs an actor loads and encodes in threads. A restarted actor uses tasks for its first shard: if a file killed
     the actor, that file now kills only a task, and becomes a reject.
@@ -197,7 +206,7 @@ class _ShardActor:
         self.between_reports = _between_reports(most, gpus, threads)
         self.maker: ShardMaker | None = None
         self.metrics: ActorMetrics | None = None
-        self.failed = False
+        self.calls, self.turn, self.failed = _Calls(), Turn(), False
 
     def device(self) -> str:
         """The device that computes."""
@@ -214,14 +223,21 @@ class _ShardActor:
 
     def __call__(self, batch: Any) -> Iterator[dict[str, list[Any]]]:
         if self.failed:
+            self.calls.wait()
+            time.sleep(1)  # until Ray has their last reports
             os._exit(1)
         shard = batch.to_pylist()[0]
-        number = shard["shard"]
         sources = [Source(*source.values()) for source in shard["sources"]]
+        with self.calls.counted():
+            yield from self._make(shard["shard"], sources)
+
+    def _make(self, number: int, sources: list[Source]) -> Iterator[dict[str, list[Any]]]:
         try:
-            self.maker = self.maker or self.load()
-            self.metrics = self.metrics or ActorMetrics(self.maker.output)
-            reports = self.metrics.counting(self.maker, self.maker.make(number, sources, self.workers))
+            with self.calls.one_at_a_time:
+                self.maker = self.maker or self.load()
+                self.metrics = self.metrics or ActorMetrics(self.maker.output)
+            maker = replace(self.maker, tally=defaultdict(float))
+            reports = self.metrics.counting(maker, maker.make(number, sources, self.workers, self.turn))
             for images, rejects, record in _seldom(reports, self.between_reports):
                 yield _report(number, images, rejects, record=json.dumps(asdict(record)) if record else "")
             self.workers = self.usual
@@ -232,6 +248,31 @@ class _ShardActor:
             self.failed = True
             time.sleep(self.PAUSE)
             yield _report(number, failure=f"on {socket.gethostname()}: {traceback.format_exc()}")
+
+
+class _Calls:
+    """The calls of an actor that run now, each in a thread of its own."""
+
+    def __init__(self):
+        self.one_at_a_time = threading.Lock()
+        self._ended, self._running = threading.Condition(), 0
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count the block as a call."""
+        with self._ended:
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._ended:
+                self._running -= 1
+                self._ended.notify_all()
+
+    def wait(self) -> None:
+        """Wait until no call runs."""
+        with self._ended:
+            self._ended.wait_for(lambda: not self._running)
 
 
 class _Count:

@@ -3,9 +3,12 @@
 Photographs are taken in windows of `batch` places in the plan; what the store does not give soon comes last. While the
 degrader works on one window, workers load the next one and encode the one before, and a second thread of the actor
 writes the rows of the one before that. So memory holds at most four windows of decoded images with their LR images,
-one row group of encoded images, and the `memory` GB of one forward pass.
+one row group of encoded images, and the `memory` GB of one forward pass. An actor may make two shards at a time: while
+the last rows of one are written and uploaded, the next one is degraded. That adds at most two windows and a row group.
 """
 
+import contextlib
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -36,9 +39,30 @@ class Progress(NamedTuple):
     record: Record | None = None
 
 
+class Turn:
+    """One shard of a process at a time has it, from its first window to its last; the others wait."""
+
+    def __init__(self):
+        self._lock, self._done = threading.Lock(), threading.Lock()
+        self._last = float("-inf")
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[float]:
+        """Wait for the turn, and hold it for the block; gives when it began."""
+        with self._lock:
+            yield time.monotonic()
+
+    def seconds(self, begun: float) -> float:
+        """Seconds of this process for a shard that is made now: since its turn, or since the shard made before it."""
+        with self._done:
+            now = time.monotonic()
+            spent, self._last = now - max(begun, self._last), now
+            return spent
+
+
 @dataclass
 class ShardMaker:
-    """Makes shards, one after the other. The driver builds one, and Ray copies it to every actor.
+    """Makes shards. The driver builds one, and Ray copies it to every actor.
 
     Args:
         output: URI of the dataset.
@@ -58,7 +82,7 @@ class ShardMaker:
     batch: int
     tally: dict[str, float] = field(default_factory=partial(defaultdict, float))
 
-    def make(self, number: int, sources: Sequence[Source], workers: Workers) -> Iterator[Progress]:
+    def make(self, number: int, sources: Sequence[Source], workers: Workers, turn: Turn) -> Iterator[Progress]:
         """Make one shard and put it into the output; yields a report for each finished window.
 
         A file that cannot be used becomes a reject. Any other failure, e.g. of the output, is raised.
@@ -67,27 +91,40 @@ class ShardMaker:
             number: of the shard.
             sources: its planned files.
             workers: run the codec.
+            turn: of this process; the shard is degraded while it has the turn.
         """
-        started, digest = time.monotonic(), self.recipe.digest(sources)
+        digest, windows = self.recipe.digest(sources), self._loaded(sources, workers)
         with ShardWriter(Place(self.output), number, digest) as writer, ThreadPoolExecutor(1) as second:
             rows, written = _Rows(self, writer, workers), Future[Progress]()
             written.set_result(Progress(0, 0))
-            for window in chain(self._loaded(sources, workers), [[]]):
-                begun = time.monotonic()
-                lrs = self.degrader.degrade(window)
-                self.tally["device"] += time.monotonic() - begun
-                yield written.result()
-                written = second.submit(rows.take, window, lrs)
+            with turn.taken() as begun:
+                for window in windows:
+                    lrs = self._degrade(window)
+                    yield written.result()
+                    written = second.submit(rows.take, window, lrs)
             yield written.result()
+            yield second.submit(rows.take, [], []).result()
             if not self.recipe.is_stored_in(Place(self.output)):
                 raise OSError(f"output={self.output}: another run has overwritten it (overwrite=true)")
-            yield Progress(0, 0, writer.finish(time.monotonic() - started, *rows.means()))
+            yield Progress(0, 0, writer.finish(turn.seconds(begun), *rows.means()))
+
+    def _degrade(self, window: Sequence[Item | Reject]) -> list[np.ndarray | Reject]:
+        begun = time.monotonic()
+        lrs = self.degrader.degrade(window)
+        self.tally["device"] += time.monotonic() - begun
+        return lrs
 
     def _loaded(self, sources: Sequence[Source], workers: Workers) -> Iterator[list[Item | Reject]]:
-        """The windows. A file that the store does not give soon is asked for again after all others."""
+        """The windows; the first one is being loaded when this returns.
+
+        A file that the store does not give soon is asked for again after all others.
+        """
         later: list[Source] = []
-        yield from self._windows(sources, workers, min(FIRST_PATIENCE, storage.PATIENCE), later)
-        yield from self._windows(later, workers, None, [])
+
+        def again() -> Iterator[list[Item | Reject]]:
+            yield from self._windows(later, workers, None, [])
+
+        return chain(self._windows(sources, workers, min(FIRST_PATIENCE, storage.PATIENCE), later), again())
 
     def _windows(
         self, sources: Sequence[Source], workers: Workers, patience: float | None, later: list[Source]
@@ -98,18 +135,24 @@ class ShardMaker:
             chosen = sources[start : start + self.batch]
             return [(source, workers.load(self.codec, source, patience)) for source in chosen]
 
-        ahead = submit(0)
-        for start in range(0, len(sources), self.batch):
-            window, ahead = ahead, submit(start + self.batch)
-            started, items = time.monotonic(), []
-            for source, call in window:
-                loaded = _result(source.key, "decode", call)
-                if isinstance(loaded, Postponed):
-                    later.append(source)
-                else:
-                    items.append(loaded if isinstance(loaded, Reject) else Item(call, loaded, self.scales(source.key)))
-            self.tally["waiting"] += time.monotonic() - started
-            yield items
+        def windows(ahead: list[tuple[Source, Handle]]) -> Iterator[list[Item | Reject]]:
+            for start in range(0, len(sources), self.batch):
+                window, ahead = ahead, submit(start + self.batch)
+                yield self._decoded(window, later)
+
+        return windows(submit(0))
+
+    def _decoded(self, window: Sequence[tuple[Source, Handle]], later: list[Source]) -> list[Item | Reject]:
+        """Wait for the files of a window. Postponed ones go to `later`."""
+        started, items = time.monotonic(), []
+        for source, call in window:
+            loaded = _result(source.key, "decode", call)
+            if isinstance(loaded, Postponed):
+                later.append(source)
+            else:
+                items.append(loaded if isinstance(loaded, Reject) else Item(call, loaded, self.scales(source.key)))
+        self.tally["waiting"] += time.monotonic() - started
+        return items
 
 
 class _Rows:

@@ -246,6 +246,7 @@ def test_the_job_saves_what_it_prints(tmp_path):
         "Codecs",
         "What a photograph costs outside the networks",
         "One node (model)",
+        "How busy a device stays (stand-in)",
         "Planning",
         "Finding finished shards",
         "Precision",

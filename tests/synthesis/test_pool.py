@@ -6,6 +6,8 @@ import re
 import resource
 import socket
 import sys
+import threading
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from degflow import Degrader, images
 from degflow.config import load
 from degflow.dataset.layout import Record
 from degflow.dataset.plan import Plan
+from degflow.dataset.writer import ShardWriter
 from degflow.synthesis import pool
 from degflow.synthesis.pool import _between_reports, _Count, _seldom, _ShardActor
 from degflow.synthesis.run import Run, synthesize
@@ -80,28 +83,64 @@ class Failing(_ShardActor):
     PAUSE = 0.0
     early = False  # as the actor starts, instead of amid the shard
 
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.call = threading.local()  # each of an actor's calls has its thread
+
     def __call__(self, batch):
         shard = batch.to_pylist()[0]["shard"]
         notes = Path(ray.get(self.reference).output + ".tries")
         notes.mkdir(exist_ok=True)
         tries = len(list(notes.glob(f"{shard}-*")))
-        self.now = not self.failed and self.fails(shard, tries)
+        self.call.fails = not self.failed and self.fails(shard, tries)
         if not self.failed:
             (notes / f"{shard}-{tries}-{os.getpid()}").touch()
-        if self.now:
+        if self.call.fails and self.early:
             self.maker = None  # `load` again
         yield from super().__call__(batch)
 
     def load(self):
         maker = super().load()
-        if self.now:
-            if self.early:
-                raise RuntimeError("CUDA error: no kernel image is available")
-            maker.degrader.degrade = lambda window: (_ for _ in ()).throw(RuntimeError("CUDA error: an illegal access"))
+        if self.call.fails and self.early:
+            raise RuntimeError("CUDA error: no kernel image is available")
+        degrade = maker.degrader.degrade
+
+        def fragile(window):
+            if self.call.fails:
+                raise RuntimeError("CUDA error: an illegal access")
+            return degrade(window)
+
+        maker.degrader.degrade = fragile
         return maker
 
     def fails(self, shard, tries):
         raise NotImplementedError
+
+
+class Slow(_ShardActor):
+    """An actor that needs long for a shard's upload, and notes when shards are degraded and put."""
+
+    def load(self):
+        maker, finish = super().load(), ShardWriter.finish
+        degrade = maker.degrader.degrade
+
+        def note(text):
+            with open(f"{maker.output}.times", "a") as file:
+                file.write(f"{text} {os.getpid()}\n")
+
+        def degrading(window):
+            note("degrade")
+            return degrade(window)
+
+        def finishing(*arguments):
+            note("put")
+            time.sleep(1)
+            record = finish(*arguments)
+            note("end")
+            return record
+
+        maker.degrader.degrade, ShardWriter.finish = degrading, finishing
+        return maker
 
 
 class FailsOnce(Failing):
@@ -206,6 +245,21 @@ def test_a_file_that_kills_its_decoder_is_a_reject_and_the_others_are_rows(photo
     rejects = rejects_of(tmp_path / "out")
     assert {key: row["stage"] for key, row in rejects.items()} == {"04b.png": "decode", "07b.png": "decode"}
     assert all("its process died" in row["error"] for row in rejects.values())
+
+
+@pytest.mark.parametrize("shards", [2, 1])
+def test_an_actor_degrades_a_shard_while_it_puts_the_one_before(
+    shared_ray, photos, model, tmp_path, monkeypatch, shards
+):
+    monkeypatch.setattr(pool, "_ShardActor", Slow)
+    monkeypatch.setattr(pool, "SHARDS_AT_ONCE", shards)
+    run(photos, tmp_path / "out", model, "actors.max=1")
+    assert len(rows_of(tmp_path / "out")) == 12
+    notes, processes = zip(*map(str.split, (tmp_path / "out.times").read_text().splitlines()), strict=True)
+    assert len(set(processes)) == 1
+    text = " ".join(notes)
+    assert (text == " ".join(["degrade put end"] * 4)) == (shards == 1)
+    assert ("degrade degrade" in text or "put degrade" in text) == (shards == 2)
 
 
 @pytest.mark.parametrize("actor", [FailsOnce, FailsAsItStarts])

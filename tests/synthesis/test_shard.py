@@ -7,6 +7,7 @@ import re
 import threading
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +34,7 @@ from degflow.synthesis.codec import Codec, Loaded, Threads
 from degflow.synthesis.inventory import Input
 from degflow.synthesis.run import Run
 from degflow.synthesis.settings import SynthesizeConfig
+from degflow.synthesis.shard import Turn
 from degflow.synthesis.sizes import next_part
 from tests.faults import proxying
 from tests.finished import synthesize_here
@@ -75,7 +77,7 @@ def make_all(run, plan):
     """Make every shard of a plan in this process, and nothing else of a run."""
     maker = run.maker()
     for number in range(len(plan)):
-        *reports, last = maker.make(number, plan[number], Threads(2))
+        *reports, last = maker.make(number, plan[number], Threads(2), Turn())
         assert sum(report.images for report in reports) == len(plan[number])
         assert sum(report.rejects for report in reports) == last.record.rejects
 
@@ -348,7 +350,7 @@ def test_an_image_that_no_tile_of_fits_the_budget_is_a_reject(photos, model, tmp
 def test_an_unexpected_failure_is_not_a_reject(photos, model, tmp_path):
     maker = dataclasses.replace(open_run(photos, tmp_path, model).maker(), scales=lambda key: [5.0])
     with pytest.raises(ValueError, match="trained range"):
-        list(maker.make(0, plan_of(photos, tmp_path)[0], Threads(1)))
+        list(maker.make(0, plan_of(photos, tmp_path)[0], Threads(1), Turn()))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -571,7 +573,7 @@ def test_a_file_that_the_store_withholds_comes_last_and_holds_no_other_up(s3, mo
         patch.setenv("AWS_ENDPOINT_URL", endpoint)
         forget_clients()
         notes = Notes(proxy if comes else None)
-        reports = list(run.maker().make(0, plan[0], notes))
+        reports = list(run.maker().make(0, plan[0], notes, Turn()))
     forget_clients()
     assert notes.loads == [f"{name}.png" for name in "abcdefb"]
     assert sum(report.images for report in reports) == 6
@@ -593,7 +595,7 @@ def test_rows_are_written_while_the_degrader_works_on_later_photographs(photos, 
         return degrade(window)
 
     def waiting(self, rows):
-        later = min(len(written) + 2, 9)  # after the nine photographs comes an empty window
+        later = min(len(written) + 2, 8)
         assert begun[later].wait(30), "photograph n + 2 is degraded while the rows of n are written"
         written.append(rows[0]["key"])
         add(self, rows)
@@ -601,8 +603,64 @@ def test_rows_are_written_while_the_degrader_works_on_later_photographs(photos, 
     maker.degrader.degrade = noted
     monkeypatch.setattr(ShardWriter, "add", waiting)
     plan = plan_of(photos, tmp_path, "limit=9")
-    list(maker.make(0, plan[0], Threads(2)))
+    list(maker.make(0, plan[0], Threads(2), Turn()))
     assert written == [source.key for source in plan[0]]
+
+
+@pytest.fixture
+def two_shards(photos, model, tmp_path):
+    """Two shards of three windows by makers of one process: (makers, their plan, the keys that were degraded)."""
+    run, degraded = open_run(photos, tmp_path, model, "batch=1", "shard.images=3"), []
+    makers = [run.maker() for _ in range(2)]
+    for maker in makers:
+        degrade = maker.degrader.degrade
+        maker.degrader.degrade = lambda window, degrade=degrade: (
+            degraded.append(window[0].loaded.key) or degrade(window)
+        )
+    return makers, plan_of(photos, tmp_path, "shard.images=3", "limit=6"), degraded
+
+
+def test_a_shard_is_degraded_and_put_while_the_one_before_it_is_still_being_stored(two_shards, tmp_path):
+    makers, plan, degraded = two_shards
+    turn, parts = Turn(), [tmp_path / "data" / f"part-{number:06d}.parquet" for number in range(2)]
+    first, second = (makers[number].make(number, plan[number], Threads(1), turn) for number in range(2))
+    for _ in range(4):  # three in the turn, and one after it
+        next(first)
+    assert list(second)[-1].record.rows == 3
+    assert degraded == [source.key for number in range(2) for source in plan[number]]
+    assert [part.exists() for part in parts] == [False, True]
+    assert list(first)[-1].record.rows == 3
+    assert [part.exists() for part in parts] == [True, True]
+
+
+def test_the_seconds_of_a_process_are_counted_once(monkeypatch):
+    clock = iter([0.0, 10.0, 13.0, 20.0])  # the first shard is degraded until 10, and stored until 13
+    monkeypatch.setattr(shard, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    turn = Turn()
+    with turn.taken() as first:
+        pass
+    with turn.taken() as second:
+        pass
+    assert turn.seconds(first) == 13
+    assert turn.seconds(second) == 7
+
+
+def test_a_shard_waits_for_its_turn_with_its_first_window_loaded(two_shards, tmp_path):
+    makers, plan, degraded = two_shards
+    turn, notes = Turn(), Notes()
+    first = makers[0].make(0, plan[0], Threads(1), turn)
+    next(first)
+    assert degraded == [plan[0][0].key]
+    second = threading.Thread(target=list, args=(makers[1].make(1, plan[1], notes, turn),))
+    second.start()
+    second.join(1)
+    assert second.is_alive()
+    assert notes.loads == [plan[1][0].key]
+    assert degraded == [plan[0][0].key]
+    list(first)
+    second.join(30)
+    assert degraded == [source.key for number in range(2) for source in plan[number]]
+    assert len(list(tmp_path.glob("data/part-*"))) == 2
 
 
 def test_a_failure_to_write_ends_the_shard_and_leaves_no_part(photos, model, tmp_path, monkeypatch):
@@ -612,7 +670,7 @@ def test_a_failure_to_write_ends_the_shard_and_leaves_no_part(photos, model, tmp
     monkeypatch.setattr(ShardWriter, "add", full)
     run, plan, reports = open_run(photos, tmp_path, model, "batch=1"), plan_of(photos, tmp_path), []
     with pytest.raises(OSError, match="No space left"):
-        reports.extend(run.maker().make(0, plan[0], Threads(2)))
+        reports.extend(run.maker().make(0, plan[0], Threads(2), Turn()))
     assert len(reports) < 9
     assert not list(tmp_path.glob("data/*"))
 

@@ -13,6 +13,7 @@ from degflow.synthesis import run as module
 from degflow.synthesis.codec import Threads
 from degflow.synthesis.run import Run
 from degflow.synthesis.settings import SynthesizeConfig
+from degflow.synthesis.shard import Turn
 from tests.finished import Here, pool_here, save_coordinates, synthesize_here
 from tests.sources import rejects_of, rows_of
 
@@ -35,7 +36,7 @@ def claimed(photos, output, model, *words):
 
 def put(run, number, sources=None):
     """Make one shard, as an actor of the run does."""
-    return list(run.maker().make(number, sources or run.state.plan[number], Threads(1)))
+    return list(run.maker().make(number, sources or run.state.plan[number], Threads(1), Turn()))
 
 
 def parts_of(output):
@@ -216,7 +217,7 @@ def test_what_an_interrupted_overwriting_leaves_is_no_part_of_the_new_run(photos
 def set_one_aside(pool, maker, plan, pending, price):
     for number in pending:
         if number != 1:
-            list(maker.make(number, plan[number], Threads(1)))
+            list(maker.make(number, plan[number], Threads(1), Turn()))
     raise ValueError("1 of 3 shards were set aside")
 
 
