@@ -32,11 +32,12 @@ REALISM = (
 )
 
 DRAWS = (
-    "Means of the scenes. PSNR-Y of draws, of their mean (spread 0) and of the optics alone. Then captured / drawn: "
-    "noise in flat blocks by brightness (medians), and the correlation of neighbours there; comb, the power at "
-    "multiples of 1/8 and 1/4 cycles per pixel above that beside them, in dB; the mean colour of gray. Energy score of "
-    "the draws, and of the mean in their place; lower is better. Rank error: how far the captured pixel's ranks among "
-    "the draws are from even, in the finest band of frequency and in all; 0 is calibrated."
+    "PSNR-Y of draws, of their mean (spread 0) and of the optics alone. Noise in flat blocks by brightness: its "
+    "captured level, and after the semicolon drawn / captured; both are medians of the scenes. All other columns are "
+    "means of the scenes. Captured / drawn: correlation of neighbours in flat blocks; comb, the power at multiples of "
+    "1/8 and 1/4 cycles per pixel above that beside them, in dB; the mean colour of gray. Energy score of the draws, "
+    "and of the mean in their place; lower is better. Rank error: how far the captured pixel's ranks among the draws "
+    "are from even, in the finest band of frequency and in all; 0 is calibrated."
 )
 
 

@@ -1,7 +1,7 @@
 """Measurements as Markdown tables of means over the scenes, and as parquet."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from degflow.capture.scenes import HR_LABEL
 from degflow.evaluation.baselines import BASELINES
 from degflow.evaluation.curve import BestTime
-from degflow.evaluation.draws import DrawScore
+from degflow.evaluation.draws import BRIGHTNESS, DrawScore
 from degflow.evaluation.fidelity import METHODS, TITLES, Measurement, methods_of
 from degflow.evaluation.frechet import Distance
 from degflow.trajectory import Timeline
@@ -169,18 +169,36 @@ def _markdown(titles: Sequence[Any], rows: Iterable[Sequence[str]]) -> str:
 
 
 def draws_table(scores: Sequence[DrawScore]) -> str:
-    """A row per level: medians over the scenes of the noises, means of the rest of `DrawScore`; captured / drawn."""
-    header = ("scale", "draws", "mean", "optics", "dark", "middle", "bright", "correlation", "comb 8", "comb 4")
+    """A row per level of `DrawScore`.
+
+    Of noise by brightness the median captured level, and the median over the scenes of drawn / captured: levels differ
+    tenfold from scene to scene, so medians of both would compare different scenes. Of the rest means, captured / drawn.
+    """
+    header = ("scale", "draws", "mean", "optics", *BRIGHTNESS, "correlation", "comb 8", "comb 4")
     header += ("gray's colour", "energy score, of the mean", "rank error, fine, all")
     rows = []
     for label in dict.fromkeys(score.label for score in scores):
-        values = np.array([score[2:] for score in scores if score.label == label])
-        averages = [np.median if 3 <= n < 9 else np.mean for n in range(values.shape[1])]
-        means = [
-            float(average(known)) if len(known := column[~np.isnan(column)]) else math.nan
-            for average, column in zip(averages, values.T, strict=True)
+        found = np.array([score[2:] for score in scores if score.label == label]).T
+        column = dict(zip(DrawScore._fields[2:], found, strict=True))
+        mean = {name: _known(np.mean, values) for name, values in column.items()}
+        noises = [_noise(column[name], column[f"{name}_drawn"]) for name in BRIGHTNESS]
+        paired = ("correlation", "comb8", "comb4", "chroma")
+        pairs = [f"{mean[name]:.2f} / {mean[f'{name}_drawn']:.2f}" for name in paired]
+        quality = [f"{mean[name]:.2f}" for name in ("psnr", "mean_psnr", "optics_psnr")]
+        last = [
+            f"{mean[first]:.3f}, {mean[second]:.3f}"
+            for first, second in (("energy", "energy_of_mean"), ("fine_rank_error", "rank_error"))
         ]
-        pairs = [f"{a:.2f} / {b:.2f}" for a, b in zip(means[3:-4:2], means[4:-4:2], strict=True)]
-        last = (f"{means[-4]:.3f}, {means[-3]:.3f}", f"{means[-2]:.3f}, {means[-1]:.3f}")
-        rows.append((f"x{label}", *(f"{value:.2f}" for value in means[:3]), *pairs, *last))
+        rows.append((f"x{label}", *quality, *noises, *pairs, *last))
     return _markdown(header, rows)
+
+
+def _noise(captured: np.ndarray, drawn: np.ndarray) -> str:
+    ratios = np.divide(drawn, captured, out=np.full(len(captured), np.nan), where=captured > 0)
+    return f"{_known(np.median, captured):.2f}; {_known(np.median, ratios):.2f}"
+
+
+def _known(average: Callable[[np.ndarray], Any], values: np.ndarray) -> float:
+    """The average without NaN; NaN if there is nothing else."""
+    known = values[~np.isnan(values)]
+    return float(average(known)) if len(known) else math.nan

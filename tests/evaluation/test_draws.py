@@ -118,13 +118,16 @@ def test_captured_and_drawn_images_are_measured_by_the_same_rule():
         assert 0 <= score.rank_error <= 1
 
 
-def test_the_table_of_draws_holds_medians_of_noise_and_means_of_the_rest():
+def test_the_table_of_draws_holds_medians_of_noise_and_of_its_ratios_and_means_of_the_rest():
     def score(scene, value, dark):
         return DrawScore(scene, "2", *[value] * 3, dark, dark + 1, *[value] * (len(DrawScore._fields) - 7))
 
     table = draws_table(
-        [score("a", 1.0, 0.5), score("b", 2.0, 0.75), score("c", 6.0, 9.0), score("d", math.nan, math.nan)]
+        [
+            *(score("a", 1.0, 0.5), score("b", 2.0, 0.75), score("c", 6.0, 9.0), score("d", math.nan, math.nan)),
+            score("e", math.nan, 0.0),  # a captured image without noise has no ratio
+        ]
     )
     cells = [cell.strip() for cell in table.splitlines()[2].split("|")[1:-1]]
-    assert cells[:6] == ["x2", "3.00", "3.00", "3.00", "0.75 / 1.75", "2.00 / 2.00"]
+    assert cells[:6] == ["x2", "3.00", "3.00", "3.00", "0.62; 2.33", "2.00; 1.00"]
     assert cells[-1] == "3.000, 3.000"
