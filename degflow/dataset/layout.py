@@ -83,9 +83,10 @@ class Record:
     """A finished shard; one row of the manifest.
 
     `bytes` is the size of its part, and `sha256` the digest of the part's bytes before its footer. `recipe` is the
-    digest of its configuration and planned files. `seconds` is the time from its first read to its last row. Three
-    statistics are means over its rows, before any resize, and null without rows: `psnr` (LR against HR, in dB, at most
-    99), `clipped` (share of LR values at 0 or 255) and `colour_shift` (distance of the mean colours, in levels of 255).
+    digest of its configuration and planned files. `seconds` is the actor's time until its last row; where the end
+    of one shard and the beginning of the next overlap, it is counted once. Three statistics are means over its
+    rows, before any resize, and null without rows: `psnr` (LR against HR, in dB, at most 99), `clipped` (share of
+    LR values at 0 or 255) and `colour_shift` (distance of the mean colours, in levels of 255).
     """
 
     part: str

@@ -38,8 +38,8 @@ from degflow.synthesis.cluster import NoCompiler, Watch, check_address, check_co
 from degflow.synthesis.codec import Threads
 from degflow.synthesis.metrics import ActorMetrics, DriverMetrics
 from degflow.synthesis.settings import ActorsConfig
-from degflow.synthesis.shard import Progress, ShardMaker, Turn
-from degflow.synthesis.tasks import Tasks
+from degflow.synthesis.shard import BrokenTurn, Progress, ShardMaker, Turn
+from degflow.synthesis.tasks import Tasks, attempts_before
 
 ATTEMPTS = 3  # of a shard
 HOPELESS = 10  # failures end the run as long as no shard is made
@@ -110,14 +110,12 @@ class Pool:
         most = min(shards, self.actors.max or shards)
         least = min(self.actors.min, most)
         first = min(most, max(least, self.room))
-        at_once = SHARDS_AT_ONCE if shards >= SHARDS_AT_ONCE * most else 1  # of few shards, each actor has its share
-        # Ray Data enlarges a pool only if shards wait at its actors; in a pool that cannot grow they wait at none.
-        waiting = 0 if first == most else at_once
+        at_once = SHARDS_AT_ONCE if shards >= SHARDS_AT_ONCE * first else 1  # of few shards, each actor has its share
         return ActorPoolStrategy(
             min_size=least,
             max_size=most,
             initial_size=first,
-            max_tasks_in_flight_per_actor=at_once + waiting,
+            max_tasks_in_flight_per_actor=at_once,
             max_concurrent_calls_per_actor=at_once,
             enable_true_multi_threading=True,  # `Turn` keeps two shards from the device at a time
         )
@@ -186,27 +184,25 @@ class _ShardActor:
     """A Ray Data callable: takes one planned shard, yields reports; the last one has the shard's record.
 
     A failure is reported as well, because an exception in one actor would end Ray Data's whole run. The actor then
-    waits `PAUSE` seconds, lest one bad machine take the shards of all good ones. When it is given the next shard, it
-    ends its other one, and its process ends, because some errors of a GPU stay with their process. Ray starts it anew
-    and gives it that shard again.
+    waits `PAUSE` seconds, lest one bad machine take the shards of all good ones. Then its process ends, because some
+    errors of a GPU stay with their process: as soon as it is given another shard, or has one that waits for its turn.
+    Ray starts it anew and gives it that shard again.
 
-    On CPUs an actor loads and encodes in threads. A restarted actor uses tasks for its first shard: if a file killed
-    the actor, that file now kills only a task, and becomes a reject.
+    On CPUs an actor loads and encodes in threads. A shard whose actor died uses tasks: if a file killed the actor, that
+    file now kills only a task, and becomes a reject.
     """
 
-    PAUSE = 30.0
+    PAUSE, GRACE = 30.0, 5.0  # seconds; the second one for Ray to take the last reports of a process
 
     def __init__(self, maker: ray.ObjectRef, gpus: int, threads: int, compiled: bool, most: int):
-        torch.set_num_threads(threads)
         keep_freed_memory()
-        self.usual = Tasks(gpus) if gpus else Threads(threads)
-        restarted = ray.get_runtime_context().was_current_actor_reconstructed
-        self.workers = Tasks(gpus) if restarted else self.usual
-        self.reference, self.compiled = maker, compiled
+        self.threads, self.reference, self.compiled = threads, maker, compiled
+        self.tasks = Tasks(gpus)
+        self.usual = self.tasks if gpus else Threads(threads)
         self.between_reports = _between_reports(most, gpus, threads)
         self.maker: ShardMaker | None = None
         self.metrics: ActorMetrics | None = None
-        self.calls, self.turn, self.failed = _Calls(), Turn(), False
+        self.calls, self.turn = _Calls(), Turn()
 
     def device(self) -> str:
         """The device that computes."""
@@ -221,31 +217,43 @@ class _ShardActor:
             degrader.compile(dynamic=True)
         return maker
 
-    def __call__(self, batch: Any) -> Iterator[dict[str, list[Any]]]:
-        if self.failed:
-            self.calls.wait()
-            time.sleep(1)  # until Ray has their last reports
-            os._exit(1)
-        shard = batch.to_pylist()[0]
-        sources = [Source(*source.values()) for source in shard["sources"]]
-        with self.calls.counted():
-            yield from self._make(shard["shard"], sources)
-
-    def _make(self, number: int, sources: list[Source]) -> Iterator[dict[str, list[Any]]]:
-        try:
-            with self.calls.one_at_a_time:
+    def loaded(self) -> tuple[ShardMaker, ActorMetrics]:
+        """What `load` gave, which is called once, and what counts its work."""
+        if not self.maker or not self.metrics:
+            with self.turn.taken():
                 self.maker = self.maker or self.load()
                 self.metrics = self.metrics or ActorMetrics(self.maker.output)
-            maker = replace(self.maker, tally=defaultdict(float))
-            reports = self.metrics.counting(maker, maker.make(number, sources, self.workers, self.turn))
+        return self.maker, self.metrics
+
+    def __call__(self, batch: Any) -> Iterator[dict[str, list[Any]]]:
+        shard = batch.to_pylist()[0]
+        sources = [Source(*source.values()) for source in shard["sources"]]
+        try:
+            with self.calls.counted():
+                if self.turn.broken:
+                    raise BrokenTurn
+                torch.set_num_threads(self.threads)  # of this call's thread
+                yield from self._make(shard["shard"], sources)
+        except BrokenTurn:
+            self.calls.wait()
+            time.sleep(self.GRACE)
+            os._exit(1)
+
+    def _make(self, number: int, sources: list[Source]) -> Iterator[dict[str, list[Any]]]:
+        workers = self.tasks if attempts_before() else self.usual
+        try:
+            maker, metrics = self.loaded()
+            maker = replace(maker, tally=defaultdict(float))
+            reports = metrics.counting(maker, maker.make(number, sources, workers, self.turn))
             for images, rejects, record in _seldom(reports, self.between_reports):
                 yield _report(number, images, rejects, record=json.dumps(asdict(record)) if record else "")
-            self.workers = self.usual
+        except BrokenTurn:
+            raise
         except Exception as error:
             if isinstance(error, NoCompiler) or (isinstance(error, OSError) and error.errno not in _OF_ONE_MACHINE):
                 yield _report(number, fatal=f"shard {number}: {type(error).__name__}: {error}")
                 return
-            self.failed = True
+            self.turn.broken = True
             time.sleep(self.PAUSE)
             yield _report(number, failure=f"on {socket.gethostname()}: {traceback.format_exc()}")
 
@@ -254,7 +262,6 @@ class _Calls:
     """The calls of an actor that run now, each in a thread of its own."""
 
     def __init__(self):
-        self.one_at_a_time = threading.Lock()
         self._ended, self._running = threading.Condition(), 0
 
     @contextlib.contextmanager
@@ -423,6 +430,8 @@ def _quiet_ray_data() -> Iterator[None]:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = 1  # byte, so that every report is a block, which is passed on at once
+    # A pool grows as soon as all its actors have all the shards that they take.
+    context.autoscaling_config = replace(context.autoscaling_config, actor_pool_util_upscaling_threshold=1.0)
     context.execution_no_progress_timeout_s = -1  # a cluster may need long for its first GPU
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,21 +38,39 @@ class Progress(NamedTuple):
     record: Record | None = None
 
 
+class BrokenTurn(RuntimeError):
+    """A shard of this process has failed, and all others may: some errors of a GPU stay with their process."""
+
+
 class Turn:
-    """One shard of a process at a time has it, from its first window to its last; the others wait."""
+    """One shard of a process at a time has it, while its windows are degraded; the others wait.
+
+    Attributes:
+        broken: a shard has failed, and no other one gets the turn.
+    """
 
     def __init__(self):
-        self._lock, self._done = threading.Lock(), threading.Lock()
-        self._last = float("-inf")
+        self.broken = False
+        self._lock, self._done, self._last = threading.Lock(), threading.Lock(), float("-inf")
 
     @contextlib.contextmanager
     def taken(self) -> Iterator[float]:
-        """Wait for the turn, and hold it for the block; gives when it began."""
+        """Wait for the turn, and hold it for the block; gives when it began.
+
+        Raises:
+            BrokenTurn: it is broken; a block that fails breaks it.
+        """
         with self._lock:
-            yield time.monotonic()
+            if self.broken:
+                raise BrokenTurn
+            try:
+                yield time.monotonic()
+            except Exception:
+                self.broken = True
+                raise
 
     def seconds(self, begun: float) -> float:
-        """Seconds of this process for a shard that is made now: since its turn, or since the shard made before it."""
+        """Seconds until now of a shard whose turn began then, without those that were counted for the one before."""
         with self._done:
             now = time.monotonic()
             spent, self._last = now - max(begun, self._last), now
@@ -93,17 +110,17 @@ class ShardMaker:
             workers: run the codec.
             turn: of this process; the shard is degraded while it has the turn.
         """
-        digest, windows = self.recipe.digest(sources), self._loaded(sources, workers)
+        digest, later = self.recipe.digest(sources), list[Source]()
+        windows = self._windows(sources, workers, min(FIRST_PATIENCE, storage.PATIENCE), later)
         with ShardWriter(Place(self.output), number, digest) as writer, ThreadPoolExecutor(1) as second:
-            rows, written = _Rows(self, writer, workers), Future[Progress]()
-            written.set_result(Progress(0, 0))
+            rows = _Rows(self, writer, workers, second)
             with turn.taken() as begun:
-                for window in windows:
-                    lrs = self._degrade(window)
-                    yield written.result()
-                    written = second.submit(rows.take, window, lrs)
-            yield written.result()
-            yield second.submit(rows.take, [], []).result()
+                yield from (rows.follow(window, self._degrade(window)) for window in windows)
+            if later:  # what the store did not give soon
+                windows = self._windows(later, workers, None, [])
+                with turn.taken():
+                    yield from (rows.follow(window, self._degrade(window)) for window in windows)
+            yield from rows.rest()
             if not self.recipe.is_stored_in(Place(self.output)):
                 raise OSError(f"output={self.output}: another run has overwritten it (overwrite=true)")
             yield Progress(0, 0, writer.finish(turn.seconds(begun), *rows.means()))
@@ -114,22 +131,13 @@ class ShardMaker:
         self.tally["device"] += time.monotonic() - begun
         return lrs
 
-    def _loaded(self, sources: Sequence[Source], workers: Workers) -> Iterator[list[Item | Reject]]:
-        """The windows; the first one is being loaded when this returns.
-
-        A file that the store does not give soon is asked for again after all others.
-        """
-        later: list[Source] = []
-
-        def again() -> Iterator[list[Item | Reject]]:
-            yield from self._windows(later, workers, None, [])
-
-        return chain(self._windows(sources, workers, min(FIRST_PATIENCE, storage.PATIENCE), later), again())
-
     def _windows(
         self, sources: Sequence[Source], workers: Workers, patience: float | None, later: list[Source]
     ) -> Iterator[list[Item | Reject]]:
-        """The windows of some files; while one is degraded, the next one is loaded. Postponed files go to `later`."""
+        """The windows of some files; the first one is being loaded when this returns.
+
+        While one is degraded, the next one is loaded. Files that the store does not give soon go to `later`.
+        """
 
         def submit(start: int) -> list[tuple[Source, Handle]]:
             chosen = sources[start : start + self.batch]
@@ -156,18 +164,31 @@ class ShardMaker:
 
 
 class _Rows:
-    """Windows with their LR images -> rows in the shard. It runs beside the degrader, in a thread of its own.
+    """Windows with their LR images -> rows in the shard. The work is done beside the degrader, in a second thread.
 
     Args:
         maker: of the shard.
         writer: of the shard.
         workers: run the codec.
+        second: the thread.
     """
 
-    def __init__(self, maker: ShardMaker, writer: ShardWriter, workers: Workers):
-        self.maker, self.writer, self.workers = maker, writer, workers
+    def __init__(self, maker: ShardMaker, writer: ShardWriter, workers: Workers, second: ThreadPoolExecutor):
+        self.maker, self.writer, self.workers, self.second = maker, writer, workers, second
         self.waiting: list[tuple[str, Handle | Reject]] = []  # the last window, which is being encoded
         self.sums, self.count = np.zeros(3), 0
+        self.taken: Future[Progress] = second.submit(self.take, [], [])
+
+    def follow(self, window: Sequence[Item | Reject], lrs: Sequence[np.ndarray | Reject]) -> Progress:
+        """Have a window taken, as soon as the one before is; returns what that one's taking wrote."""
+        done = self.taken.result()
+        self.taken = self.second.submit(self.take, window, lrs)
+        return done
+
+    def rest(self) -> Iterator[Progress]:
+        """Write all that is left."""
+        yield self.follow([], [])
+        yield self.taken.result()
 
     def take(self, window: Sequence[Item | Reject], lrs: Sequence[np.ndarray | Reject]) -> Progress:
         """Have a window encoded, and write the rows of the one before."""

@@ -21,10 +21,15 @@ _FRESH = 60.0  # seconds for which the nodes' memory is believed
 @ray.remote(max_retries=CRASHES)
 def _call(function: Callable[..., Any], *arguments: Any) -> Any:
     # A task with max_retries=0 would not be started again; but Ray then kills the actor instead of it.
-    process: Any = ray_worker.global_worker
-    if process.core_worker.get_current_task_attempt_number() >= KILLS:
+    if attempts_before() >= KILLS:
         raise CodecDied(f"its process died, {KILLS} times over: killed as its node ran out of memory")
     return function(*arguments)
+
+
+def attempts_before() -> int:
+    """How often Ray has started the task that runs here, or the call of an actor, in processes that died."""
+    process: Any = ray_worker.global_worker
+    return process.core_worker.get_current_task_attempt_number()
 
 
 class _Task:

@@ -551,10 +551,11 @@ class Notes(Threads):
 
     def __init__(self, proxy=None):
         super().__init__(2)
-        self.loads, self.proxy = [], proxy
+        self.loads, self.loaded, self.proxy = [], threading.Event(), proxy
 
     def load(self, codec, source, patience=None):
         self.loads.append(source.key)
+        self.loaded.set()
         if patience is None and self.proxy:
             self.proxy.broken = None
         return super().load(codec, source, patience)
@@ -653,7 +654,8 @@ def test_a_shard_waits_for_its_turn_with_its_first_window_loaded(two_shards, tmp
     assert degraded == [plan[0][0].key]
     second = threading.Thread(target=list, args=(makers[1].make(1, plan[1], notes, turn),))
     second.start()
-    second.join(1)
+    assert notes.loaded.wait(30)
+    second.join(0.5)
     assert second.is_alive()
     assert notes.loads == [plan[1][0].key]
     assert degraded == [plan[0][0].key]
