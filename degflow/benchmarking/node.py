@@ -3,6 +3,7 @@
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,12 +95,23 @@ def _actor_seconds(folder: str, device_seconds: float) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as output:
         words = [f"input={folder}", f"output={output}", *_ONE_GPU]
         notes = run_stand_in(words, {"CPU": 2, "GPU": 1}, device_seconds)
-    means = []
-    for who in ("image", "rows"):
-        clock = [note["cpu"] for note in notes if note["who"] == who]
-        spent = [after - before for before, after in pairwise(clock)]
-        means.append(statistics.mean(spent[_WARM:] or spent))
-    return means[0], means[1]
+    return _mean_spent(notes, "image"), _mean_spent(notes, "rows")
+
+
+def _mean_spent(notes: Sequence[dict[str, Any]], who: str) -> float:
+    """The mean CPU seconds between two notes of one thread.
+
+    A new thread may have the number of an ended one; its clock starts at 0.
+    """
+    clocks: dict[int, float] = {}
+    spent = []
+    for note in notes:
+        if note["who"] == who:
+            before = clocks.get(note["thread"], float("inf"))
+            if note["cpu"] >= before:
+                spent.append(note["cpu"] - before)
+            clocks[note["thread"]] = note["cpu"]
+    return statistics.mean(spent[_WARM:] or spent)
 
 
 def busy(pixels: np.ndarray, photographs: int) -> Table:

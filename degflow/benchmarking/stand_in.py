@@ -3,12 +3,14 @@
 It works without a GPU, where Ray is told of one. The environment has its settings: DEGFLOW_STAND_IN_SECONDS, for each
 photograph, and DEGFLOW_STAND_IN_TRACE, a file that gets a JSON object for each photograph that is degraded, for each
 window whose rows are written and for each report that the driver takes. It has `who` (image, rows or report), `at`
-(clock, s) and `cpu` (s): of the actor's thread that runs the degrader, of its second thread, or of the driver.
+(clock, s), `thread`, and `cpu` (s): of the actor's thread that runs the degrader, of its second thread (every shard has
+threads of its own), or of the driver.
 """
 
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -62,7 +64,8 @@ def note(who: str, cpu: float) -> None:
     """Write a line into the trace, if there is one."""
     if path := os.environ.get(TRACE):
         with open(path, "a") as file:
-            file.write(json.dumps({"who": who, "at": time.monotonic(), "cpu": cpu}) + "\n")
+            noted = {"who": who, "at": time.monotonic(), "thread": threading.get_ident(), "cpu": cpu}
+            file.write(json.dumps(noted) + "\n")
 
 
 class Noted(shard._Rows):
@@ -71,7 +74,8 @@ class Noted(shard._Rows):
     def take(self, window: Sequence[Any], lrs: Sequence[Any]) -> Progress:
         """As usual."""
         done = super().take(window, lrs)
-        note("rows", time.thread_time())
+        if window:
+            note("rows", time.thread_time())
         return done
 
 

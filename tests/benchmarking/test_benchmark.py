@@ -19,7 +19,7 @@ from degflow.benchmarking.inference import (
     roofline,
 )
 from degflow.benchmarking.measure import Timing, alternate, flop
-from degflow.benchmarking.node import Cost, rates
+from degflow.benchmarking.node import Cost, _mean_spent, rates
 from degflow.benchmarking.optimisations import optimisations
 from degflow.benchmarking.pipeline import codecs
 from degflow.benchmarking.plain import exact, plain_decode, released
@@ -273,6 +273,14 @@ def test_the_slowest_stage_of_a_node_binds(encode, binding):
     assert [row[0] for row in table.rows if row[2] == "binds"] == [f"**{binding}**"]
     passed = 0.245 * min(found.values())  # GB: pixels, those of 4 LR images, and their PNGs
     assert f"{passed:.1f} GB/s pass through the object store" in table.about
+
+
+def test_what_a_photograph_costs_is_counted_in_each_thread_alone():
+    clocks = [(7, 1.0), (7, 1.25), (7, 1.5), (7, 1.75), (8, 0.5), (7, 2.25), (8, 1.25), (7, 0.5), (7, 1.0)]
+    notes = [{"who": "rows", "thread": thread, "cpu": cpu} for thread, cpu in clocks]
+    notes.insert(3, {"who": "image", "thread": 7, "cpu": 9.0})
+    # The first two spans of 0.25 s do not count; then come 0.25, 0.5, 0.75, and a new thread's 0.5.
+    assert _mean_spent(notes, "rows") == 0.5
 
 
 def test_parts_that_compare_solvers_need_a_model_with_one(tmp_path):
