@@ -6,7 +6,6 @@ would be at once: see `tiling`. What lies between works on the whole latent.
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, cast, overload
 
 import numpy as np
@@ -37,8 +36,6 @@ from degflow.tiling import Costs, Plan
 from degflow.trajectory import Timeline
 
 MEMORY = 4.0  # GB
-SHIPPED = str(Path(__file__).parent / "models" / "weights" / "canon-simulated.safetensors")
-SHIPPED_SHA256 = "9473e13f006c3f996b97d9450c4c6bb2ee3e0a7e83171a4ff22582013daad61e"
 
 
 class Degrader(nn.Module):
@@ -376,13 +373,13 @@ class Degrader(nn.Module):
         return checkpoint(state, description)
 
     @classmethod
-    def load(cls, uri: str | None = None, device: str | torch.device = "cpu") -> "Degrader":
-        """Load a file of `save`; without a URI the degrader that ships.
+    def load(cls, uri: str = "shipped", device: str | torch.device = "cpu") -> "Degrader":
+        """Load a file of `save`; "shipped" is the degrader that comes with degflow.
 
         Raises:
             ValueError: the file is missing, or not a degrader; the one that ships is cut off or changed.
         """
-        tensors, description, digest = load_checkpoint(uri or SHIPPED, "degrader", sha256="" if uri else SHIPPED_SHA256)
+        tensors, description, digest = load_checkpoint(uri, "degrader")
         try:
             autoencoder = ResidualAutoencoder(parse(AutoencoderConfig, description["autoencoder"]))
             degrader = cls(autoencoder, _flow(description, autoencoder.config), description["levels"])
@@ -390,7 +387,7 @@ class Degrader(nn.Module):
             degrader.provenance = description["provenance"]
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
-            raise ValueError(f"{uri or SHIPPED}: a damaged degrader ({type(error).__name__}: {reason})") from None
+            raise ValueError(f"{uri}: a damaged degrader ({type(error).__name__}: {reason})") from None
         degrader.sha256 = digest
         return degrader.to(device).eval()
 

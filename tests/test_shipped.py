@@ -10,9 +10,10 @@ import torch
 
 from degflow import Degrader, images
 from degflow.capture.camera import SimulatedCamera
-from degflow.degrader import SHIPPED
 from degflow.evaluation import bicubic, psnr
+from degflow.models.files import SHIPPED
 from degflow.perceptual import Perceptual
+from degflow.training.rae import load_stage1
 from tests import ROOT
 
 PHOTOGRAPHS = ROOT / "examples/photographs"
@@ -57,9 +58,17 @@ def test_the_file_is_small_and_says_where_it_comes_from(degrader):
 def test_shipped_weights_that_are_not_whole_are_named(tmp_path, monkeypatch, change, message):
     file = tmp_path / "w.safetensors"
     file.write_bytes(change(Path(SHIPPED).read_bytes()))
-    monkeypatch.setattr("degflow.degrader.SHIPPED", str(file))
+    monkeypatch.setattr("degflow.models.files.SHIPPED", str(file))
     with pytest.raises(ValueError, match=message):
         Degrader.load()
+
+
+def test_shipped_is_a_name_for_the_file():
+    assert Degrader.load("shipped").sha256 == Degrader.load(SHIPPED).sha256 == Degrader.load().sha256
+    stage1 = load_stage1("shipped", {"1": 1.0, "2": 2.0, "4": 4.0})
+    assert stage1.optics
+    latent, _ = stage1.autoencoder.encode(torch.zeros(1, 3, 16, 16))
+    assert torch.equal(latent, Degrader.load().autoencoder.encode(torch.zeros(1, 3, 16, 16))[0])
 
 
 @pytest.mark.parametrize("name", ["astronaut.jpg", "coffee.jpg", "china.jpg"])

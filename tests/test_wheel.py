@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from degflow import __version__, config
-from degflow.degrader import SHIPPED
+from degflow.models.files import SHIPPED
 from tests import ROOT
 from tests.captures import save_scenes
 from tests.sources import png, rows_of

@@ -243,7 +243,7 @@ from degflow.benchmarking.measure import forget_peak, peak
 from degflow.degrader import Degrader
 model, height, width, memory, threads = sys.argv[1], *map(float, sys.argv[2:])
 torch.set_num_threads(int(threads))
-degrader = Degrader.load(model or None)
+degrader = Degrader.load(model)
 hr = torch.rand(1, 3, int(height), int(width)) * 2 - 1
 scale = torch.tensor([[degrader.high]])
 degrader(hr[..., :64, :64], scale)

@@ -28,7 +28,7 @@ def optimisations(
     repeats: int,
     count: int = 8,
     compiled: bool = True,
-    model: str = "",
+    model: str = "shipped",
     side: int = 1024,
 ) -> Table:
     """Factors by which the optimisations make degrading faster.
@@ -39,7 +39,7 @@ def optimisations(
         repeats: alternating repeats of each way.
         count: scales of the sweep.
         compiled: measure torch.compile too.
-        model: the degrader's file, empty for the one that ships.
+        model: the degrader's file.
         side: of the square image for large pages (only on the CPU of a Linux machine).
     """
     rows = [
@@ -127,7 +127,7 @@ import torch
 from degflow import Degrader
 model, side, repeats = sys.argv[1], *map(int, sys.argv[2:])
 torch.set_num_threads(1)
-degrader, hr = Degrader.load(model or None), torch.rand(1, 3, side, side) * 2 - 1
+degrader, hr = Degrader.load(model), torch.rand(1, 3, side, side) * 2 - 1
 degrader(hr[..., :64, :64], torch.tensor([degrader.high]))
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 before, seconds = faults(), []

@@ -84,7 +84,7 @@ def job(degrader: Degrader, model: str, photographs: Sequence[np.ndarray], repea
     """LR images per second of the Ray job's shards beside a loop that only calls the degrader.
 
     Args:
-        degrader: the model. model: its file, empty for the one that ships.
+        degrader: the model. model: its file.
         photographs: uint8 "H W 3", of one size.
         repeats: bare loop, job, bare loop, job, ...
         threads: CPUs of the actor and of the loop.

@@ -42,7 +42,7 @@ class BenchmarkConfig:
 
     output: str = option("runs/benchmark", "folder or URI for benchmark.md", common=True)
     input: str = option("examples/photographs", "folder or URI with photographs to cut the test images from")
-    model: str = option("", "degrader file; empty: the one that ships", common=True)
+    model: str = option("shipped", "degrader file; shipped: the one that comes with degflow", common=True)
     parts: tuple[str, ...] = option(PARTS, "which tables to make", common=True)
     sizes: tuple[int, ...] = option((256,), "sides of the square images of the comparison (full width: 64)")
     sides: tuple[int, ...] = option((256, 1000), "sides of the square images of part images")
@@ -93,7 +93,7 @@ def benchmark(config: BenchmarkConfig) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     device = config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-    degrader = Degrader.load(config.model or None, device)
+    degrader = Degrader.load(config.model, device)
     if not degrader.has_solver and (wrong := {"accuracy", "comparison", "optimisations"} & set(config.parts)):
         raise ValueError(f"parts: {', '.join(sorted(wrong))} compare solvers, and model={config.model} has none")
     bench = _Bench(config, degrader, photographs(config.input), device)

@@ -32,7 +32,7 @@ class BaselineScenesConfig:
         "Real-ESRGAN, no camera; spline, linear: a path through the latents of the captured levels",
         common=True,
     )
-    model: str = option("", "degrader file; empty: the one that ships", common=True)
+    model: str = option("shipped", "degrader file; shipped: the one that comes with degflow", common=True)
     levels: dict[str, float] = option(
         BETWEEN,
         "folder label -> scale of the LR images that are written",
@@ -55,7 +55,7 @@ def baseline_scenes(config: BaselineScenesConfig) -> None:
         ValueError: levels beyond the degrader's range, a baseline that it has not, or an output in use.
     """
     device = config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-    degrader = Degrader.load(config.model or None, device)
+    degrader = Degrader.load(config.model, device)
     degrader.check_scales(min(config.levels.values()), max(config.levels.values()))
     if config.baseline in ("optics", "mean") and isinstance(degrader.flow, PathFlow):
         raise ValueError(f"baseline={config.baseline}: must be random, spline or linear for a degrader without draws")

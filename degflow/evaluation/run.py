@@ -47,7 +47,7 @@ class EvaluateConfig:
 
     data: str = required("one split of a RealSR-like tree that the degrader was not trained on")
     output: str = required("folder or URI for the tables")
-    model: str = option("", "degrader file; empty: the one that ships", common=True)
+    model: str = option("shipped", "degrader file; shipped: the one that comes with degflow", common=True)
     levels: dict[str, float] = option(
         {"1": 1.0, "1.532": 1.532, "2": 2.0, "3": 3.0, "3.361": 3.361, "4": 4.0},
         "folder label -> scale at which the degrader is run; label 1 is HR",
@@ -94,7 +94,7 @@ class EvaluateConfig:
 def evaluate(config: EvaluateConfig) -> None:
     """Measure, and write tables and figure."""
     device = config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-    degrader = Degrader.load(config.model or None, device)
+    degrader = Degrader.load(config.model, device)
     degrader.check_scales(min(config.levels.values()), max(config.levels.values()))
     scenes = _scenes(config, config.data)
     place, solver = Place(config.output), {"steps": config.steps, "solver": config.solver}
@@ -102,7 +102,7 @@ def evaluate(config: EvaluateConfig) -> None:
     texts = [
         f"# How close generated LR images come to captured ones\n\nMeans of {len(scenes)} scenes of {config.data}, "
         f"{f'central {config.crop} x {config.crop} pixels' if config.crop else 'whole images'}; degrader "
-        f"{config.model or 'that ships'}."
+        f"{config.model}."
     ]
     measurements, distances, text = _measured(config, degrader, scenes, solver)
     place.write("measurements.parquet", tables.parquet(measurements))

@@ -16,7 +16,7 @@ from degflow.storage import split_uri
 class ExploreConfig:
     """Keys of explore."""
 
-    model: str = option("", "degrader file; empty: the one that ships")
+    model: str = option("shipped", "degrader file; shipped: the one that comes with degflow")
     photograph: str = option("", "file or URI that the page opens first; empty: none")
     port: int = option(7860, "port of the page, on 127.0.0.1; 0 picks a free one")
     window: int = option(320, "side in pixels of the part of a photograph that is worked on; larger takes longer")
@@ -42,7 +42,7 @@ def explore(config: ExploreConfig) -> None:
         OSError: a photograph that cannot be read, or a port that is taken.
     """
     device = config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-    explorer = Explorer(Degrader.load(config.model or None, device), config.window, config.max_pixels)
+    explorer = Explorer(Degrader.load(config.model, device), config.window, config.max_pixels)
     if config.photograph:
         place, name = split_uri(config.photograph)
         try:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -9,6 +10,9 @@ import safetensors.torch
 from torch import Tensor
 
 from degflow.storage import split_uri
+
+SHIPPED = str(Path(__file__).parent / "weights" / "canon-simulated.safetensors")
+SHIPPED_SHA256 = "9473e13f006c3f996b97d9450c4c6bb2ee3e0a7e83171a4ff22582013daad61e"
 
 
 def save_checkpoint(uri: str, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
@@ -23,20 +27,21 @@ def checkpoint(tensors: dict[str, Tensor], description: dict[str, Any]) -> bytes
     return safetensors.torch.save(contiguous, {"degflow": json.dumps(description)})
 
 
-def load_checkpoint(uri: str, *kinds: str, sha256: str = "") -> tuple[dict[str, Tensor], dict[str, Any], str]:
+def load_checkpoint(uri: str, *kinds: str) -> tuple[dict[str, Tensor], dict[str, Any], str]:
     """Read a file of `save_checkpoint`.
 
     Args:
-        uri: the file.
+        uri: the file; "shipped": the degrader that comes with degflow.
         kinds: what its description may call itself, e.g. "degrader"; none: anything.
-        sha256: that it must have; "": any.
 
     Returns:
         The tensors, the description, and the file's sha256.
 
     Raises:
-        ValueError: no such file, not safetensors, of another kind or another sha256; the message names the file.
+        ValueError: no such file, not safetensors, of another kind, or the shipped one is cut off or changed; the
+            message names the file.
     """
+    uri, sha256 = (SHIPPED, SHIPPED_SHA256) if uri == "shipped" else (uri, "")
     place, name = split_uri(uri)
     try:
         data = place.read(name)

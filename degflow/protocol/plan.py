@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from degflow.config import option, required
-from degflow.degrader import SHIPPED
 from degflow.evaluation.baseline_scenes import BETWEEN
 
 TEST_LEVEL = "3"  # label and scale of the test images
@@ -28,7 +27,7 @@ class ProtocolConfig:
     resize_lr: bool = option(False, "enlarge LR images smaller than HR (RealSR V3) to HR's size by bicubic")
     degraders: dict[str, list[str]] = option(
         {"draws": [], "published": ["stage2=train_lfm", "skips=hr"]},
-        "name -> its own arguments: model=FILE (or model=shipped) in place of a training; stage2=train_lfm or "
+        "name -> its own arguments: model=FILE in place of a training; stage2=train_lfm or "
         "train_residual (the default); skips=..., autoencoder.* for train-rae; scenes.* for both trainings; levels=... "
         "for evaluate; scale.*, spread=... for synthesize; all others for stage 2",
         common=True,
@@ -122,7 +121,7 @@ def cells(config: ProtocolConfig) -> list[Cell]:
     for name, own in config.degraders.items():
         given = [word.removeprefix("model=") for word in own if word.startswith("model=")]
         if given:
-            models[name] = SHIPPED if given[-1] == "shipped" else given[-1]
+            models[name] = given[-1]
         else:
             trained = list(degrader_cells(config, name, own, autoencoders))
             planned += trained

@@ -67,7 +67,7 @@ class DegradedCrops(Dataset[dict[str, Any]]):
         photographs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         crop: int = 128,
         *,
-        model: Degrader | str | None = None,
+        model: Degrader | str = "shipped",
         scale: str | Sequence[float] = "uniform",
         low: float | None = None,
         high: float | None = None,

@@ -35,7 +35,8 @@ class RandomDegradation:
     `precision`).
 
     Args:
-        model: a degrader's file or URI; None: the one that ships; or a `Degrader`, which then moves with the batches.
+        model: a degrader's file or URI; "shipped": the one that comes with degflow; or a `Degrader`, which then moves
+            with the batches.
         scale: "uniform" or "loguniform" between `low` and `high`, or a list of scales to choose from.
         low: the smallest scale; None: that of the range that the degrader was trained on.
         high: the largest scale; None: that of the range.
@@ -58,7 +59,7 @@ class RandomDegradation:
 
     def __init__(
         self,
-        model: Degrader | str | None = None,
+        model: Degrader | str = "shipped",
         scale: str | Sequence[float] = "uniform",
         *,
         low: float | None = None,
@@ -189,7 +190,7 @@ def check_arguments(**numbers: int) -> None:
             raise ValueError(f"{name}={number}: must not be negative")
 
 
-def load(model: Degrader | str | None) -> Degrader:
+def load(model: Degrader | str) -> Degrader:
     """The degrader; making one with fresh weights must not move PyTorch's random numbers."""
     if isinstance(model, Degrader):
         return model

@@ -46,7 +46,7 @@ def synthesize(config: SynthesizeConfig) -> None:
         ValueError: a broken rule, no images, an output that holds something else, or too many rejects.
         OSError: storage that cannot be read or written.
     """
-    run = Run(config, Degrader.load(config.model or None))
+    run = Run(config, Degrader.load(config.model))
     run.plan()
     if run.is_finished():
         print(f"{config.output}: finished already, nothing to do (overwrite=true makes it again)")

@@ -85,7 +85,7 @@ class SynthesizeConfig:
     )
     root: str = option("", "folder or prefix that an inventory's paths are relative to; empty: the inventory's folder")
     output: str = required("folder or URI of the dataset; an unfinished dataset is continued")
-    model: str = option("", "degrader file; empty: the degrader that ships with degflow", common=True)
+    model: str = option("shipped", "degrader file; shipped: the one that comes with degflow", common=True)
     scale: ScaleConfig = option(ScaleConfig(), common=True)
     seed: int = option(
         0, "decides all scales and noise, with the photograph's path and the number of the draw", common=True
@@ -157,7 +157,7 @@ def resolve(config: SynthesizeConfig, degrader: Degrader) -> SynthesizeConfig:
         ValueError: a scale outside the model's range, a model with another sha256 than `model_sha256`, or solver keys
             for a model without a solver.
     """
-    model = config.model or "the model that ships"
+    model = config.model
     if config.model_sha256 and config.model_sha256 != degrader.sha256:
         raise ValueError(f"model_sha256={config.model_sha256}: {model} has {degrader.sha256}")
     solver = config.solver

@@ -326,10 +326,10 @@ class _Run:
         self.accelerator.print(f"resuming after step {self.step} ({self.place.uri_of(name)})")
 
     def _start_from(self, uri: str) -> None:
-        if uri.endswith(".safetensors"):
-            weights = _part_for(self.network, load_checkpoint(uri)[0])
-        else:
+        if uri.endswith(".pt"):
             weights = read_checkpoint(*split_uri(uri))["ema"]
+        else:
+            weights = _part_for(self.network, load_checkpoint(uri)[0])
         try:
             self.network.load_state_dict(weights)
         except RuntimeError as error:

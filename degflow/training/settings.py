@@ -37,8 +37,9 @@ class FitConfig:
     )
     start_from: str = option(
         "",
-        "file whose weights replace the initial ones: a degrader or an autoencoder (.safetensors), or a checkpoint "
-        "(checkpoints/step-N.pt, its averaged weights) of the same network. A resumed run ignores it",
+        "file whose weights replace the initial ones: a degrader or an autoencoder (.safetensors; shipped: that of the "
+        "degrader that comes with degflow), or a checkpoint (checkpoints/step-N.pt, its averaged weights) of the same "
+        "network. A resumed run ignores it",
         common=True,
     )
     timeout: int = option(600, "seconds after which waiting for another process is an error")

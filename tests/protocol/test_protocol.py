@@ -16,7 +16,6 @@ from PIL import Image
 
 from degflow import config, protocol
 from degflow.capture.simulate import SimulateConfig
-from degflow.degrader import SHIPPED
 from degflow.evaluation import Measurement, parquet
 from degflow.evaluation.baseline_scenes import BaselineScenesConfig
 from degflow.evaluation.draws import DrawScore
@@ -115,7 +114,7 @@ def test_a_degrader_says_how_both_stages_train_and_what_synthesize_does():
     assert planned["rae/published"].words[-1] == "skips=hr"
     assert planned["stage2/published"].words[-1] == "path=linear"
     assert planned["generated/draws"].words[-2:] == ["spread=0.5", "solver.steps=2"]
-    assert planned["generated/ready"].words[0] == f"model={SHIPPED}"
+    assert planned["generated/ready"].words[0] == "model=shipped"
     assert "input=out/scenes/Nikon/Train/2/*_HR.png" in planned["generated/ready"].words
     assert planned["sr/hat/all/1"].words[-1] == "crop=32"
 
