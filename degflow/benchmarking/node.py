@@ -139,7 +139,7 @@ def busy(pixels: np.ndarray, photographs: int) -> Table:
     ]
     about = (
         f"One actor, two shards of {photographs} photographs of {_size(pixels)} pixels with {DRAWS} draws. Its "
-        f"degrader is A STAND-IN that sleeps {seconds:.1f} s for each: 1.5 times what the codec needs on a core."
+        f"degrader is A STAND-IN that sleeps {seconds:.1f} s each: 1.5 times what the codec needs on a core, or 0.1."
     )
     return Table("How busy a device stays (stand-in)", about, ("", "measured"), rows)
 

@@ -23,7 +23,7 @@ from degflow.flow import PathFlow
 from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork
 from degflow.synthesis import pool, run, shard
 from degflow.synthesis.settings import SynthesizeConfig
-from degflow.synthesis.shard import Progress
+from degflow.synthesis.shard import _Taken
 from degflow.synthesis.window import Item, WindowDegrader
 
 SECONDS, TRACE = "DEGFLOW_STAND_IN_SECONDS", "DEGFLOW_STAND_IN_TRACE"
@@ -71,7 +71,7 @@ def note(who: str, cpu: float) -> None:
 class Noted(shard._Rows):
     """What the second thread does, which notes each window of one photograph."""
 
-    def take(self, window: Sequence[Any], lrs: Sequence[Any]) -> Progress:
+    def take(self, window: Sequence[Any], lrs: Sequence[Any]) -> _Taken:
         """As usual."""
         done = super().take(window, lrs)
         if window:

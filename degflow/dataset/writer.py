@@ -84,7 +84,7 @@ class ShardWriter:
         Raises:
             ValueError: the name is taken by a part of another recipe, or by a damaged one.
         """
-        if found := self._record_there():
+        if found := self.there():
             return found
         self._flush()
         record = Record(
@@ -103,11 +103,11 @@ class ShardWriter:
         self._parquet.close()
         self._spool.file.flush()
         while not self.output.upload(f"/dev/fd/{self._spool.file.fileno()}", self.part, new=True):
-            if found := self._record_there():
+            if found := self.there():
                 return found
         return replace(record, bytes=self._spool.file.tell())
 
-    def _record_there(self) -> Record | None:
+    def there(self) -> Record | None:
         """The record of the part that has this shard's name; None if there is none."""
         try:
             footer = read_footer(self.output, self.part, self.output.source(self.part).size)

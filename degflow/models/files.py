@@ -31,7 +31,7 @@ def load_checkpoint(uri: str, *kinds: str) -> tuple[dict[str, Tensor], dict[str,
     """Read a file of `save_checkpoint`.
 
     Args:
-        uri: the file; "shipped": the degrader that comes with degflow.
+        uri: the file; "shipped": the degrader that comes with degflow ("./shipped": a file of that name).
         kinds: what its description may call itself, e.g. "degrader"; none: anything.
 
     Returns:
@@ -41,6 +41,8 @@ def load_checkpoint(uri: str, *kinds: str) -> tuple[dict[str, Tensor], dict[str,
         ValueError: no such file, not safetensors, of another kind, or the shipped one is cut off or changed; the
             message names the file.
     """
+    if not uri:
+        raise ValueError('no checkpoint is named; "shipped" is the degrader that comes with degflow')
     uri, sha256 = (SHIPPED, SHIPPED_SHA256) if uri == "shipped" else (uri, "")
     place, name = split_uri(uri)
     try:

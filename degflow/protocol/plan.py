@@ -27,7 +27,7 @@ class ProtocolConfig:
     resize_lr: bool = option(False, "enlarge LR images smaller than HR (RealSR V3) to HR's size by bicubic")
     degraders: dict[str, list[str]] = option(
         {"draws": [], "published": ["stage2=train_lfm", "skips=hr"]},
-        "name -> its own arguments: model=FILE in place of a training; stage2=train_lfm or "
+        "name -> its own arguments: model=FILE or model=shipped in place of a training; stage2=train_lfm or "
         "train_residual (the default); skips=..., autoencoder.* for train-rae; scenes.* for both trainings; levels=... "
         "for evaluate; scale.*, spread=... for synthesize; all others for stage 2",
         common=True,

@@ -110,7 +110,8 @@ class Pool:
         most = min(shards, self.actors.max or shards)
         least = min(self.actors.min, most)
         first = min(most, max(least, self.room))
-        at_once = SHARDS_AT_ONCE if shards >= SHARDS_AT_ONCE * first else 1  # of few shards, each actor has its share
+        # Of few shards, each actor has its share. How many actors a pool without a limit will have, nobody knows.
+        at_once = SHARDS_AT_ONCE if shards >= SHARDS_AT_ONCE * (most if self.actors.max else first) else 1
         return ActorPoolStrategy(
             min_size=least,
             max_size=most,
@@ -240,11 +241,12 @@ class _ShardActor:
             os._exit(1)
 
     def _make(self, number: int, sources: list[Source]) -> Iterator[dict[str, list[Any]]]:
-        workers = self.tasks if attempts_before() else self.usual
+        again = attempts_before() > 0
+        workers = self.tasks if again else self.usual
         try:
             maker, metrics = self.loaded()
             maker = replace(maker, tally=defaultdict(float))
-            reports = metrics.counting(maker, maker.make(number, sources, workers, self.turn))
+            reports = metrics.counting(maker, maker.make(number, sources, workers, self.turn, again))
             for images, rejects, record in _seldom(reports, self.between_reports):
                 yield _report(number, images, rejects, record=json.dumps(asdict(record)) if record else "")
         except BrokenTurn:

@@ -157,7 +157,7 @@ def resolve(config: SynthesizeConfig, degrader: Degrader) -> SynthesizeConfig:
         ValueError: a scale outside the model's range, a model with another sha256 than `model_sha256`, or solver keys
             for a model without a solver.
     """
-    model = config.model
+    model = f"model={config.model}"
     if config.model_sha256 and config.model_sha256 != degrader.sha256:
         raise ValueError(f"model_sha256={config.model_sha256}: {model} has {degrader.sha256}")
     solver = config.solver

@@ -51,29 +51,39 @@ class Turn:
 
     def __init__(self):
         self.broken = False
-        self._lock, self._done, self._last = threading.Lock(), threading.Lock(), float("-inf")
+        self._turn, self._count = threading.Lock(), threading.Lock()
+        self._begun: list[float] = []  # of the shards that are being made
+        self._counted = float("-inf")  # until when
 
     @contextlib.contextmanager
-    def taken(self) -> Iterator[float]:
-        """Wait for the turn, and hold it for the block; gives when it began.
+    def taken(self) -> Iterator[None]:
+        """Wait for the turn, and hold it for the block.
 
         Raises:
             BrokenTurn: it is broken; a block that fails breaks it.
         """
-        with self._lock:
+        with self._turn:
             if self.broken:
                 raise BrokenTurn
             try:
-                yield time.monotonic()
+                yield
             except Exception:
                 self.broken = True
                 raise
 
-    def seconds(self, begun: float) -> float:
-        """Seconds until now of a shard whose turn began then, without those that were counted for the one before."""
-        with self._done:
+    def begin(self) -> float:
+        """Note that a shard is being made from now on; gives the time."""
+        with self._count:
+            self._begun.append(time.monotonic())
+            return self._begun[-1]
+
+    def end(self, begun: float) -> float:
+        """Seconds for which a shard or more were made, and which were not counted for a shard that ended before."""
+        with self._count:
             now = time.monotonic()
-            spent, self._last = now - max(begun, self._last), now
+            spent = now - max(min(self._begun), self._counted)
+            self._begun.remove(begun)
+            self._counted = now
             return spent
 
 
@@ -99,7 +109,9 @@ class ShardMaker:
     batch: int
     tally: dict[str, float] = field(default_factory=partial(defaultdict, float))
 
-    def make(self, number: int, sources: Sequence[Source], workers: Workers, turn: Turn) -> Iterator[Progress]:
+    def make(
+        self, number: int, sources: Sequence[Source], workers: Workers, turn: Turn, again: bool = False
+    ) -> Iterator[Progress]:
         """Make one shard and put it into the output; yields a report for each finished window.
 
         A file that cannot be used becomes a reject. Any other failure, e.g. of the output, is raised.
@@ -109,12 +121,17 @@ class ShardMaker:
             sources: its planned files.
             workers: run the codec.
             turn: of this process; the shard is degraded while it has the turn.
+            again: another process began it, and perhaps put it.
         """
         digest, later = self.recipe.digest(sources), list[Source]()
         windows = self._windows(sources, workers, min(FIRST_PATIENCE, storage.PATIENCE), later)
         with ShardWriter(Place(self.output), number, digest) as writer, ThreadPoolExecutor(1) as second:
+            if again and (there := writer.there()):
+                yield Progress(len(sources), there.rejects, there)
+                return
             rows = _Rows(self, writer, workers, second)
-            with turn.taken() as begun:
+            with turn.taken():
+                begun = turn.begin()
                 yield from (rows.follow(window, self._degrade(window)) for window in windows)
             if later:  # what the store did not give soon
                 windows = self._windows(later, workers, None, [])
@@ -123,7 +140,7 @@ class ShardMaker:
             yield from rows.rest()
             if not self.recipe.is_stored_in(Place(self.output)):
                 raise OSError(f"output={self.output}: another run has overwritten it (overwrite=true)")
-            yield Progress(0, 0, writer.finish(turn.seconds(begun), *rows.means()))
+            yield Progress(0, 0, writer.finish(turn.end(begun), *rows.means()))
 
     def _degrade(self, window: Sequence[Item | Reject]) -> list[np.ndarray | Reject]:
         begun = time.monotonic()
@@ -163,6 +180,13 @@ class ShardMaker:
         return items
 
 
+class _Taken(NamedTuple):
+    """How many images were written, and the stages at which some of them became rejects."""
+
+    images: int
+    rejects: list[str]
+
+
 class _Rows:
     """Windows with their LR images -> rows in the shard. The work is done beside the degrader, in a second thread.
 
@@ -177,33 +201,38 @@ class _Rows:
         self.maker, self.writer, self.workers, self.second = maker, writer, workers, second
         self.waiting: list[tuple[str, Handle | Reject]] = []  # the last window, which is being encoded
         self.sums, self.count = np.zeros(3), 0
-        self.taken: Future[Progress] = second.submit(self.take, [], [])
+        self.taken: Future[_Taken] = second.submit(self.take, [], [])
 
     def follow(self, window: Sequence[Item | Reject], lrs: Sequence[np.ndarray | Reject]) -> Progress:
         """Have a window taken, as soon as the one before is; returns what that one's taking wrote."""
         done = self.taken.result()
         self.taken = self.second.submit(self.take, window, lrs)
-        return done
+        return self._counted(done)
 
     def rest(self) -> Iterator[Progress]:
         """Write all that is left."""
         yield self.follow([], [])
-        yield self.taken.result()
+        yield self._counted(self.taken.result())
 
-    def take(self, window: Sequence[Item | Reject], lrs: Sequence[np.ndarray | Reject]) -> Progress:
+    def _counted(self, taken: _Taken) -> Progress:
+        # In the caller's thread, which reads the tally between two reports.
+        for stage in taken.rejects:
+            self.maker.tally[f"reject {stage}"] += 1
+        return Progress(taken.images, len(taken.rejects))
+
+    def take(self, window: Sequence[Item | Reject], lrs: Sequence[np.ndarray | Reject]) -> _Taken:
         """Have a window encoded, and write the rows of the one before."""
         started = [self._encode(*pair) for pair in zip(window, lrs, strict=True)]
-        done, self.waiting, rejects = self.waiting, started, 0
+        done, self.waiting, rejects = self.waiting, started, list[str]()
         for key, call in done:
             result = _result(key, "encode", call)
             if isinstance(result, Reject):
                 self.writer.reject(result)
-                self.maker.tally[f"reject {result.stage}"] += 1
-                rejects += 1
+                rejects.append(result.stage)
             else:
                 self.writer.add(result.rows)
                 self.sums, self.count = self.sums + result.statistics, self.count + len(result.rows)
-        return Progress(len(done), rejects)
+        return _Taken(len(done), rejects)
 
     def means(self) -> tuple[float | None, ...]:
         """Of psnr, clipped and colour_shift; None where there are no rows."""

@@ -37,7 +37,9 @@ class TrainResidualConfig:
     validation: str = option(
         "", "another split of the tree, for validation; empty: central crops of the training scenes"
     )
-    rae: str = required("file of stage 1, trained with skips=optics")
+    rae: str = required(
+        "file of stage 1, trained with skips=optics; shipped: that of the degrader that comes with degflow"
+    )
     output: str = required("folder or URI for checkpoints, previews and degrader.safetensors")
     residual: ResidualConfig = option(ResidualConfig())
     half: bool = option(False, "store the degrader in float16 (computed in float32 all the same)")

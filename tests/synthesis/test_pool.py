@@ -104,6 +104,8 @@ class Failing(_ShardActor):
             (notes / f"{shard}-{tries}-{os.getpid()}").touch()
         if self.call.fails and self.early:
             self.maker = None  # `load` again
+        if not self.call.fails:
+            time.sleep(0.5)  # a shard that fails has its turn first
         yield from super().__call__(batch)
 
     def load(self):
@@ -142,13 +144,29 @@ class Slow(_ShardActor):
 
         def finishing(*arguments):
             note(maker, f"put {os.getpid()}")
-            time.sleep(1)
+            self.wait(maker)
             record = finish(*arguments)
             note(maker, f"end {os.getpid()}")
             return record
 
         maker.degrader.degrade, ShardWriter.finish = degrading, finishing
         return maker
+
+    def wait(self, maker):
+        time.sleep(1)
+
+
+class Waiting(Slow):
+    """An actor that puts nothing until another one degrades."""
+
+    def wait(self, maker):
+        end = time.monotonic() + 90
+        while len(processes_in(f"{maker.output}.notes")) < 2 and time.monotonic() < end:
+            time.sleep(0.1)
+
+
+def processes_in(notes):
+    return {line.split()[1] for line in Path(notes).read_text().splitlines()}
 
 
 class FailsOnce(Failing):
@@ -222,7 +240,7 @@ def test_an_actor_pages_nothing_in_again_and_reports_less_often_than_images(shar
     found = found.take(1)[0]
     assert len(rows_of(tmp_path)) == 12
     assert 1 <= found["reports"] < 12
-    assert found["faults"] < 40 * 96 * 256 / 10  # of 40 x 96 MiB with 256 pages each; some 10% without
+    assert found["faults"] < 40 * 96 * 256 / 20  # of 40 x 96 MiB with 256 pages each; 10% of them without
 
 
 def test_codecs_run_on_the_cpu_node_and_actors_on_the_gpu_nodes(photos, model, tmp_path, monkeypatch):
@@ -263,6 +281,7 @@ def test_a_file_that_kills_its_decoder_is_a_reject_and_the_others_are_rows(photo
         (0, 2, 3, (1, 3, 2, 1)),  # few shards: each actor has its share
         (1, 8, 2, (1, 1, 1, 2)),
         (8, 1, 16, (1, 8, 1, 2)),
+        (16, 0, 16, (1, 16, 1, 1)),
     ],
 )
 def test_actors_make_two_shards_at_a_time_if_there_are_enough(most, room, shards, expected):
@@ -271,13 +290,13 @@ def test_actors_make_two_shards_at_a_time_if_there_are_enough(most, room, shards
     assert found.max_concurrent_calls_per_actor == expected[-1]
 
 
-def test_a_pool_grows_when_its_cluster_does(shared_ray, photos, model, tmp_path, monkeypatch):
+def test_a_pool_grows_when_there_is_room(shared_ray, photos, model, tmp_path, monkeypatch):
     measured = pool._measured
     monkeypatch.setattr(pool, "_measured", lambda *words, **more: replace(measured(*words, **more), room=1))
-    monkeypatch.setattr(pool, "_ShardActor", Slow)
+    monkeypatch.setattr(pool, "_ShardActor", Waiting)
     run(photos, tmp_path / "out", model, "shard.images=1")
     assert len(rows_of(tmp_path / "out")) == 12
-    assert len({line.split()[1] for line in (tmp_path / "out.notes").read_text().splitlines()}) == 2
+    assert len(processes_in(tmp_path / "out.notes")) == 2
 
 
 @pytest.mark.parametrize("shards", [2, 1])
@@ -304,12 +323,13 @@ def test_a_shard_whose_actor_fails_is_made_by_another_process(
     run(photos, tmp_path / "out", model, "actors.max=1")
     assert rows_of(tmp_path / "out").keys() == rows_of(tmp_path / "plain").keys()
     assert (tmp_path / "out/_SUCCESS").exists()
-    # The actor had another shard beside each of these. It fails no shard, and none is degraded by the same process.
+    # The actor had another shard beside one of these. That one did not fail, and was made by another process too.
     assert sorted(re.findall(r"^shard (\d) failed .*, attempt (\d)", capsys.readouterr().out, re.M)) == [
         ("0", "1"),
         ("2", "1"),
     ]
     tries = sorted(file.name.split("-") for file in (tmp_path / "out.tries").iterdir())
+    assert any(shard in "13" and number == "1" for shard, number, _ in tries)  # which began in a process that ended
     notes = (tmp_path / "out.notes").read_text().split()
     for failed in "02":
         first, second = (process for shard, _, process in tries if shard == failed)

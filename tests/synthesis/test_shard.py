@@ -6,6 +6,7 @@ import os
 import re
 import threading
 import weakref
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,7 +35,7 @@ from degflow.synthesis.codec import Codec, Loaded, Threads
 from degflow.synthesis.inventory import Input
 from degflow.synthesis.run import Run
 from degflow.synthesis.settings import SynthesizeConfig
-from degflow.synthesis.shard import Turn
+from degflow.synthesis.shard import Progress, Turn
 from degflow.synthesis.sizes import next_part
 from tests.faults import proxying
 from tests.finished import synthesize_here
@@ -634,16 +635,44 @@ def test_a_shard_is_degraded_and_put_while_the_one_before_it_is_still_being_stor
     assert [part.exists() for part in parts] == [True, True]
 
 
-def test_the_seconds_of_a_process_are_counted_once(monkeypatch):
-    clock = iter([0.0, 10.0, 13.0, 20.0])  # the first shard is degraded until 10, and stored until 13
+@pytest.mark.parametrize(
+    ("ends", "seconds"),
+    [
+        ((13.0, 20.0), {"first": 13, "second": 7}),
+        ((20.0, 13.0), {"second": 13, "first": 7}),  # the second one ends first, at 13
+    ],
+)
+def test_the_seconds_of_a_process_are_counted_once(monkeypatch, ends, seconds):
+    clock = iter([0.0, 10.0, *sorted(ends)])  # the first shard begins at 0, the second one at 10
     monkeypatch.setattr(shard, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     turn = Turn()
-    with turn.taken() as first:
-        pass
-    with turn.taken() as second:
-        pass
-    assert turn.seconds(first) == 13
-    assert turn.seconds(second) == 7
+    begun = {name: turn.begin() for name in ("first", "second")}
+    assert {name: turn.end(begun[name]) for name in seconds} == seconds
+
+
+def test_a_shard_that_another_process_has_put_is_not_made_again(two_shards):
+    makers, plan, degraded = two_shards
+    record = list(makers[0].make(0, plan[0], Threads(1), Turn()))[-1].record
+    degraded.clear()
+    assert list(makers[1].make(0, plan[0], Threads(1), Turn(), again=True)) == [Progress(3, 0, record)]
+    assert degraded == []
+    list(makers[1].make(1, plan[1], Threads(1), Turn(), again=True))
+    assert degraded == [source.key for source in plan[1]]
+
+
+def test_every_reject_is_counted_while_the_second_thread_writes(model, tmp_path):
+    (tmp_path / "in").mkdir()
+    for number in range(60):
+        (tmp_path / f"in/{number:02d}.png").write_bytes(b"no image")
+    run, plan = (
+        open_run(tmp_path / "in", tmp_path / "out", model, "batch=1"),
+        plan_of(tmp_path / "in", tmp_path / "out"),
+    )
+    maker, found = run.maker(), Counter()
+    for _ in maker.make(0, plan[0], Threads(1), Turn()):
+        found.update(maker.tally)  # as the metrics do between two reports
+        maker.tally.clear()
+    assert found["reject decode"] == 60
 
 
 def test_a_shard_waits_for_its_turn_with_its_first_window_loaded(two_shards, tmp_path):
