@@ -84,7 +84,7 @@ class ShardWriter:
         Raises:
             ValueError: the name is taken by a part of another recipe, or by a damaged one.
         """
-        if found := self.there():
+        if found := record_there(self.output, self.part, self.recipe):
             return found
         self._flush()
         record = Record(
@@ -103,23 +103,28 @@ class ShardWriter:
         self._parquet.close()
         self._spool.file.flush()
         while not self.output.upload(f"/dev/fd/{self._spool.file.fileno()}", self.part, new=True):
-            if found := self.there():
+            if found := record_there(self.output, self.part, self.recipe):
                 return found
         return replace(record, bytes=self._spool.file.tell())
 
-    def there(self) -> Record | None:
-        """The record of the part that has this shard's name; None if there is none."""
-        try:
-            footer = read_footer(self.output, self.part, self.output.source(self.part).size)
-        except FileNotFoundError:
-            return None
-        if footer and footer.record.recipe == self.recipe:
-            return footer.record
-        raise ValueError(
-            f"{self.output.uri_of(self.part)}: another run writes into this output, for this part "
-            f"{'has another recipe' if footer else 'is damaged'}; end that run, and start this one again: "
-            "it deletes the part and makes it anew"
-        )
+
+def record_there(output: Place, part: str, recipe: str) -> Record | None:
+    """The record of a part that is in the output; None if there is none.
+
+    Raises:
+        ValueError: it is of another recipe, or damaged.
+    """
+    try:
+        footer = read_footer(output, part, output.source(part).size)
+    except FileNotFoundError:
+        return None
+    if footer and footer.record.recipe == recipe:
+        return footer.record
+    raise ValueError(
+        f"{output.uri_of(part)}: another run writes into this output, for this part "
+        f"{'has another recipe' if footer else 'is damaged'}; end that run, and start this one again: "
+        "it deletes the part and makes it anew"
+    )
 
 
 class _Spool:

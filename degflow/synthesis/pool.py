@@ -85,6 +85,10 @@ class Pool:
             while waiting:
                 for report in self._reports(ray_maker, plan, waiting):
                     count.take(report)
+                # Ray drops what an actor's second process reports, until it has reported as often as the first one.
+                for number in count.silent(waiting):
+                    if record := maker.put_before(number, plan[number]):
+                        count.take(_made(number, record))
                 waiting = count.to_repeat(waiting)
         count.check()
 
@@ -248,7 +252,7 @@ class _ShardActor:
             maker = replace(maker, tally=defaultdict(float))
             reports = metrics.counting(maker, maker.make(number, sources, workers, self.turn, again))
             for images, rejects, record in _seldom(reports, self.between_reports):
-                yield _report(number, images, rejects, record=json.dumps(asdict(record)) if record else "")
+                yield _report(number, images, rejects, record=_text(record))
         except BrokenTurn:
             raise
         except Exception as error:
@@ -365,6 +369,10 @@ class _Count:
         if not self.made and sum(map(len, self.failures.values())) >= HOPELESS:
             raise ValueError(f"{HOPELESS} attempts failed and no shard was made; the last one {why}")
 
+    def silent(self, tried: list[int]) -> list[int]:
+        """The shards of the last round that neither were made nor failed, as far as reports say."""
+        return [number for number in tried if number not in self.made and number not in self.failed]
+
     def to_repeat(self, tried: list[int]) -> list[int]:
         """The shards of the last round that are to be tried again."""
         left = [number for number in tried if number not in self.made]
@@ -404,6 +412,15 @@ def _seldom(reports: Iterable[Progress], seconds: float) -> Iterator[Progress]:
         if report.record or time.monotonic() - begun >= seconds:
             yield Progress(images, rejects, report.record)
             images, rejects, begun = 0, 0, time.monotonic()
+
+
+def _made(number: int, record: Record) -> dict[str, Any]:
+    """The report of a shard that is in the output."""
+    return _row(number, record=_text(record))
+
+
+def _text(record: Record | None) -> str:
+    return json.dumps(asdict(record)) if record else ""
 
 
 def _row(shard: int = -1, images: int = 0, rejects: int = 0, **texts: str) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from degflow import storage
-from degflow.dataset.layout import Record, Reject
-from degflow.dataset.writer import ShardWriter
+from degflow.dataset.layout import DATA, Record, Reject, part_name
+from degflow.dataset.writer import ShardWriter, record_there
 from degflow.storage import Place, Source
 from degflow.synthesis.codec import Codec, CodecDied, Handle, Postponed, Workers
 from degflow.synthesis.resuming import Recipe
@@ -123,12 +123,12 @@ class ShardMaker:
             turn: of this process; the shard is degraded while it has the turn.
             again: another process began it, and perhaps put it.
         """
+        if again and (record := self.put_before(number, sources)):
+            yield Progress(len(sources), record.rejects, record)
+            return
         digest, later = self.recipe.digest(sources), list[Source]()
         windows = self._windows(sources, workers, min(FIRST_PATIENCE, storage.PATIENCE), later)
         with ShardWriter(Place(self.output), number, digest) as writer, ThreadPoolExecutor(1) as second:
-            if again and (there := writer.there()):
-                yield Progress(len(sources), there.rejects, there)
-                return
             rows = _Rows(self, writer, workers, second)
             with turn.taken():
                 begun = turn.begin()
@@ -141,6 +141,14 @@ class ShardMaker:
             if not self.recipe.is_stored_in(Place(self.output)):
                 raise OSError(f"output={self.output}: another run has overwritten it (overwrite=true)")
             yield Progress(0, 0, writer.finish(turn.end(begun), *rows.means()))
+
+    def put_before(self, number: int, sources: Sequence[Source]) -> Record | None:
+        """The record of a shard that is in the output; None if it is not.
+
+        Raises:
+            ValueError: its part is of another recipe, or damaged.
+        """
+        return record_there(Place(self.output), part_name(DATA, number), self.recipe.digest(sources))
 
     def _degrade(self, window: Sequence[Item | Reject]) -> list[np.ndarray | Reject]:
         begun = time.monotonic()

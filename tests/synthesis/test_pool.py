@@ -169,6 +169,13 @@ def processes_in(notes):
     return {line.split()[1] for line in Path(notes).read_text().splitlines()}
 
 
+class Forgetful(_ShardActor):
+    """An actor whose last report of each shard is lost."""
+
+    def __call__(self, batch):
+        yield from (report for report in super().__call__(batch) if not report["record"][0])
+
+
 class FailsOnce(Failing):
     def fails(self, shard, tries):
         return shard in (0, 2) and tries == 0
@@ -335,6 +342,17 @@ def test_a_shard_whose_actor_fails_is_made_by_another_process(
         first, second = (process for shard, _, process in tries if shard == failed)
         assert first != second
         assert first not in notes[notes.index(f"failed{failed}") :]
+
+
+def test_a_shard_whose_last_report_is_lost_is_found_in_the_output(
+    shared_ray, photos, model, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(pool, "_ShardActor", Forgetful)
+    run(photos, tmp_path / "out", model)
+    assert len(rows_of(tmp_path / "out")) == 12
+    said = capsys.readouterr().out
+    assert len(re.findall(r"^data/part-00000\d\.parquet: 3 rows", said, re.M)) == 4
+    assert "attempt" not in said
 
 
 def test_a_shard_that_always_fails_is_set_aside_and_tried_by_the_same_command(
