@@ -86,9 +86,10 @@ class Pool:
                 for report in self._reports(ray_maker, plan, waiting):
                     count.take(report)
                 # Ray drops what an actor's second process reports, until it has reported as often as the first one.
-                for number in count.silent(waiting):
+                for number, seen in list(count.open.items()):
                     if record := maker.put_before(number, plan[number]):
-                        count.take(_made(number, record))
+                        left = len(plan[number]) - seen["images"], record.rejects - seen["rejects"]
+                        count.take(_row(number, *left, record=_text(record)))
                 waiting = count.to_repeat(waiting)
         count.check()
 
@@ -369,10 +370,6 @@ class _Count:
         if not self.made and sum(map(len, self.failures.values())) >= HOPELESS:
             raise ValueError(f"{HOPELESS} attempts failed and no shard was made; the last one {why}")
 
-    def silent(self, tried: list[int]) -> list[int]:
-        """The shards of the last round that neither were made nor failed, as far as reports say."""
-        return [number for number in tried if number not in self.made and number not in self.failed]
-
     def to_repeat(self, tried: list[int]) -> list[int]:
         """The shards of the last round that are to be tried again."""
         left = [number for number in tried if number not in self.made]
@@ -412,11 +409,6 @@ def _seldom(reports: Iterable[Progress], seconds: float) -> Iterator[Progress]:
         if report.record or time.monotonic() - begun >= seconds:
             yield Progress(images, rejects, report.record)
             images, rejects, begun = 0, 0, time.monotonic()
-
-
-def _made(number: int, record: Record) -> dict[str, Any]:
-    """The report of a shard that is in the output."""
-    return _row(number, record=_text(record))
 
 
 def _text(record: Record | None) -> str:
