@@ -1,3 +1,7 @@
+import functools
+import os
+import shutil
+import tempfile
 from typing import Any
 
 import pytest
@@ -8,7 +12,8 @@ from tests import s3 as server
 # Tests of one group run one after another in one process of pytest-xdist. The groups below come first, for they take
 # longest. Every other file is a group of its own, so that its fixtures are made once.
 GROUPS = {
-    "ray": (  # two Rays at a time would share ports, memory and this machine's cores
+    "slurm": ("tests/cluster/test_slurm.py",),  # nodes with networks of their own, for which it mostly waits
+    "pool": (  # they share one Ray
         "tests/synthesis/test_pool.py",
         "tests/synthesis/test_cluster.py",
         "tests/synthesis/test_tasks.py",
@@ -16,6 +21,8 @@ GROUPS = {
         "tests/synthesis/test_storms.py",
         "tests/synthesis/test_run.py",
         "tests/synthesis/test_oddities.py",
+    ),
+    "jobs": (  # commands that start a Ray of their own
         "tests/cluster/test_ray.py",
         "tests/benchmarking/test_benchmark.py",
         "tests/protocol/test_protocol.py",
@@ -23,7 +30,6 @@ GROUPS = {
         "tests/test_docs.py",
     ),
     "processes": (  # trainings of several processes, whose launchers open ports
-        "tests/cluster/test_slurm.py",
         "tests/training/test_launch.py",
         "tests/training/test_jobs.py",
         "tests/training/test_loop.py",
@@ -35,6 +41,16 @@ GROUPS = {
     ),
 }
 ORDER = {file: (group, place) for group, files in enumerate(GROUPS.values()) for place, file in enumerate(files)}
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Give each process of pytest-xdist a folder of Ray's, so that no process finds the Ray of another."""
+    if not os.environ.get("PYTEST_XDIST_WORKER") or "RAY_TMPDIR" in os.environ:
+        return
+    folder = tempfile.mkdtemp(prefix="degflow-test-", dir="/tmp")  # short, for sockets
+    os.environ["RAY_TMPDIR"] = folder
+    config.add_cleanup(functools.partial(shutil.rmtree, folder, ignore_errors=True))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -90,7 +90,7 @@ def stress():
     start = unreliable(Threads.__init__)
 
     def started(self, count):  # an actor on CPUs begins with this
-        sys.modules["degflow.synthesis.pool"]._ShardActor.PAUSE = 1.0
+        sys.modules["degflow.synthesis.actor"].ShardActor.PAUSE = 1.0
         start(self, count)
 
     Threads.__init__ = started

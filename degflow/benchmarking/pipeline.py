@@ -21,7 +21,7 @@ from degflow.benchmarking import stand_in
 from degflow.benchmarking.measure import Table, alternate
 from degflow.dataset.layout import MANIFEST
 from degflow.degrader import Degrader
-from degflow.synthesis.pool import REPORTS
+from degflow.synthesis.reports import REPORTS
 
 
 def codecs(lrs: Sequence[np.ndarray], repeats: int) -> Table:

@@ -79,7 +79,7 @@ class Noted(shard._Rows):
         return done
 
 
-class Count(pool._Count):
+class Count(pool.Count):
     """The driver's count of reports, which notes each."""
 
     def take(self, report: dict[str, Any]) -> None:
@@ -93,7 +93,7 @@ def main() -> None:
     from degflow.benchmarking import stand_in  # its importable name: actors could not unpickle objects of __main__
 
     Degrader.load = classmethod(lambda *_: stand_in.StandIn())  # type: ignore[method-assign]
-    run.WindowDegrader, pool._Count = stand_in.Sleeper, stand_in.Count  # type: ignore[misc]
+    run.WindowDegrader, pool.Count = stand_in.Sleeper, stand_in.Count  # type: ignore[misc]
     run.synthesize(load(SynthesizeConfig, sys.argv[1:]))
 
 

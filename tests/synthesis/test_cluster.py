@@ -14,8 +14,8 @@ import pytest
 import ray
 
 from degflow.synthesis import cluster, pool
+from degflow.synthesis.actor import ShardActor
 from degflow.synthesis.cluster import NoCompiler, check_address, check_compiler
-from degflow.synthesis.pool import _ShardActor
 from tests import ROOT
 from tests.sources import rows_of
 from tests.synthesis.test_pool import run
@@ -78,7 +78,7 @@ def test_a_job_ends_soon_if_its_ray_is_dead(model, photos, tmp_path):
     assert "rpc_client" not in process.stderr
 
 
-class Toolless(_ShardActor):
+class Toolless(ShardActor):
     """An actor on a machine without compilers."""
 
     def load(self):
@@ -127,7 +127,7 @@ def test_what_no_node_has_is_named_with_what_to_do(shared_ray):
 
 
 def test_a_node_without_a_compiler_ends_the_run(shared_ray, photos, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(pool, "_ShardActor", Toolless)
+    monkeypatch.setattr(pool, "ShardActor", Toolless)
     with pytest.raises(OSError, match=r"NoCompiler: actors\.compile=true: .* has no compiler \(g\+\+\)"):
         run(photos, tmp_path / "out", model, "limit=3", "actors.compile=true")
 

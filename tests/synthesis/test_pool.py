@@ -1,6 +1,5 @@
 """The pool: which node does which work, compiled networks, and a decoder that crashes."""
 
-import json
 import os
 import re
 import resource
@@ -8,28 +7,24 @@ import socket
 import sys
 import threading
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import ray
 import ray.data
 import torch
 from ray.data import ActorPoolStrategy
-from tqdm import tqdm
 
 from degflow import Degrader, images
 from degflow.config import load
-from degflow.dataset.layout import Record
 from degflow.dataset.plan import Plan
 from degflow.dataset.writer import ShardWriter
 from degflow.synthesis import pool
-from degflow.synthesis.pool import _between_reports, _Count, _seldom, _ShardActor
+from degflow.synthesis.actor import ShardActor
 from degflow.synthesis.run import Run, synthesize
 from degflow.synthesis.settings import ActorsConfig, SynthesizeConfig
-from degflow.synthesis.shard import Progress
 from tests import ROOT
 from tests.finished import synthesize_here
 from tests.hooks import DEADLY
@@ -37,7 +32,7 @@ from tests.sources import png, rejects_of, rows_of, save_model
 from tests.synthesis.clusters import own_cluster, own_ray
 
 
-class Watched(_ShardActor):
+class Watched(ShardActor):
     """An actor that makes a shard, then allocates and frees as networks do, and returns what that cost."""
 
     def __call__(self, batch):
@@ -55,14 +50,14 @@ class Watched(_ShardActor):
         return sum(tensor[0] for tensor in [torch.ones(2**19) for _ in range(8)])
 
 
-class OnCpu(_ShardActor):
+class OnCpu(ShardActor):
     """An actor on a node that only says that it has a GPU."""
 
     def device(self):
         return "cpu"
 
 
-class Compiled(_ShardActor):
+class Compiled(ShardActor):
     """An actor that compiles without C++ code, and leaves a file beside the output for each compiled graph."""
 
     def __init__(self, maker, *arguments):
@@ -82,7 +77,7 @@ def note(maker, text):
         file.write(f"{text}\n")
 
 
-class Failing(_ShardActor):
+class Failing(ShardActor):
     """An actor that fails as a GPU does: `fails` says when, from a shard's number and how often it was tried."""
 
     PAUSE, GRACE = 0.0, 1.0
@@ -130,7 +125,7 @@ class Failing(_ShardActor):
         raise NotImplementedError
 
 
-class Slow(_ShardActor):
+class Slow(ShardActor):
     """An actor that needs long for a shard's upload, and notes when shards are degraded and put."""
 
     def load(self):
@@ -168,7 +163,7 @@ def processes_in(notes):
     return {line.split()[1] for line in Path(notes).read_text().splitlines()}
 
 
-class Forgetful(_ShardActor):
+class Forgetful(ShardActor):
     """An actor of whose reports the records are lost."""
 
     def __call__(self, batch):
@@ -221,7 +216,7 @@ def test_a_pool_of_compiled_networks_makes_the_same_images(shared_ray, photos, t
     for name in ("00.png", "01.png"):
         (folder / name).write_bytes((photos / name).read_bytes())
     synthesize_here(folder, tmp_path / "plain", model)
-    monkeypatch.setattr(pool, "_ShardActor", Compiled)
+    monkeypatch.setattr(pool, "ShardActor", Compiled)
     run(folder, tmp_path / "compiled", model, "actors.compile=true")
     assert len((tmp_path / "compiled.graphs").read_text().splitlines()) >= 3  # encoder, decoder, velocity network
     plain, found = rows_of(tmp_path / "plain"), rows_of(tmp_path / "compiled")
@@ -251,7 +246,7 @@ def test_an_actor_pages_nothing_in_again_and_reports_less_often_than_images(shar
 
 def test_codecs_run_on_the_cpu_node_and_actors_on_the_gpu_nodes(photos, model, tmp_path, monkeypatch):
     trace, gpu = tmp_path / "trace", {"num_cpus": 1, "num_gpus": 1}
-    monkeypatch.setattr(pool, "_ShardActor", OnCpu)
+    monkeypatch.setattr(pool, "ShardActor", OnCpu)
     hook = hooked("trace", DEGFLOW_TRACE=str(trace))
     with own_cluster({"num_cpus": 8}, gpu, gpu, runtime_env=hook) as (_, (cpu, *gpus)):
         run(photos, tmp_path / "out", model, "actors.min=2", "batch=1")
@@ -299,7 +294,7 @@ def test_actors_make_two_shards_at_a_time_if_there_are_enough(most, room, shards
 def test_a_pool_grows_when_there_is_room(shared_ray, photos, model, tmp_path, monkeypatch):
     measured = pool._measured
     monkeypatch.setattr(pool, "_measured", lambda *words, **more: replace(measured(*words, **more), room=1))
-    monkeypatch.setattr(pool, "_ShardActor", Waiting)
+    monkeypatch.setattr(pool, "ShardActor", Waiting)
     run(photos, tmp_path / "out", model, "shard.images=1")
     assert len(rows_of(tmp_path / "out")) == 12
     assert len(processes_in(tmp_path / "out.notes")) == 2
@@ -309,7 +304,7 @@ def test_a_pool_grows_when_there_is_room(shared_ray, photos, model, tmp_path, mo
 def test_an_actor_degrades_a_shard_while_it_puts_the_one_before(
     shared_ray, photos, model, tmp_path, monkeypatch, shards
 ):
-    monkeypatch.setattr(pool, "_ShardActor", Slow)
+    monkeypatch.setattr(pool, "ShardActor", Slow)
     monkeypatch.setattr(pool, "SHARDS_AT_ONCE", shards)
     run(photos, tmp_path / "out", model, "actors.max=1")
     assert len(rows_of(tmp_path / "out")) == 12
@@ -325,7 +320,7 @@ def test_a_shard_whose_actor_fails_is_made_by_another_process(
     shared_ray, photos, model, tmp_path, monkeypatch, capsys, actor
 ):
     synthesize_here(photos, tmp_path / "plain", model)
-    monkeypatch.setattr(pool, "_ShardActor", actor)
+    monkeypatch.setattr(pool, "ShardActor", actor)
     run(photos, tmp_path / "out", model, "actors.max=1")
     assert rows_of(tmp_path / "out").keys() == rows_of(tmp_path / "plain").keys()
     assert (tmp_path / "out/_SUCCESS").exists()
@@ -346,7 +341,7 @@ def test_a_shard_whose_actor_fails_is_made_by_another_process(
 def test_a_shard_whose_last_report_is_lost_is_found_in_the_output(
     shared_ray, photos, model, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(pool, "_ShardActor", Forgetful)
+    monkeypatch.setattr(pool, "ShardActor", Forgetful)
     run(photos, tmp_path / "out", model)
     assert len(rows_of(tmp_path / "out")) == 12
     said = capsys.readouterr().out
@@ -358,7 +353,7 @@ def test_a_shard_that_always_fails_is_set_aside_and_tried_by_the_same_command(
     shared_ray, photos, model, tmp_path, monkeypatch, capsys
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(pool, "_ShardActor", NeverMakesOne)
+        patch.setattr(pool, "ShardActor", NeverMakesOne)
         with pytest.raises(ValueError, match=r"^1 of 4 shards were set aside .*\(shards 1\)") as failed:
             run(photos, tmp_path / "out", model)
     assert "CUDA error: an illegal access" in str(failed.value)
@@ -372,7 +367,7 @@ def test_a_shard_that_always_fails_is_set_aside_and_tried_by_the_same_command(
 
 
 def test_a_run_in_which_every_shard_fails_ends_early(shared_ray, photos, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(pool, "_ShardActor", MakesNothing)
+    monkeypatch.setattr(pool, "ShardActor", MakesNothing)
     with pytest.raises(ValueError, match=r"^10 attempts failed and no shard was made") as failed:
         run(photos, tmp_path / "out", model, "shard.images=1")
     assert "an illegal access" in str(failed.value)
@@ -388,64 +383,3 @@ def test_a_run_whose_images_are_mostly_rejects_ends_early(shared_ray, model, tmp
         run(folder, tmp_path / "out", model, "shard.images=50")
     # The whole shards whose rejects can be read; a run that judged sooner would leave none of them.
     assert 200 <= len(rejects_of(tmp_path / "out")) < 1500
-
-
-def test_what_a_failed_attempt_had_counted_is_taken_back():
-    count = _Count(tqdm(disable=True), 2)
-    for report in ((0, 3, 1), (1, 4, 0), (0, 2, 0)):
-        count.take(pool._row(*report))
-    assert (count.rejects, count.open) == (1, {0: {"images": 5, "rejects": 1}, 1: {"images": 4, "rejects": 0}})
-    count.take(pool._row(0, failure="on a machine: it did"))
-    assert (count.rejects, count.open) == (0, {1: {"images": 4, "rejects": 0}})
-
-
-def test_a_pool_that_breaks_costs_each_unmade_shard_an_attempt():
-    count = _Count(tqdm(disable=True), 3)
-    record = json.dumps(asdict(Record("data/part-000000.parquet", 1, 0, 1, "", "", 1.0, None, None, None)))
-    count.take(pool._row(0, 1, record=record))
-    count.take(pool._row(failure="as the pool of actors broke: it did"))
-    assert count.to_repeat([0, 1, 2]) == [1, 2]
-    assert count.to_repeat([1, 2]) == [1, 2]
-    assert count.to_repeat([1, 2]) == []
-    with pytest.raises(
-        ValueError, match=r"^2 of 3 shards were set aside after 3 failures .*as the pool of actors broke"
-    ):
-        count.check()
-
-
-def test_reports_summed_up_lose_no_count():
-    record = Record("data/part-000000.parquet", 3, 1, 1, "", "", 1.0, None, None, None)
-    reports = [Progress(1, 0), Progress(1, 1), Progress(0, 0), Progress(2, 0), Progress(0, 0, record)]
-    assert list(_seldom(reports, seconds=0)) == reports
-    assert list(_seldom(reports, seconds=60)) == [Progress(4, 1, record)]
-
-
-def test_actors_report_less_often_the_more_of_them_there_may_be(monkeypatch):
-    cluster = {"CPU": 8000.0, "GPU": 8.0}
-    monkeypatch.setattr(ray, "cluster_resources", lambda: cluster)
-    assert _between_reports(most=5000, gpus=1, threads=4) == 1
-    assert _between_reports(most=5000, gpus=0, threads=4) == 2000 / pool.REPORTS == 20
-    assert _between_reports(most=500, gpus=0, threads=4) == 5
-    cluster.clear()  # nodes come later
-    assert _between_reports(most=5000, gpus=1, threads=4) == 1
-    monkeypatch.setattr(ray, "cluster_resources", lambda: 1 / 0)
-    assert _between_reports(most=5000, gpus=1, threads=4) == 1
-
-
-def test_costs_are_told_with_the_progress_and_for_what_is_left(photos, model, tmp_path, capsys):
-    count = _Count(tqdm(total=10, disable=True), 3, price=1800.0)
-    assert count._cost() == {}
-    for number, made, seconds in ((0, 3, 4.0), (1, 2, 6.0)):
-        record = Record(f"data/part-{number:06d}.parquet", made, 0, 1, "", "", seconds, None, None, None)
-        count.take(pool._row(number, made, record=json.dumps(asdict(record))))
-    assert count._cost() == {"cost": "5.00", "in all": "10.00"}  # 10 s for 5 of 10 images
-    words = ["shard.images=2", "price.per_hour=3600"]
-    synthesize_here(photos, tmp_path / "out", model, "limit=4", *words)
-    synthesize_here(photos, tmp_path / "out", model, "dry_run=true", "extend=true", *words)
-    said = capsys.readouterr().out
-    found = re.search(r"^8 images are left; .* take \S+ hours of one actor, which cost (\S+)$", said, re.M)
-    assert found
-    done = pq.read_table(tmp_path / "out/manifest.parquet").to_pylist()
-    assert float(found[1]) == pytest.approx(sum(row["seconds"] for row in done) / 4 * 8, abs=0.01)
-    with pytest.raises(ValueError, match=r"price\.per_hour=-1\.0: must not be negative"):
-        load(SynthesizeConfig, ["input=a", "output=b", "price.per_hour=-1"])

@@ -62,7 +62,7 @@ def test_a_file_that_fills_its_node_is_a_reject_and_the_others_are_rows(photos, 
     for name in ("astronaut.PNG", "coffee.jpg"):
         (folder / name).write_bytes((photos / name).read_bytes())
     (folder / "hungry.png").write_bytes(HUNGRY)
-    monkeypatch.setattr(pool, "_ShardActor", OnCpu)  # actors with GPUs use tasks
+    monkeypatch.setattr(pool, "ShardActor", OnCpu)  # actors with GPUs use tasks
     limits = {
         "memory_usage_threshold": (get_used_memory() + 4000 * MB) / get_system_memory(),
         "memory_monitor_refresh_ms": 50,

@@ -1,0 +1,144 @@
+"""An actor: a process that makes one shard after another, and reports them."""
+
+import contextlib
+import ctypes
+import errno
+import os
+import socket
+import threading
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import ray
+import torch
+
+from degflow.storage import Source
+from degflow.synthesis.cluster import NoCompiler, check_compiler
+from degflow.synthesis.codec import Threads
+from degflow.synthesis.metrics import ActorMetrics
+from degflow.synthesis.reports import between_reports, columns, seldom
+from degflow.synthesis.shard import BrokenTurn, ShardMaker, Turn
+from degflow.synthesis.tasks import Tasks, attempts_before
+
+_OF_ONE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # errors of its disk; those of storage end the run
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep up to 128 MiB of free memory, for tensors of up to 32 MiB.
+
+    By default it returns every freed tensor of some MB to the system, and the next tensor causes page faults. For an
+    image of 256 x 256 pixels an actor had 18 000 of them, a third of its time; with this it has 51.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # glibc's largest
+        libc.mallopt(M_TRIM_THRESHOLD, 128 << 20)
+
+
+class ShardActor:
+    """A Ray Data callable: takes one planned shard, yields reports; the last one has the shard's record.
+
+    A failure is reported as well, because an exception in one actor would end Ray Data's whole run. The actor then
+    waits `PAUSE` seconds, lest one bad machine take the shards of all good ones. Then its process ends, because some
+    errors of a GPU stay with their process: as soon as it is given another shard, or has one that waits for its turn.
+    Ray starts it anew and gives it that shard again.
+
+    On CPUs an actor loads and encodes in threads. A shard whose actor died uses tasks: if a file killed the actor, that
+    file now kills only a task, and becomes a reject.
+    """
+
+    PAUSE, GRACE = 30.0, 5.0  # seconds; the second one for Ray to take the last reports of a process
+
+    def __init__(self, maker: ray.ObjectRef, gpus: int, threads: int, compiled: bool, most: int):
+        keep_freed_memory()
+        self.threads, self.reference, self.compiled = threads, maker, compiled
+        self.tasks = Tasks(gpus)
+        self.usual = self.tasks if gpus else Threads(threads)
+        self.between_reports = between_reports(most, gpus, threads)
+        self.maker: ShardMaker | None = None
+        self.metrics: ActorMetrics | None = None
+        self.calls, self.turn = _Calls(), Turn()
+
+    def device(self) -> str:
+        """The device that computes."""
+        return "cuda" if ray.get_gpu_ids() else "cpu"
+
+    def load(self) -> ShardMaker:
+        """The run's maker, its networks on the device."""
+        maker: ShardMaker = ray.get(self.reference)
+        degrader = maker.degrader.degrader.to(self.device())
+        if self.compiled:
+            check_compiler(self.device())
+            degrader.compile(dynamic=True)
+        return maker
+
+    def loaded(self) -> tuple[ShardMaker, ActorMetrics]:
+        """What `load` gave, which is called once, and what counts its work."""
+        if not self.maker or not self.metrics:
+            with self.turn.taken():
+                self.maker = self.maker or self.load()
+                self.metrics = self.metrics or ActorMetrics(self.maker.output)
+        return self.maker, self.metrics
+
+    def __call__(self, batch: Any) -> Iterator[dict[str, list[Any]]]:
+        """Make the shard of a batch of one row, which `Plan.task` gives; yields reports."""
+        shard = batch.to_pylist()[0]
+        sources = [Source(*source.values()) for source in shard["sources"]]
+        try:
+            with self.calls.counted():
+                if self.turn.broken:
+                    raise BrokenTurn
+                torch.set_num_threads(self.threads)  # of this call's thread
+                yield from self._make(shard["shard"], sources)
+        except BrokenTurn:
+            self.calls.wait()
+            time.sleep(self.GRACE)
+            os._exit(1)
+
+    def _make(self, number: int, sources: list[Source]) -> Iterator[dict[str, list[Any]]]:
+        again = attempts_before() > 0
+        workers = self.tasks if again else self.usual
+        try:
+            maker, metrics = self.loaded()
+            maker = replace(maker, tally=defaultdict(float))
+            reports = metrics.counting(maker, maker.make(number, sources, workers, self.turn, again))
+            for images, rejects, record in seldom(reports, self.between_reports):
+                yield columns(number, images, rejects, record=record)
+        except BrokenTurn:
+            raise
+        except Exception as error:
+            if isinstance(error, NoCompiler) or (isinstance(error, OSError) and error.errno not in _OF_ONE_MACHINE):
+                yield columns(number, fatal=f"shard {number}: {type(error).__name__}: {error}")
+                return
+            self.turn.broken = True
+            time.sleep(self.PAUSE)
+            yield columns(number, failure=f"on {socket.gethostname()}: {traceback.format_exc()}")
+
+
+class _Calls:
+    """The calls of an actor that run now, each in a thread of its own."""
+
+    def __init__(self):
+        self._ended, self._running = threading.Condition(), 0
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count the block as a call."""
+        with self._ended:
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._ended:
+                self._running -= 1
+                self._ended.notify_all()
+
+    def wait(self) -> None:
+        """Wait until no call runs."""
+        with self._ended:
+            self._ended.wait_for(lambda: not self._running)

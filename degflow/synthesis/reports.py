@@ -1,0 +1,172 @@
+"""Reports: what actors say of the shards that they make, and what it adds up to.
+
+A report is a row of Ray Data: the shard's number, its images and rejects since the report before, and three texts.
+`record` is JSON, and empty but in the last report of a shard. `failure` says why an attempt failed, and `fatal` why the
+run must end.
+"""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import ray
+from tqdm import tqdm
+
+from degflow.dataset.layout import Record
+from degflow.synthesis.metrics import DriverMetrics
+from degflow.synthesis.shard import Progress
+
+ATTEMPTS = 3  # of a shard
+HOPELESS = 10  # failures end the run as long as no shard is made
+JUDGED = 200  # images in made shards, after which a run ends if most of them are rejects
+REPORTS = 100  # a second, from all actors of a run: they take half of the driver's core
+
+
+def row(
+    shard: int = -1,
+    images: int = 0,
+    rejects: int = 0,
+    *,
+    record: Record | None = None,
+    failure: str = "",
+    fatal: str = "",
+) -> dict[str, Any]:
+    """A report; a shard of -1 stands for the whole pool."""
+    text = json.dumps(asdict(record)) if record else ""
+    return {"shard": shard, "images": images, "rejects": rejects, "record": text, "failure": failure, "fatal": fatal}
+
+
+def columns(shard: int, *counts: int, **more: Any) -> dict[str, list[Any]]:
+    """The same as a batch of one row; arguments as `row`."""
+    return {name: [value] for name, value in row(shard, *counts, **more).items()}
+
+
+def seldom(reports: Iterable[Progress], seconds: float) -> Iterator[Progress]:
+    """Sums of the reports over `seconds`: each report costs an actor some 2 ms, and the driver some 4."""
+    images, rejects, begun = 0, 0, time.monotonic()
+    for report in reports:
+        images, rejects = images + report.images, rejects + report.rejects
+        if report.record or time.monotonic() - begun >= seconds:
+            yield Progress(images, rejects, report.record)
+            images, rejects, begun = 0, 0, time.monotonic()
+
+
+def between_reports(most: int, gpus: int, threads: int) -> float:
+    """Seconds between two reports of an actor: 1, or more if the run may have, and the cluster holds, many actors."""
+    kind, each = ("GPU", gpus) if gpus else ("CPU", threads)
+    try:
+        room = ray.cluster_resources().get(kind, 0) / each
+    except Exception:  # Ray's head may be away for a moment, and an actor need not wait for it
+        room = 0
+    return max(1.0, min(most, room) / REPORTS)
+
+
+class Count:
+    """What the reports of a run add up to.
+
+    Args:
+        bar: shows the images.
+        shards: of the run.
+        price: of an hour of an actor; 0: unknown.
+        metrics: show the numbers of shards.
+    """
+
+    def __init__(self, bar: tqdm, shards: int, price: float = 0.0, metrics: DriverMetrics | None = None):
+        self.bar, self.shards, self.price, self.metrics = bar, shards, price, metrics
+        self.seconds = 0.0  # of actors, for the shards that are made
+        self.open: dict[int, Counter[str]] = {}  # images and rejects of each shard that is being made
+        self.whole: Counter[str] = Counter()  # of all shards that are made
+        self.rejects = 0
+        self.failures: dict[int, list[str]] = {}
+        self.made: set[int] = set()
+        self.failed: set[int] = set()  # in this round
+        self.broke = "on an unknown machine: no report came back"
+
+    def take(self, report: dict[str, Any]) -> None:
+        """Count one report.
+
+        Raises:
+            OSError, ValueError: see `Pool.make`.
+        """
+        if report["fatal"]:
+            raise OSError(report["fatal"])
+        number = report["shard"]
+        if report["failure"]:
+            self._failed(number, report["failure"])
+            return
+        shard = self.open.setdefault(number, Counter())
+        shard.update(images=report["images"], rejects=report["rejects"])
+        self.rejects += report["rejects"]
+        if report["record"]:
+            record = Record(**json.loads(report["record"]))
+            self.made.add(number)
+            self.whole.update(self.open.pop(number))
+            self.seconds += record.seconds
+            self.bar.write(_log_line(record))
+            self._show()
+            self._judge()
+        self.bar.set_postfix({"rejects": self.rejects, **self._cost()}, refresh=False)
+        self.bar.update(report["images"])
+
+    def _cost(self) -> dict[str, str]:
+        """What the made shards cost, and by them all images of the run; nothing before the first one."""
+        if not self.price or not self.whole["images"]:
+            return {}
+        cost = self.price * self.seconds / 3600
+        total = cost * (self.bar.total or 0) / self.whole["images"]
+        return {"cost": f"{cost:.2f}", "in all": f"{total:.2f}"}
+
+    def _show(self) -> None:
+        if self.metrics:
+            aside = sum(len(texts) >= ATTEMPTS for number, texts in self.failures.items() if number not in self.made)
+            self.metrics.show(self.shards - len(self.made) - aside, aside)
+
+    def _judge(self) -> None:
+        """End a run that mostly makes rejects. Shards that are made count alone: their rejects can be read."""
+        images, rejects = self.whole["images"], self.whole["rejects"]
+        if images >= JUDGED and rejects > images / 2:
+            raise ValueError(f"{rejects} of the first {images} images were rejected; the rejects folder says why")
+
+    def _failed(self, number: int, why: str) -> None:
+        if number < 0:
+            self.broke = why
+            return
+        lost = self.open.pop(number, Counter())
+        self.bar.update(-lost["images"])
+        self.rejects -= lost["rejects"]
+        self.failed.add(number)
+        times = self.failures.setdefault(number, [])
+        times.append(why)
+        last = why.strip().splitlines()[-1]
+        self.bar.write(f"shard {number} failed {why.partition(':')[0]}, attempt {len(times)} of {ATTEMPTS}: {last}")
+        if not self.made and sum(map(len, self.failures.values())) >= HOPELESS:
+            raise ValueError(f"{HOPELESS} attempts failed and no shard was made; the last one {why}")
+
+    def to_repeat(self, tried: list[int]) -> list[int]:
+        """The shards of the last round that are to be tried again."""
+        left = [number for number in tried if number not in self.made]
+        for number in left:
+            if number not in self.failed:
+                self._failed(number, self.broke)
+        self.failed = set()
+        self._show()
+        return [number for number in left if len(self.failures.get(number, [])) < ATTEMPTS]
+
+    def check(self) -> None:
+        """Raise a ValueError that names the shards that were set aside, if there are any."""
+        aside = {number: texts for number, texts in self.failures.items() if number not in self.made}
+        if aside:
+            names = ", ".join(str(number) for number in sorted(aside)[:10]) + (", ..." if len(aside) > 10 else "")
+            raise ValueError(
+                f"{len(aside)} of {self.shards} shards were set aside after {ATTEMPTS} failures each (shards {names}). "
+                f"All others are made; the same command tries these again. The last failure, {aside[max(aside)][-1]}"
+            )
+
+
+def _log_line(record: Record) -> str:
+    quality = "" if record.psnr is None else f", LR at {record.psnr:.2f} dB"
+    size = f"{record.bytes / 1e6:.1f} MB"
+    return f"{record.part}: {record.rows} rows, {record.rejects} rejects, {size}, {record.seconds:.1f} s{quality}"

@@ -1,0 +1,76 @@
+"""Reports: what they add up to, how often they come, and what the images that are made and left cost."""
+
+import re
+
+import pyarrow.parquet as pq
+import pytest
+from tqdm import tqdm
+
+from degflow.config import load
+from degflow.dataset.layout import Record
+from degflow.synthesis import reports
+from degflow.synthesis.reports import REPORTS, Count, between_reports, row, seldom
+from degflow.synthesis.settings import SynthesizeConfig
+from degflow.synthesis.shard import Progress
+from tests.finished import synthesize_here
+
+
+def test_what_a_failed_attempt_had_counted_is_taken_back():
+    count = Count(tqdm(disable=True), 2)
+    for report in ((0, 3, 1), (1, 4, 0), (0, 2, 0)):
+        count.take(row(*report))
+    assert (count.rejects, count.open) == (1, {0: {"images": 5, "rejects": 1}, 1: {"images": 4, "rejects": 0}})
+    count.take(row(0, failure="on a machine: it did"))
+    assert (count.rejects, count.open) == (0, {1: {"images": 4, "rejects": 0}})
+
+
+def test_a_pool_that_breaks_costs_each_unmade_shard_an_attempt():
+    count = Count(tqdm(disable=True), 3)
+    record = Record("data/part-000000.parquet", 1, 0, 1, "", "", 1.0, None, None, None)
+    count.take(row(0, 1, record=record))
+    count.take(row(failure="as the pool of actors broke: it did"))
+    assert count.to_repeat([0, 1, 2]) == [1, 2]
+    assert count.to_repeat([1, 2]) == [1, 2]
+    assert count.to_repeat([1, 2]) == []
+    with pytest.raises(
+        ValueError, match=r"^2 of 3 shards were set aside after 3 failures .*as the pool of actors broke"
+    ):
+        count.check()
+
+
+def test_reports_summed_up_lose_no_count():
+    record = Record("data/part-000000.parquet", 3, 1, 1, "", "", 1.0, None, None, None)
+    said = [Progress(1, 0), Progress(1, 1), Progress(0, 0), Progress(2, 0), Progress(0, 0, record)]
+    assert list(seldom(said, seconds=0)) == said
+    assert list(seldom(said, seconds=60)) == [Progress(4, 1, record)]
+
+
+def test_actors_report_less_often_the_more_of_them_there_may_be(monkeypatch):
+    cluster = {"CPU": 8000.0, "GPU": 8.0}
+    monkeypatch.setattr(reports.ray, "cluster_resources", lambda: cluster)
+    assert between_reports(most=5000, gpus=1, threads=4) == 1
+    assert between_reports(most=5000, gpus=0, threads=4) == 2000 / REPORTS == 20
+    assert between_reports(most=500, gpus=0, threads=4) == 5
+    cluster.clear()  # nodes come later
+    assert between_reports(most=5000, gpus=1, threads=4) == 1
+    monkeypatch.setattr(reports.ray, "cluster_resources", lambda: 1 / 0)
+    assert between_reports(most=5000, gpus=1, threads=4) == 1
+
+
+def test_costs_are_told_with_the_progress_and_for_what_is_left(photos, model, tmp_path, capsys):
+    count = Count(tqdm(total=10, disable=True), 3, price=1800.0)
+    assert count._cost() == {}
+    for number, made, seconds in ((0, 3, 4.0), (1, 2, 6.0)):
+        record = Record(f"data/part-{number:06d}.parquet", made, 0, 1, "", "", seconds, None, None, None)
+        count.take(row(number, made, record=record))
+    assert count._cost() == {"cost": "5.00", "in all": "10.00"}  # 10 s for 5 of 10 images
+    words = ["shard.images=2", "price.per_hour=3600"]
+    synthesize_here(photos, tmp_path / "out", model, "limit=4", *words)
+    synthesize_here(photos, tmp_path / "out", model, "dry_run=true", "extend=true", *words)
+    said = capsys.readouterr().out
+    found = re.search(r"^5 images are left; .* take \S+ hours of one actor, which cost (\S+)$", said, re.M)
+    assert found
+    done = pq.read_table(tmp_path / "out/manifest.parquet").to_pylist()
+    assert float(found[1]) == pytest.approx(sum(row["seconds"] for row in done) / 4 * 5, abs=0.01)
+    with pytest.raises(ValueError, match=r"price\.per_hour=-1\.0: must not be negative"):
+        load(SynthesizeConfig, ["input=a", "output=b", "price.per_hour=-1"])
