@@ -1,6 +1,8 @@
 """Configuration: dataclass defaults <- YAML file <- `key=value` arguments; and `run`, which starts every job."""
 
+import contextlib
 import copy
+import ctypes
 import dataclasses
 import os
 import sys
@@ -17,6 +19,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 T = TypeVar("T")
 HELP = {"--help", "-h", "help"}
 _CHECK = "--check"
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
 _KEYS = (
     "Keys are given as key=value. config=NAME takes keys from a configuration that ships, and config=FILE from a YAML\n"
     "file. Keys in the command override these."
@@ -107,7 +110,8 @@ def run(main: Callable[[T], None], schema: type[T], about: str | None, arguments
     """Run a job: print its help, or load its configuration and call `main` with it; `--check` only loads it.
 
     The exit code is 0 after success, 2 for a bad configuration and 1 when the job failed. The last line on stderr then
-    says why. ValueError, OSError and ImportError are expected; other errors keep their traceback.
+    says why. ValueError, OSError and ImportError are expected; other errors keep their traceback. While the job runs,
+    and after it, this process keeps freed memory.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -120,6 +124,7 @@ def run(main: Callable[[T], None], schema: type[T], about: str | None, arguments
         sys.exit(_complain(error, 2))
     if _CHECK in words:
         return
+    keep_freed_memory()
     try:
         main(config)
     except (ValueError, OSError, ImportError) as error:
@@ -128,6 +133,18 @@ def run(main: Callable[[T], None], schema: type[T], about: str | None, arguments
         sys.exit(_complain(error, 1, "" if _is_said_here(error) else " (DEGFLOW_TRACEBACK=1 shows where)"))
     except KeyboardInterrupt:
         sys.exit(_complain("interrupted", 130))
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep up to 128 MiB of free memory in this process, for arrays and tensors of up to 32 MiB.
+
+    By default it returns every freed tensor of some MB to the system, and the next tensor causes page faults. For an
+    image of 256 x 256 pixels an actor of `synthesize` had 18 000 of them, a third of its time; with this it has 51.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # glibc's largest
+        libc.mallopt(M_TRIM_THRESHOLD, 128 << 20)
 
 
 def usage(schema: type, about: str, arguments: Sequence[str] = (), *, everything: bool = False) -> str:

@@ -3,6 +3,7 @@
 `RAEObjective` is stage 1 (DegFlow, section 2.1), `LFMObjective` the published stage 2 (section 2.2), and
 `ResidualObjective` stage 2 for flows that draw (`models.residual`). Whatever is random in a sample (its level, its
 times, its noise) was drawn with the sample. So every tensor here has a fixed shape, and nothing waits for a device.
+Stage 2 may train at several points of the flow for each sample, which is encoded once for all of them.
 In a narrower precision (`models.precision`) only the trained network and the decoder compute: what they are compared
 with, the frozen encoder's latents and LPIPS, is made in float32.
 """
@@ -71,6 +72,10 @@ class _Stage2(nn.Module):
         self.training = mode
         return self
 
+    def _keys(self, number: Tensor, points: int) -> Tensor:
+        """A key for each point of each sample, "B P" as one."""
+        return sample_keys(self.seed, (number[:, None] * points + torch.arange(points, device=number.device)).flatten())
+
 
 class LFMObjective(_Stage2):
     """The published stage 2: conditional flow matching on the path through the levels' latents, and LPIPS.
@@ -103,23 +108,25 @@ class LFMObjective(_Stage2):
 
         Args:
             images: uint8 "B K 3 H W", HR first.
-            time: "B" in [0, 1].
+            time: "B P" in [0, 1], P points of each sample's path.
             number: int64 "B", the samples' numbers.
         """
-        image, time = to_float(images), time.float()
+        points = time.shape[1]
+        image, time = to_float(images), time.float().flatten()
         with exactly(image.device.type):
             values, skips = self._encode(image)
-            point = self.path.at(values, time)
-        velocity = self.network(point.position, time, sample_keys(self.seed, number)).float()
+            point = self.path.at(_each(values, points), time)
+        velocity = self.network(point.position, time, self._keys(number, points)).float()
         flow = F.mse_loss(velocity, point.velocity)
         if self.perceptual is None:
             return Losses(flow, {"cfm": flow.detach()})
         # Where a Taylor step lands at the next knot, decoded, against that level's image.
         after, gap = next_knot(self.path.knots, time)
+        skips = tuple(_each(skip, points) for skip in skips)
         decoded = self.autoencoder.decode(taylor_step(point, velocity, gap), skips).float()
-        level = after.view(-1, 1, 1, 1, 1).expand(-1, 1, *image.shape[2:])
+        level = after.view(len(image), points, 1, 1, 1).expand(-1, -1, *image.shape[2:])
         with exactly(image.device.type):
-            lpips = self.perceptual(decoded, image.gather(1, level)[:, 0]).mean()
+            lpips = self.perceptual(decoded, image.gather(1, level).flatten(0, 1)).mean()
         return Losses(flow + self.weight * lpips, {"cfm": flow.detach(), "lpips": lpips.detach()})
 
     @torch.no_grad()
@@ -148,12 +155,14 @@ class ResidualObjective(_Stage2):
 
         Args:
             hr, skeleton, lr: uint8 "B 3 H W": HR, the same after the optics, and the captured LR image.
-            time: "B" in [0, 1], of the captured scale. tau: "B" in [0, 1], place along the flow.
+            time: "B" in [0, 1], of the captured scale. tau: "B P" in [0, 1], P places along the flow.
             number: int64 "B", the samples' numbers.
         """
-        guide, captured = residuals(self.autoencoder, self.spread, hr, skeleton, lr, time.float())
-        tau = tau.float()
-        begin = self.spread.sample(sample_keys(self.seed, number), guide.time, captured.shape[2], captured.shape[3])
+        points = tau.shape[1]
+        known = residuals(self.autoencoder, self.spread, hr, skeleton, lr, time.float())
+        guide, captured = Guide(*(_each(part, points) for part in known[0])), _each(known[1], points)
+        tau, keys = tau.float().flatten(), self._keys(number, points)
+        begin = self.spread.sample(keys, guide.time, captured.shape[2], captured.shape[3])
         place = torch.lerp(begin, captured, tau[:, None, None, None])
         velocity = self.network(place, tau, guide).float()
         flow = F.mse_loss(velocity, captured - begin)
@@ -172,6 +181,11 @@ def residuals(
     guide = Guide(optics, source, lost_detail(image[:, 0], image[:, 1], autoencoder.config.compression), time)
     _, deviation = spread.at(time)
     return guide, (captured - optics) / (guide.gain * deviation)
+
+
+def _each(values: Tensor, points: int) -> Tensor:
+    """Each of "B ..." as often as a sample has points, "B P ..." as one."""
+    return values.repeat_interleave(points, 0)
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -1,9 +1,15 @@
 """The list of commands, and what a word that is none of them gets."""
 
+import resource
+import subprocess
+import sys
+from dataclasses import dataclass
+
 import pytest
 
 from degflow import __version__
 from degflow.__main__ import COMMANDS, main
+from tests import ROOT
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]])
@@ -24,6 +30,42 @@ def test_a_command_explains_its_keys(name, capsys):
     assert f"\n    degflow {name} " in text  # an example
     assert "\nKeys are given as key=value." in text
     assert (" photograph=" if name == "explore" else " output=") in text
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """A command without keys."""
+
+
+def page_faults():
+    """Page faults in 40 rounds of eight tensors of 2 MiB, after 10 others."""
+    import torch
+
+    def once():
+        return sum(tensor[0] for tensor in [torch.ones(2**19) for _ in range(8)])
+
+    for _ in range(10):
+        once()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(40):
+        once()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def allocate():
+    """Allocates and frees, as networks do."""
+    return lambda _: print(page_faults(), file=sys.stderr), Nothing
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_a_command_pages_freed_memory_in_once(tmp_path):
+    def faults(call):
+        program = f"from degflow.__main__ import start; from tests.test_command import *; {call}"
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+        return int(done.stderr.split()[-1])
+
+    assert faults("print(page_faults(), file=sys.stderr)") > 640 * 256 / 2  # of 640 MiB with 256 pages each
+    assert faults("start(allocate, [])") < 640 * 256 / 10
 
 
 def test_a_command_gets_the_words_behind_its_name(tmp_path, capsys):

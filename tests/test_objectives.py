@@ -22,7 +22,7 @@ from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear
 
 KNOTS = (0.0, 1 / 3, 1.0)
 NUMBERS = torch.arange(4)
-TIMES = torch.tensor([0.0, 0.2, 0.4, 0.9], dtype=torch.float64)
+TIMES = torch.tensor([[0.0], [0.2], [0.4], [0.9]], dtype=torch.float64)
 
 
 def crops(count=4, levels=3, side=16, seed=0):
@@ -104,13 +104,13 @@ def test_rae_trains_the_encoder_through_the_guide_too():
 def test_an_oracle_velocity_has_zero_flow_loss_on_either_path():
     for path_type in (NaturalCubicSpline, PiecewiseLinear):
         objective, images = oracle_objective(path_type)
-        losses = objective(images=images, time=torch.tensor([0.0, 0.2, 0.5, 0.999]), number=NUMBERS)
+        losses = objective(images=images, time=torch.tensor([[0.0], [0.2], [0.5], [0.999]]), number=NUMBERS)
         assert float(losses.total) < 1e-10
 
 
 def test_flow_loss_is_the_mean_squared_velocity_error():
     objective, images = oracle_objective(offset=0.5)
-    losses = objective(images=images, time=torch.rand(4), number=NUMBERS)
+    losses = objective(images=images, time=torch.rand(4, 1), number=NUMBERS)
     torch.testing.assert_close(losses.total, torch.tensor(0.25), rtol=1e-4, atol=0)
 
 
@@ -133,7 +133,7 @@ def test_a_velocity_error_moves_the_taylor_step_by_itself_times_the_gap():
     objective(images=images, time=TIMES, number=NUMBERS)
     _, skips = objective.autoencoder.encode(to_float(images[:, 0]))
     level = torch.tensor([1, 1, 2, 2])
-    gap = torch.tensor(KNOTS)[level] - TIMES.float()
+    gap = torch.tensor(KNOTS)[level] - TIMES[:, 0].float()
     landed = objective.network.values[torch.arange(4), level] + 0.5 * gap.view(4, 1, 1, 1)
     torch.testing.assert_close(perceptual.image, objective.autoencoder.decode(landed, skips), rtol=0, atol=1e-4)
 
@@ -190,7 +190,7 @@ SCALE_TIMES = torch.tensor([0.2, 1 / 3, 0.5, 1.0], dtype=torch.float64)
 
 def residual_batch(seed=0, count=4):
     hr, skeleton, lr = crops(count, seed=seed).unbind(1)
-    taus = torch.tensor([0.0, 0.3, 0.6, 0.9], dtype=torch.float64)[:count]
+    taus = torch.tensor([[0.0], [0.3], [0.6], [0.9]], dtype=torch.float64)[:count]
     return {
         "hr": hr, "skeleton": skeleton, "lr": lr, "time": SCALE_TIMES[:count], "tau": taus, "number": NUMBERS[:count],
     }  # fmt: skip
@@ -223,7 +223,7 @@ def test_a_network_that_knows_the_captured_residual_has_its_error_squared_as_los
     assert list(losses.parts) == ["cfm"]
     y, tau, seen = network.seen
     torch.testing.assert_close(seen, guide)
-    torch.testing.assert_close(tau, batch["tau"].float())
+    torch.testing.assert_close(tau, batch["tau"][:, 0].float())
     factor = spread().at(guide.time)[0][..., 0, 0]
     begin = torch.einsum("bij,bjhw->bihw", factor, gaussian(sample_keys(7, NUMBERS), *captured.shape[1:]))
     torch.testing.assert_close(y, torch.lerp(begin, captured, tau[:, None, None, None]))
@@ -304,6 +304,25 @@ def test_the_parts_of_a_batch_have_its_loss_and_its_gradient_on_average(kind, si
     parts, grads_of_parts = losses(NUMBERS.split(size))
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=0)
     assert float((grads_of_parts - grads).norm() / grads.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_the_points_of_a_crop_have_the_mean_loss_of_as_many_samples_and_their_gradient(kind):
+    batch, points = batch_of(kind), torch.tensor([[0.1, 0.7, 0.3], [0.9, 0.2, 0.5], [0.0, 0.6, 0.8], [0.4, 0.35, 0.95]])
+    place = "tau" if kind == "residual" else "time"
+
+    def learned(batches):
+        objective = objective_of(kind).train()
+        losses = [objective(**each) for each in batches]
+        (sum(loss.total for loss in losses) / len(losses)).backward()
+        grads = torch.cat([parameter.grad.flatten() for parameter in objective.network.parameters()])
+        return torch.stack([sum(loss.parts[name] for loss in losses) / len(losses) for name in losses[0].parts]), grads
+
+    loss, grads = learned([{**batch, place: points}])
+    each = [{**batch, place: points[:, [n]], "number": 3 * NUMBERS + n} for n in range(3)]
+    wanted, wanted_grads = learned(each)
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=0)
+    assert float((grads - wanted_grads).norm() / wanted_grads.norm()) < 1e-5
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])

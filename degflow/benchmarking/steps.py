@@ -16,6 +16,8 @@ from degflow.objectives import LFMObjective, Losses, RAEObjective, ResidualObjec
 from degflow.restoration.networks import NetworkConfig, RestorationObjective, build
 from degflow.trajectory import NaturalCubicSpline
 
+FEWER = "stage 2, points=4"
+
 
 class Step(NamedTuple):
     """A training step, which takes the number of the repeat and returns its loss, and how many weights it trains."""
@@ -65,7 +67,8 @@ def training(
         stage = f"the published one, {'with' if perceptual else 'without'} LPIPS"
     about = (
         f"With Adam, batch {batch} of {crop} x {crop} crops at {len(degrader.levels)} levels, {precision}, medians of "
-        f"{repeats} alternating repeats; stage 2 is {stage}. Predicted for {gpu.tflops:g} TFLOP/s in bfloat16 and "
+        f"{repeats} alternating repeats; stage 2 is {stage}. With points=4, a step has a quarter of the crops and as "
+        f"many points. Predicted for {gpu.tflops:g} TFLOP/s in bfloat16 and "
         f"{gpu.terabytes:g} TB/s."
     )
     return Table("Training steps", about, ("", "steps/s", "GFLOP", "GFLOP/s", "steps/s predicted for a GPU"), rows)
@@ -84,17 +87,21 @@ def steps(
     generator = torch.Generator().manual_seed(0)
     shape = (batch, len(degrader.levels), 3, crop, crop)
     images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)
-    time, tau = torch.rand(2, batch, generator=generator).to(device)
-    number, flow = torch.arange(batch, device=device), degrader.flow
+    time, tau = torch.rand(2, batch, 1, generator=generator).to(device)
+    number, flow, few = torch.arange(batch, device=device), degrader.flow, max(1, batch // 4)
     rae = RAEObjective(copy.deepcopy(degrader.autoencoder).requires_grad_(True))
     ways = {"stage 1": _stepper(rae, precision, images[:, 1], images[:, 0], number)}
     if isinstance(flow, PathFlow):
         path = NaturalCubicSpline(degrader.timeline.knots).to(device)
         lfm = LFMObjective(degrader.autoencoder, flow.network, path, perceptual.to(device) if perceptual else None)
         ways["stage 2"] = _stepper(lfm, precision, images, time, number)
+        ways[FEWER] = _stepper(lfm, precision, images[:few], time.view(few, -1), number[:few])
     else:
         residual = ResidualObjective(degrader.autoencoder, flow)
-        ways["stage 2"] = _stepper(residual, precision, images[:, 0], images[:, 0], images[:, 1], time, tau, number)
+        pixels, time = (images[:, 0], images[:, 0], images[:, 1]), time[:, 0]
+        ways["stage 2"] = _stepper(residual, precision, *pixels, time, tau, number)
+        sample = *(image[:few] for image in pixels), time[:few], tau.view(few, -1), number[:few]
+        ways[FEWER] = _stepper(residual, precision, *sample)
     if network:
         sr = RestorationObjective(build(network)).to(device)
         ways[f"SR: {network.name}"] = _stepper(sr, precision, images[:, 1], images[:, 0])

@@ -289,7 +289,16 @@ class LevelCrops(Crops):
 
 
 class PathCrops(Crops):
-    """The published stage 2: `images`, all levels "K 3 crop crop", and float64 `time`, uniform in [0, 1)."""
+    """The published stage 2: `images`, all levels "K 3 crop crop", and float64 `time` "points", uniform in [0, 1).
+
+    Args:
+        stacks, crop, seed: see `Crops`.
+        points: how many times a sample has.
+    """
+
+    def __init__(self, stacks: Sequence[np.ndarray], crop: int, seed: int, points: int = 1):
+        super().__init__(stacks, crop, seed)
+        self.points = points
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """See `Crops`."""
@@ -300,29 +309,39 @@ class PathCrops(Crops):
     def draw(self, random: np.random.Generator, scene: int) -> tuple[dict[str, int], dict[str, Tensor]]:
         """See `Crops`."""
         levels = {str(level): level for level in range(len(self.stacks[scene]))}
-        return levels, {"time": torch.tensor(random.random(), dtype=torch.float64)}
+        return levels, {"time": torch.from_numpy(random.random(self.points))}
 
 
 class ResidualCrops(Crops):
-    """Stage 2 for draws: `hr`, `lr` at a level at random, `skeleton` (HR after the optics), float64 `time` and `tau`.
+    """Stage 2 for draws: `hr`, `lr` at a random level, `skeleton` (HR after the optics), `time`, and `tau` "points".
+
+    `time`, of the level, and `tau`, uniform in [0, 1), are float64.
 
     Args:
         stacks: HR, the LR levels and their images after the optics, "2K-1 H W 3".
         times: for each stack the times of its LR levels, "K-1".
         crop, seed: see `Crops`.
+        points: how many places along the flow a sample has.
     """
 
-    def __init__(self, stacks: Sequence[np.ndarray], times: Sequence[Sequence[float]], crop: int, seed: int):
+    def __init__(
+        self,
+        stacks: Sequence[np.ndarray],
+        times: Sequence[Sequence[float]],
+        crop: int,
+        seed: int,
+        points: int = 1,
+    ):
         super().__init__(stacks, crop, seed)
-        self.times = times
+        self.times, self.points = times, points
 
     def draw(self, random: np.random.Generator, scene: int) -> tuple[dict[str, int], dict[str, Tensor]]:
         """See `Crops`."""
         times = self.times[scene]
         level = int(random.random() * len(times))
-        drawn = {"time": times[level], "tau": random.random()}
         images = {"hr": 0, "lr": 1 + level, "skeleton": 1 + len(times) + level}
-        return images, {name: torch.tensor(value, dtype=torch.float64) for name, value in drawn.items()}
+        time = torch.tensor(times[level], dtype=torch.float64)
+        return images, {"time": time, "tau": torch.from_numpy(random.random(self.points))}
 
 
 def _tensor(pixels: np.ndarray) -> Tensor:

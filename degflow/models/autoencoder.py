@@ -148,7 +148,7 @@ class Expand(nn.Module):
 
     def merged(self, skip: Tensor) -> Tensor:
         """The skip "B fine 2H 2W" -> its part of the result, of the same shape."""
-        weight, bias = _matrix(self.merge)
+        weight, bias = matrix(self.merge)
         if not self.hr_skips:
             return bias[None, :, None, None].expand(len(skip), -1, *skip.shape[-2:])
         return F.linear(skip.permute(0, 2, 3, 1), weight[:, -skip.shape[1] :], bias).permute(0, 3, 1, 2)
@@ -162,7 +162,7 @@ class Expand(nn.Module):
 
     def _multiplied(self) -> tuple[Tensor, Tensor]:
         """M N W and its bias, "4*fine coarse" and "4*fine", the pixels of a 2 x 2 block one after the other."""
-        (merge, _), (narrow, shift), (wide, shifts) = map(_matrix, (self.merge, self.narrow, self.widen))
+        (merge, _), (narrow, shift), (wide, shifts) = map(matrix, (self.merge, self.narrow, self.widen))
         merge = merge[:, : len(narrow)]
         with exactly(merge.device.type):  # multiplied out first, rounded afterwards
             narrow, shift = merge @ narrow, merge @ shift
@@ -171,7 +171,7 @@ class Expand(nn.Module):
         return weight.flatten(0, 1), bias.flatten()
 
 
-def _matrix(convolution: nn.Conv2d) -> tuple[Tensor, Tensor]:
+def matrix(convolution: nn.Conv2d) -> tuple[Tensor, Tensor]:
     """Weight "out in" and bias of a 1x1 convolution."""
     return convolution.weight[..., 0, 0], cast(Tensor, convolution.bias)
 

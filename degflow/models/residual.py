@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from degflow.config import option
 from degflow.flow import Carried, Draw, Finish, See, integrate
-from degflow.models.autoencoder import ChannelNorm
+from degflow.models.autoencoder import ChannelNorm, matrix
 from degflow.models.cutoff import Cutoff
 from degflow.models.grain import Grain
 from degflow.models.spread import Spread
@@ -99,9 +99,11 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """ "B C H W" and "B C" -> "B C H W"."""
-        scale, shift, gate = self.modulate(embedding)[:, :, None, None].chunk(3, 1)
-        y = self.norm(self.mix(x)) * (1 + scale) + shift
-        return x + (0.5 + gate) * self.narrow(F.gelu(self.widen(y)))
+        scale, shift, gate = self.modulate(embedding)[:, None, None].chunk(3, 3)  # "B 1 1 C" each
+        y = self.norm(self.mix(x)).permute(0, 2, 3, 1)
+        y = torch.addcmul(shift, y, 1 + scale)
+        y = F.linear(F.gelu(F.linear(y, *matrix(self.widen))), *matrix(self.narrow))
+        return torch.addcmul(x, 0.5 + gate.permute(0, 3, 1, 2), y.permute(0, 3, 1, 2))
 
 
 class ResidualNetwork(nn.Module):

@@ -1,7 +1,6 @@
 """An actor: a process that makes one shard after another, and reports them."""
 
 import contextlib
-import ctypes
 import errno
 import os
 import socket
@@ -16,6 +15,7 @@ from typing import Any
 import ray
 import torch
 
+from degflow.config import keep_freed_memory
 from degflow.storage import Source
 from degflow.synthesis.cluster import NoCompiler, check_compiler
 from degflow.synthesis.codec import Threads
@@ -25,19 +25,6 @@ from degflow.synthesis.shard import BrokenTurn, ShardMaker, Turn
 from degflow.synthesis.tasks import Tasks, attempts_before
 
 _OF_ONE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # errors of its disk; those of storage end the run
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep up to 128 MiB of free memory, for tensors of up to 32 MiB.
-
-    By default it returns every freed tensor of some MB to the system, and the next tensor causes page faults. For an
-    image of 256 x 256 pixels an actor had 18 000 of them, a third of its time; with this it has 51.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # glibc's largest
-        libc.mallopt(M_TRIM_THRESHOLD, 128 << 20)
 
 
 class ShardActor:

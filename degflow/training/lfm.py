@@ -20,6 +20,14 @@ from degflow.training.rae import load_stage1, watched_crops
 from degflow.training.settings import FitConfig
 from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear, Timeline
 
+POINTS = "points of the flow that each crop trains at; it is encoded once for all of them"
+
+
+def check_points(points: int) -> None:
+    """Raise a ValueError for a number of points that is not positive."""
+    if points < 1:
+        raise ValueError(f"points={points}: must be at least 1")
+
 
 @dataclass(frozen=True)
 class TrainLFMConfig:
@@ -32,6 +40,7 @@ class TrainLFMConfig:
     rae: str = required("autoencoder file of stage 1, or a degrader file, whose autoencoder is taken")
     output: str = required("folder or URI for checkpoints, previews and degrader.safetensors")
     velocity: VelocityConfig = option(VelocityConfig())
+    points: int = option(1, POINTS)
     path: Literal["spline", "linear"] = option(
         "spline", "trajectory through the levels' latents; linear is an ablation"
     )
@@ -43,6 +52,7 @@ class TrainLFMConfig:
     fit: FitConfig = option(FitConfig(steps=400_000, batch=32, learning_rate=2e-4))
 
     def __post_init__(self):
+        check_points(self.points)
         if self.lpips_weight < 0:
             raise ValueError(f"lpips_weight={self.lpips_weight}: must not be negative")
         if self.scenes.reductions != (1.0,):
@@ -81,7 +91,7 @@ def train_lfm(config: TrainLFMConfig) -> None:
         assert crops is not None
         return Validation(*evaluation.generation(degrader(network), crops, list(config.scenes.levels)))
 
-    samples = PathCrops(scenes.pixels, config.scenes.crop, config.fit.seed)
+    samples = PathCrops(scenes.pixels, config.scenes.crop, config.fit.seed, config.points)
     result = fit(objective, samples, config.fit, config.output, config, validate)
     if result:
         file = f"{config.output}/degrader.safetensors"

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from degflow import evaluation
+from degflow.capture.optics import Optics
 from degflow.capture.scenes import ResidualCrops, SceneConfig, SceneImages
 from degflow.capture.skeletons import Stack, stacks_of
 from degflow.config import option, required
@@ -19,7 +20,7 @@ from degflow.models.cutoff import Excess
 from degflow.models.grain import Lack
 from degflow.models.precision import computing
 from degflow.objectives import ResidualObjective, residuals, to_float
-from degflow.training.lfm import provenance
+from degflow.training.lfm import POINTS, check_points, provenance
 from degflow.training.loop import Validation, fit
 from degflow.training.processes import is_main_process, local_share
 from degflow.training.rae import load_stage1, watched_crops
@@ -40,10 +41,17 @@ class TrainResidualConfig:
     rae: str = required(
         "file of stage 1, trained with skips=optics; shipped: that of the degrader that comes with degflow"
     )
+    optics: Literal["stage1", "scenes"] = option(
+        "stage1", "stage1: those of the file `rae`; scenes: fitted anew on these scenes, for another camera"
+    )
     output: str = required("folder or URI for checkpoints, previews and degrader.safetensors")
     residual: ResidualConfig = option(ResidualConfig())
+    points: int = option(1, POINTS)
     half: bool = option(False, "store the degrader in float16 (computed in float32 all the same)")
     fit: FitConfig = option(FitConfig(steps=100_000, batch=32, learning_rate=2e-4))
+
+    def __post_init__(self):
+        check_points(self.points)
 
 
 def train_residual(config: TrainResidualConfig) -> None:
@@ -62,6 +70,8 @@ def train_residual(config: TrainResidualConfig) -> None:
     scenes = SceneImages(config.scenes, quiet=not main, share=local_share())
     if main:
         print(scenes.describe())
+    if config.optics == "scenes":
+        optics = Optics.fit(scenes)
     crops = watched_crops(scenes, config.validation) if main else None
     stacks = stacks_of(scenes, optics, config.scenes.reductions, quiet=not main)
     timeline = Timeline(tuple(config.scenes.levels.values()))
@@ -82,7 +92,9 @@ def train_residual(config: TrainResidualConfig) -> None:
 
     trained: nn.Module | None = network if main else None
     if config.residual.blocks:
-        samples = ResidualCrops([stack.pixels for stack in stacks], times, config.scenes.crop, config.fit.seed)
+        samples = ResidualCrops(
+            [stack.pixels for stack in stacks], times, config.scenes.crop, config.fit.seed, config.points
+        )
         result = fit(objective, samples, config.fit, config.output, config, validate)
         trained = result.network if result else None
     if trained:

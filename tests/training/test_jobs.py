@@ -237,6 +237,14 @@ def test_stage_2_goes_on_from_a_degrader_file(tree, lfm, tmp_path):
         torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-6)
 
 
+def test_a_crop_may_train_at_several_points_of_its_path(tree, rae, lfm, tmp_path):
+    keys = {**LFM, "scenes.data": tree, "rae": rae[0] / "rae.safetensors", "output": tmp_path, "points": 3}
+    succeed("train_lfm", **keys)
+    one, three = (load_file(folder / "degrader.safetensors") for folder in (lfm[0], tmp_path))
+    assert one.keys() == three.keys()
+    assert not torch.equal(one["flow.network.head.weight"], three["flow.network.head.weight"])
+
+
 def test_stage_1_goes_on_from_a_degrader_file(tree, rae, lfm, tmp_path):
     file = lfm[0] / "degrader.safetensors"
     keys = {**RAE, "scenes.data": tree, "fit.start_from": file, "output": tmp_path}

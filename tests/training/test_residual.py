@@ -146,6 +146,22 @@ def test_a_training_goes_on_from_a_degrader_file(tree, residual, tmp_path):
         torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-6)
 
 
+def test_a_degrader_takes_the_optics_of_another_camera_without_training(tree, residual, tmp_path):
+    data = pytest.importorskip("skimage.data")
+    photos = data.astronaut()[150:246, 180:300], data.coffee()[150:254, 200:296]
+    other = save_scenes(tmp_path / "Other/Train", photos, ("2", "4"))
+    file, output = residual[0] / "degrader.safetensors", tmp_path / "out"
+    kept = {"rae": file, "optics": "scenes", "fit.start_from": file, "fit.steps": 0}
+    said = succeed("train_residual", **{**RESIDUAL, **kept}, **{"scenes.data": other, "output": output})
+    assert "step" not in said
+    before, after = load_file(file), load_file(output / "degrader.safetensors")
+    scenes = SceneImages(SceneConfig(str(other), LEVELS, crop=32), quiet=True)
+    assert torch.equal(after["flow.optics.log_transfer"], Optics.fit(scenes).log_transfer)
+    fitted = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.split(".")[1] for name in fitted} == {"optics", "spread", "cutoff", "grain"}
+    assert not (output / "checkpoints").exists()
+
+
 def test_stage_1_goes_on_from_a_file_with_optics(tree, rae, residual, tmp_path):
     still = {"fit.steps": 1, "fit.learning_rate": 1e-12, "fit.final_learning_rate": 1e-12}
     before = load_file(rae[0] / "rae.safetensors")
@@ -168,6 +184,15 @@ def test_without_blocks_the_gaussian_is_fitted_and_nothing_is_trained(tree, rae,
     hr = torch.rand(1, 3, 40, 40) * 2 - 1
     draws = [degrader(hr, torch.tensor([3.0]), seed=seed) for seed in (0, 1)]
     assert not torch.equal(*draws)
+
+
+def test_a_crop_may_train_at_several_points(tree, rae, residual, tmp_path):
+    said = succeed("train_residual", **keys_of(tree, rae, tmp_path, points=3))
+    assert re.search(r"^step 12 of 12: cfm [0-9.e-]+, ", said, re.M)
+    name = "flow.network.head.weight"
+    one, three = (load_file(folder / "degrader.safetensors")[name] for folder in (residual[0], tmp_path))
+    assert one.shape == three.shape
+    assert not torch.equal(one, three)
 
 
 def test_half_precision_is_stored_on_request(tree, rae, tmp_path):
@@ -201,6 +226,8 @@ def test_each_stage_2_takes_its_own_kind_of_stage_1_alone(tree, rae, residual, t
         ({"scenes.crop": 64}, 1, r"scenes.reductions=\[1.0, 1.6\]: reduced by 1.6, no scene is left .*scenes.crop=64"),
         ({"scenes.reductions": "[2.0]"}, 1, r"scenes.reductions=\[2.0\]: .*has all levels above scale 1"),
         ({"residual.width": 9}, 2, r"residual.width=9: must be even"),
+        ({"points": 0}, 2, r"points=0: must be at least 1"),
+        ({"optics": "mine"}, 2, r"optics: .*mine"),
     ],
 )
 def test_what_does_not_fit_is_named_before_it_starts(changes, code, said, tree, rae, tmp_path):
