@@ -118,11 +118,15 @@ class Failing(ShardActor):
 
     def fail_now(self, maker):
         if self.call.fails:
+            self.wait(Path(f"{maker.output}.tries"))
             note(maker, f"failed{self.call.shard}")
             raise RuntimeError("CUDA error: an illegal access")
 
     def fails(self, shard, tries):
         raise NotImplementedError
+
+    def wait(self, notes):
+        """Wait, before a failure, for what must have happened."""
 
 
 class Slow(ShardActor):
@@ -173,6 +177,12 @@ class Forgetful(ShardActor):
 class FailsOnce(Failing):
     def fails(self, shard, tries):
         return shard in (0, 2) and tries == 0
+
+    def wait(self, notes):
+        """Until this process has had another shard too, as on a machine that is not busy."""
+        end = time.monotonic() + 60
+        while len(list(notes.glob(f"*-{os.getpid()}"))) < 2 and time.monotonic() < end:
+            time.sleep(0.1)
 
 
 class FailsAsItStarts(FailsOnce):
