@@ -110,8 +110,8 @@ def run(main: Callable[[T], None], schema: type[T], about: str | None, arguments
     """Run a job: print its help, or load its configuration and call `main` with it; `--check` only loads it.
 
     The exit code is 0 after success, 2 for a bad configuration and 1 when the job failed. The last line on stderr then
-    says why. ValueError, OSError and ImportError are expected; other errors keep their traceback. While the job runs,
-    and after it, this process keeps freed memory.
+    says why. ValueError, OSError and ImportError are expected; other errors keep their traceback. The process keeps
+    freed memory from then on (`keep_freed_memory`).
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -136,12 +136,12 @@ def run(main: Callable[[T], None], schema: type[T], about: str | None, arguments
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep up to 128 MiB of free memory in this process, for arrays and tensors of up to 32 MiB.
+    """Let glibc keep up to 128 MiB of freed memory in each of its arenas, for arrays and tensors of up to 32 MiB.
 
     By default it returns every freed tensor of some MB to the system, and the next tensor causes page faults. For an
     image of 256 x 256 pixels an actor of `synthesize` had 18 000 of them, a third of its time; with this it has 51.
     """
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # glibc's largest
         libc.mallopt(M_TRIM_THRESHOLD, 128 << 20)

@@ -46,11 +46,10 @@ ORDER = {file: (group, place) for group, files in enumerate(GROUPS.values()) for
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Give each process of pytest-xdist a folder of Ray's, so that no process finds the Ray of another."""
-    if not os.environ.get("PYTEST_XDIST_WORKER") or "RAY_TMPDIR" in os.environ:
-        return
-    folder = tempfile.mkdtemp(prefix="degflow-test-", dir="/tmp")  # short, for sockets
-    os.environ["RAY_TMPDIR"] = folder
-    config.add_cleanup(functools.partial(shutil.rmtree, folder, ignore_errors=True))
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        above = os.environ.get("RAY_TMPDIR", "/tmp")  # short, for sockets
+        os.environ["RAY_TMPDIR"] = folder = tempfile.mkdtemp(prefix="degflow-", dir=above)
+        config.add_cleanup(functools.partial(shutil.rmtree, folder, ignore_errors=True))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

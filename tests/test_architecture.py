@@ -277,7 +277,7 @@ def test_the_page_s_ten_functions_exist_and_are_those_of_the_room_s_docstring():
     ]
 
 
-def test_every_test_file_that_starts_ray_is_in_its_group():
+def test_every_test_file_that_starts_ray_is_in_a_group_of_rays():
     files = {str(path.relative_to(ROOT)): path.read_text() for path in ROOT.glob("tests/**/test_*.py")}
     assert {file for group in GROUPS.values() for file in group} <= files.keys()
     starting = {file for file, text in files.items() if re.search(r"^\s*(import|from) ray\b", text, re.M)}

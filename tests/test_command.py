@@ -64,8 +64,8 @@ def test_a_command_pages_freed_memory_in_once(tmp_path):
         done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
         return int(done.stderr.split()[-1])
 
-    assert faults("print(page_faults(), file=sys.stderr)") > 640 * 256 / 2  # of 640 MiB with 256 pages each
-    assert faults("start(allocate, [])") < 640 * 256 / 10
+    plain, started = faults("print(page_faults(), file=sys.stderr)"), faults("start(allocate, [])")
+    assert started < plain / 5  # of 640 MiB: without the command nearly every page
 
 
 def test_a_command_gets_the_words_behind_its_name(tmp_path, capsys):

@@ -5,7 +5,7 @@ The way of one photograph through the job:
  1. `run.Run.plan`                the run resolves its configuration, and reads what the output already holds
  2. `inventory.Input.images`      the photograph is listed with its size and version tag
  3. `run.Run.claim`               a shard gets it; the plan is written before any work starts, and may only grow
- 4. `pool.Pool.make`              the shard goes to an actor, which holds the degrader
+ 4. `pool.Pool.make`              the shard goes to an actor (`actor.ShardActor`), which holds the degrader
  5. `shard.ShardMaker.make`       the actor takes the photograph in a window of its shard
  6. `codec.Codec.load`            a thread, or a Ray task if actors have GPUs, reads and decodes it
  7. `window.WindowDegrader.degrade`   it is degraded to the scales of its draws (`dataset.scales.scales_of`)

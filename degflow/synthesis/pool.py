@@ -58,7 +58,7 @@ class Pool:
         Raises:
             OSError: storage that failed, or a node without a compiler.
             ValueError: shards that were set aside, when all others are made; or going on makes no sense, because
-                ten failed and none was made, or most images were rejected.
+                ten attempts failed and no shard was made, or most images were rejected.
         """
         total, ray_maker = plan.images(pending), ray.put(maker)
         bar = tqdm(total=total, desc="degrading", unit="image", mininterval=_interval())

@@ -89,7 +89,7 @@ class Count:
         """Count one report.
 
         Raises:
-            OSError, ValueError: see `Pool.make`.
+            OSError, ValueError: see `pool.Pool.make`.
         """
         if report["fatal"]:
             raise OSError(report["fatal"])

@@ -23,7 +23,7 @@ from degflow.objectives import ResidualObjective, residuals, to_float
 from degflow.training.lfm import POINTS, check_points, provenance
 from degflow.training.loop import Validation, fit
 from degflow.training.processes import is_main_process, local_share
-from degflow.training.rae import load_stage1, watched_crops
+from degflow.training.rae import Stage1, load_stage1, watched_crops
 from degflow.training.settings import FitConfig
 from degflow.trajectory import Timeline
 
@@ -70,6 +70,10 @@ def train_residual(config: TrainResidualConfig) -> None:
     scenes = SceneImages(config.scenes, quiet=not main, share=local_share())
     if main:
         print(scenes.describe())
+    if not config.fit.steps and not _same(load_stage1(config.fit.start_from, config.scenes.levels), autoencoder):
+        raise ValueError(
+            f"fit.steps=0: rae={config.rae} is not the autoencoder of fit.start_from={config.fit.start_from}"
+        )
     if config.optics == "scenes":
         optics = Optics.fit(scenes)
     crops = watched_crops(scenes, config.validation) if main else None
@@ -102,6 +106,11 @@ def train_residual(config: TrainResidualConfig) -> None:
         fit_finish(made, stacks, times)
         made.save(file, provenance(config, scenes), half=config.half)
         print(f"degrader: {file}")
+
+
+def _same(stage1: Stage1, autoencoder: ResidualAutoencoder) -> bool:
+    mine, other = autoencoder.state_dict(), stage1.autoencoder.state_dict()
+    return mine.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in mine.items())
 
 
 @torch.no_grad()

@@ -181,7 +181,8 @@ class FailsOnce(Failing):
     def wait(self, notes):
         """Until this process has had another shard too, as on a machine that is not busy."""
         end = time.monotonic() + 60
-        while len(list(notes.glob(f"*-{os.getpid()}"))) < 2 and time.monotonic() < end:
+        while len(list(notes.glob(f"*-{os.getpid()}"))) < 2:
+            assert time.monotonic() < end, "no other shard came"
             time.sleep(0.1)
 
 
