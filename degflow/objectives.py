@@ -108,7 +108,7 @@ class LFMObjective(_Stage2):
 
         Args:
             images: uint8 "B K 3 H W", HR first.
-            time: "B P" in [0, 1], P points of each sample's path.
+            time: "B P" in [0, 1], of P points of each sample's path.
             number: int64 "B", the samples' numbers.
         """
         points = time.shape[1]
@@ -122,8 +122,9 @@ class LFMObjective(_Stage2):
             return Losses(flow, {"cfm": flow.detach()})
         # Where a Taylor step lands at the next knot, decoded, against that level's image.
         after, gap = next_knot(self.path.knots, time)
-        skips = tuple(_each(skip, points) for skip in skips)
-        decoded = self.autoencoder.decode(taylor_step(point, velocity, gap), skips).float()
+        decoder = self.autoencoder.decoder
+        merged = tuple(_each(part, points) for part in decoder.merged(skips))
+        decoded = decoder(taylor_step(point, velocity, gap), merged).float()
         level = after.view(len(image), points, 1, 1, 1).expand(-1, -1, *image.shape[2:])
         with exactly(image.device.type):
             lpips = self.perceptual(decoded, image.gather(1, level).flatten(0, 1)).mean()
@@ -155,7 +156,7 @@ class ResidualObjective(_Stage2):
 
         Args:
             hr, skeleton, lr: uint8 "B 3 H W": HR, the same after the optics, and the captured LR image.
-            time: "B" in [0, 1], of the captured scale. tau: "B P" in [0, 1], P places along the flow.
+            time: "B" in [0, 1], of the captured scale. tau: "B P" in [0, 1], of P points of the flow.
             number: int64 "B", the samples' numbers.
         """
         points = tau.shape[1]
@@ -185,7 +186,7 @@ def residuals(
 
 def _each(values: Tensor, points: int) -> Tensor:
     """Each of "B ..." as often as a sample has points, "B P ..." as one."""
-    return values.repeat_interleave(points, 0)
+    return values.repeat_interleave(points, 0) if points > 1 else values
 
 
 def to_float(images: Tensor) -> Tensor:

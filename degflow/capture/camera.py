@@ -19,7 +19,7 @@ camera's capture at s = 1. The result stands in for RealSR (Cai et al., 2019) an
 import io
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -138,9 +138,9 @@ class SimulatedCamera:
         return np.asarray(Image.open(buffer))
 
 
-# Blur and the pixel's width give an MTF50 of 0.25 and 0.28 cycles per pixel before sharpening, like a camera with an
-# optical low-pass filter and one without. The noise is that of base ISO: registered pairs are shot from a tripod, with
-# long exposures.
+# Blur and the pixel's width give canon and nikon an MTF50 of 0.25 and 0.28 cycles per pixel before sharpening, like a
+# camera with an optical low-pass filter and one without. soft is nikon with a poor lens. The noise is that of base ISO:
+# registered pairs are shot from a tripod, with long exposures.
 CAMERAS = {
     "canon": SimulatedCamera(
         name="canon",
@@ -175,6 +175,9 @@ CAMERAS = {
         jpeg_subsampling="4:2:0",
     ),
 }
+CAMERAS["soft"] = replace(
+    CAMERAS["nikon"], name="soft", disc_radius=1.3, blur_sigma=0.9, sharpen_sigma=1.2, sharpen_amount=0.2
+)
 
 
 def _check(photo: np.ndarray, scale: float, seed: int) -> None:

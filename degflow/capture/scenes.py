@@ -293,7 +293,7 @@ class PathCrops(Crops):
 
     Args:
         stacks, crop, seed: see `Crops`.
-        points: how many times a sample has.
+        points: of the path that a sample has, each with its time.
     """
 
     def __init__(self, stacks: Sequence[np.ndarray], crop: int, seed: int, points: int = 1):
@@ -321,7 +321,7 @@ class ResidualCrops(Crops):
         stacks: HR, the LR levels and their images after the optics, "2K-1 H W 3".
         times: for each stack the times of its LR levels, "K-1".
         crop, seed: see `Crops`.
-        points: how many places along the flow a sample has.
+        points: of the flow that a sample has, each with its tau.
     """
 
     def __init__(

@@ -20,7 +20,9 @@ class SimulateConfig:
 
     input: str = required("folder or URI with photographs (png, jpg, jpeg, webp, tif, tiff)")
     output: str = required("folder or URI for the tree")
-    cameras: tuple[str, ...] = option(("canon", "nikon"), "simulated cameras; each photograph goes to one of them")
+    cameras: tuple[str, ...] = option(
+        ("canon", "nikon"), "simulated cameras (canon, nikon, soft); each photograph goes to one of them"
+    )
     scales: dict[str, float] = option(
         {"1.532": 1.532, "2": 2.0, "3": 3.0, "3.361": 3.361, "4": 4.0}, "folder label -> optical scale"
     )

@@ -74,7 +74,8 @@ def test_green_stays_in_place_at_every_scale(name, scale):
     for centre in [(80, 101), (66.3, 94.8), (50.6, 140.1)]:
         photo = blob(centre)
         capture = noiseless(name).capture(photo, scale)
-        np.testing.assert_allclose(centroid(capture[..., 1]), centroid(photo[..., 1]), atol=0.05)
+        # Of soft's wide blur more is rounded away.
+        np.testing.assert_allclose(centroid(capture[..., 1]), centroid(photo[..., 1]), atol=0.06)
 
 
 @names
@@ -106,13 +107,22 @@ def test_fidelity_falls_monotonically_with_scale(name, photo):
     assert np.all(np.diff(fidelity) < 0)
 
 
-@names
+@pytest.mark.parametrize("name", ["canon", "nikon"])
 def test_fidelity_is_that_of_realsr(name, photo):
     camera = SimulatedCamera.named(name)
     hr = camera.capture(photo, 1.0)
     assert psnr(hr, photo) > 29
     for scale, low, high in [(1.5, 29, 34), (2, 27, 31), (3, 24, 28), (4, 22, 27)]:
         assert low < psnr(camera.capture(photo, scale), hr) < high
+
+
+def test_a_soft_lens_blurs_more(photo):
+    soft, nikon = (noiseless(name) for name in ("soft", "nikon"))
+    for scale in (1.0, 2.0, 4.0):
+        sharpness = [
+            np.abs(np.diff(camera.capture(photo, scale).astype(float), axis=1)).mean() for camera in (soft, nikon)
+        ]
+        assert sharpness[0] < 0.8 * sharpness[1]
 
 
 @names
@@ -186,7 +196,7 @@ def test_noise_is_that_of_the_photosites(name, value):
 
 
 def test_an_unknown_camera_is_named():
-    with pytest.raises(ValueError, match=r"camera='sony': must be one of 'canon', 'nikon'"):
+    with pytest.raises(ValueError, match=r"camera='sony': must be one of 'canon', 'nikon', 'soft'"):
         SimulatedCamera.named("sony")
 
 

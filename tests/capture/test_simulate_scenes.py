@@ -189,7 +189,7 @@ def test_photographs_that_cannot_be_assigned_are_refused():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["cameras=[leica]"], "camera='leica': must be one of 'canon', 'nikon'"),
+        (["cameras=[leica]"], "camera='leica': must be one of 'canon', 'nikon', 'soft'"),
         (["cameras=[]"], "cameras=[]: at least one"),
         (["cameras=[canon,canon]"], "each once"),
         (["scales={}"], "scales={}: at least one"),
