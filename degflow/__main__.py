@@ -111,6 +111,19 @@ def train_lfm():
     return train_lfm, TrainLFMConfig
 
 
+def fit_optics():
+    """Give a degrader the optics of another camera, fitted on one or more of its scenes, in seconds.
+
+        degflow fit-optics data=scenes/Train output=runs/mine/degrader.safetensors
+
+    writes a degrader file and prints how close the optics come to captured LR images, before and now. The networks and
+    the noise stay as they are. Compare both degraders by `degflow evaluate`, on other scenes of the camera.
+    """
+    from degflow.training.optics import FitOpticsConfig, fit_optics
+
+    return fit_optics, FitOpticsConfig
+
+
 def import_released():
     """The authors' two released weight files -> one degrader file, as degflow reads it.
 
@@ -229,6 +242,7 @@ COMMANDS: dict[str, Command] = {  # in the order of the list
         train_rae,
         train_residual,
         train_lfm,
+        fit_optics,
         import_released,
         evaluate,
         baseline_scenes,

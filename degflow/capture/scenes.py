@@ -174,7 +174,7 @@ class SceneImages:
         """One line: number of scenes and sizes, and how many ids each level lacks, with the first names."""
         sizes = Counter(f"{array.shape[2]} x {array.shape[1]}" for array in self.pixels).most_common()
         shown = ", ".join([size for size, _ in sizes[:3]] + ["..."] * (len(sizes) > 3))
-        line = f"{len(self)} scenes at levels {', '.join(self.config.levels)} ({shown})"
+        line = f"{len(self)} scene{'s' * (len(self) != 1)} at levels {', '.join(self.config.levels)} ({shown})"
         for label, names in self.missing.items():
             line += f"; {len(names)} without level {label}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
         return line

@@ -107,8 +107,6 @@ def _train(
     config, main = run.config, run.accelerator.is_main_process
     terminal = sys.stderr.isatty()
     batches, counted, seconds = run.loader(samples), run.step, 0.0
-    if validate and main and not config.steps:
-        run.report(validate(run.averaged()))
     with tqdm(total=config.steps, initial=run.step, disable=not (main and terminal), unit="step") as bar:
         while run.step < config.steps:
             begun = time.perf_counter()

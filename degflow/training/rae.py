@@ -38,8 +38,6 @@ class TrainRAEConfig:
     fit: FitConfig = option(FitConfig())
 
     def __post_init__(self):
-        if not self.fit.steps:
-            raise ValueError("fit.steps=0: stage 1 is trained; train-residual can fit the optics alone (optics=scenes)")
         multiple = self.autoencoder.compression
         if self.scenes.crop % multiple:
             raise ValueError(f"scenes.crop={self.scenes.crop}: must be a multiple of the autoencoder's r = {multiple}")

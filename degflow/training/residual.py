@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from degflow import evaluation
-from degflow.capture.optics import Optics
 from degflow.capture.scenes import ResidualCrops, SceneConfig, SceneImages
 from degflow.capture.skeletons import Stack, stacks_of
 from degflow.config import option, required
@@ -23,7 +22,7 @@ from degflow.objectives import ResidualObjective, residuals, to_float
 from degflow.training.lfm import POINTS, check_points, provenance
 from degflow.training.loop import Validation, fit
 from degflow.training.processes import is_main_process, local_share
-from degflow.training.rae import Stage1, load_stage1, watched_crops
+from degflow.training.rae import load_stage1, watched_crops
 from degflow.training.settings import FitConfig
 from degflow.trajectory import Timeline
 
@@ -40,9 +39,6 @@ class TrainResidualConfig:
     )
     rae: str = required(
         "file of stage 1, trained with skips=optics; shipped: that of the degrader that comes with degflow"
-    )
-    optics: Literal["stage1", "scenes"] = option(
-        "stage1", "stage1: those of the file `rae`; scenes: fitted anew on these scenes, for another camera"
     )
     output: str = required("folder or URI for checkpoints, previews and degrader.safetensors")
     residual: ResidualConfig = option(ResidualConfig())
@@ -70,12 +66,6 @@ def train_residual(config: TrainResidualConfig) -> None:
     scenes = SceneImages(config.scenes, quiet=not main, share=local_share())
     if main:
         print(scenes.describe())
-    if not config.fit.steps and not _same(load_stage1(config.fit.start_from, config.scenes.levels), autoencoder):
-        raise ValueError(
-            f"fit.steps=0: rae={config.rae} is not the autoencoder of fit.start_from={config.fit.start_from}"
-        )
-    if config.optics == "scenes":
-        optics = Optics.fit(scenes)
     crops = watched_crops(scenes, config.validation) if main else None
     stacks = stacks_of(scenes, optics, config.scenes.reductions, quiet=not main)
     timeline = Timeline(tuple(config.scenes.levels.values()))
@@ -106,11 +96,6 @@ def train_residual(config: TrainResidualConfig) -> None:
         fit_finish(made, stacks, times)
         made.save(file, provenance(config, scenes), half=config.half)
         print(f"degrader: {file}")
-
-
-def _same(stage1: Stage1, autoencoder: ResidualAutoencoder) -> bool:
-    mine, other = autoencoder.state_dict(), stage1.autoencoder.state_dict()
-    return mine.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in mine.items())
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from degflow.config import option
 class FitConfig:
     """How to train."""
 
-    steps: int = option(200_000, "optimiser steps; 0 keeps the weights of start_from", common=True)
+    steps: int = option(200_000, "optimiser steps", common=True)
     batch: int = option(16, "samples per step, over all processes", common=True)
     accumulate: int = option(1, "micro-batches per step in each process")
     learning_rate: float = option(1e-4, "learning rate at the first step", common=True)
@@ -45,9 +45,7 @@ class FitConfig:
     timeout: int = option(600, "seconds after which waiting for another process is an error")
 
     def __post_init__(self):
-        if self.steps < 0 or (self.steps == 0 and not self.start_from):
-            raise ValueError(f"fit.steps={self.steps}: must be at least 1, or 0 with fit.start_from")
-        for name in ("batch", "accumulate", "log_every", "validate_every", "save_every", "keep", "timeout"):
+        for name in ("steps", "batch", "accumulate", "log_every", "validate_every", "save_every", "keep", "timeout"):
             if getattr(self, name) < 1:
                 raise ValueError(f"fit.{name}={getattr(self, name)}: must be at least 1")
         for name in ("learning_rate", "final_learning_rate"):

@@ -21,7 +21,7 @@ from degflow.capture.scenes import SceneConfig, SceneImages
 from degflow.capture.skeletons import Stack, stacks_of
 from degflow.models import ResidualConfig, ResidualFlow, ResidualNetwork, Spread
 from degflow.models.cutoff import Cutoff
-from degflow.models.files import load_checkpoint, save_checkpoint
+from degflow.models.files import load_checkpoint
 from degflow.models.grain import SHARE
 from degflow.models.residual import lost_detail
 from degflow.training.rae import load_stage1
@@ -146,36 +146,6 @@ def test_a_training_goes_on_from_a_degrader_file(tree, residual, tmp_path):
         torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-6)
 
 
-def test_a_degrader_takes_the_optics_of_another_camera_without_training(tree, residual, tmp_path):
-    data = pytest.importorskip("skimage.data")
-    photos = data.astronaut()[150:246, 180:300], data.coffee()[150:254, 200:296]
-    other = save_scenes(tmp_path / "Other/Train", photos, ("2", "4"))
-    file, output = residual[0] / "degrader.safetensors", tmp_path / "out"
-    kept = {"rae": file, "optics": "scenes", "fit.start_from": file, "fit.steps": 0}
-    said = succeed("train_residual", **{**RESIDUAL, **kept}, **{"scenes.data": other, "output": output})
-    assert re.findall("^step.*", said, re.M) == re.findall("^step 0: .*x2 [0-9.-]+, x4 [0-9.-]+$", said, re.M) != []
-    before, after = load_file(file), load_file(output / "degrader.safetensors")
-    scenes = SceneImages(SceneConfig(str(other), LEVELS, crop=32), quiet=True)
-    assert torch.equal(after["flow.optics.log_transfer"], Optics.fit(scenes).log_transfer)
-    fitted = {name for name in before if not torch.equal(before[name], after[name])}
-    assert {name.split(".")[1] for name in fitted} == {"optics", "spread", "cutoff", "grain"}
-    assert not (output / "checkpoints").exists()
-
-
-def test_without_steps_the_flow_stays_with_its_own_autoencoder(tree, rae, residual, tmp_path):
-    changed, (tensors, description, _) = tmp_path / "rae.safetensors", load_checkpoint(str(rae[0] / "rae.safetensors"))
-    save_checkpoint(str(changed), tensors | {"encoder.stem.bias": tensors["encoder.stem.bias"] + 1}, description)
-    kept = {"rae": changed, "fit.start_from": residual[0] / "degrader.safetensors", "fit.steps": 0}
-    code, words = fails("train_residual", **{**RESIDUAL, **kept, "scenes.data": tree, "output": tmp_path / "none"})
-    assert code == 1
-    assert f"error: fit.steps=0: rae={changed} is not the autoencoder of fit.start_from=" in words
-    del kept["rae"]
-    code, words = fails("train_rae", **{**OPTICS_RAE, **kept, "scenes.data": tree, "output": tmp_path / "none"})
-    assert code == 2
-    assert "fit.steps=0: stage 1 is trained" in words
-    assert not (tmp_path / "none").exists()
-
-
 def test_stage_1_goes_on_from_a_file_with_optics(tree, rae, residual, tmp_path):
     still = {"fit.steps": 1, "fit.learning_rate": 1e-12, "fit.final_learning_rate": 1e-12}
     before = load_file(rae[0] / "rae.safetensors")
@@ -241,8 +211,6 @@ def test_each_stage_2_takes_its_own_kind_of_stage_1_alone(tree, rae, residual, t
         ({"scenes.reductions": "[2.0]"}, 1, r"scenes.reductions=\[2.0\]: .*has all levels above scale 1"),
         ({"residual.width": 9}, 2, r"residual.width=9: must be even"),
         ({"points": 0}, 2, r"points=0: must be at least 1"),
-        ({"optics": "mine"}, 2, r"optics: .*mine"),
-        ({"fit.steps": 0}, 2, r"fit.steps=0: must be at least 1, or 0 with fit.start_from"),
     ],
 )
 def test_what_does_not_fit_is_named_before_it_starts(changes, code, said, tree, rae, tmp_path):
