@@ -12,7 +12,7 @@ from tests import s3 as server
 # Tests of one group run one after another in one process of pytest-xdist. The groups below come first, for they take
 # longest. Every other file is a group of its own, so that its fixtures are made once.
 GROUPS = {
-    "slurm": ("tests/cluster/test_slurm.py",),  # nodes with networks of their own, for which it mostly waits
+    "slurm": ("tests/cluster/test_slurm.py",),  # it has nodes with networks of their own
     "pool": (  # they share one Ray
         "tests/synthesis/test_pool.py",
         "tests/synthesis/test_cluster.py",

@@ -202,7 +202,7 @@ def test_files_of_other_names_are_named(refused, tree):
 def test_a_scene_that_lacks_a_level_is_left_out_and_named(evaluate, tree):
     (tree / "4/Canon_001_LR4.png").unlink()
     said = evaluate("sweep=0", "figure=0", "baselines=[]")
-    assert "1 scenes at levels 1, 2, 3, 4 (120 x 96); 1 without level 4: Canon_001" in said
+    assert "1 scene at levels 1, 2, 3, 4 (120 x 96); 1 without level 4: Canon_001" in said
     assert {row["scene"] for row in rows_of(tree.parent / "out/measurements.parquet")} == {"Canon_000"}
 
 
