@@ -160,8 +160,8 @@ class ResidualObjective(_Stage2):
             number: int64 "B", the samples' numbers.
         """
         points = tau.shape[1]
-        known = residuals(self.autoencoder, self.spread, hr, skeleton, lr, time.float())
-        guide, captured = Guide(*(_each(part, points) for part in known[0])), _each(known[1], points)
+        guide, captured = residuals(self.autoencoder, self.spread, hr, skeleton, lr, time.float())
+        guide, captured = Guide(*(_each(part, points) for part in guide)), _each(captured, points)
         tau, keys = tau.float().flatten(), self._keys(number, points)
         begin = self.spread.sample(keys, guide.time, captured.shape[2], captured.shape[3])
         place = torch.lerp(begin, captured, tau[:, None, None, None])

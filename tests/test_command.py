@@ -58,7 +58,7 @@ def allocate():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
-def test_a_command_pages_freed_memory_in_once(tmp_path):
+def test_a_command_pages_freed_memory_in_once():
     def faults(call):
         program = f"from degflow.__main__ import start; from tests.test_command import *; {call}"
         done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -67,7 +67,7 @@ def training(
         stage = f"the published one, {'with' if perceptual else 'without'} LPIPS"
     about = (
         f"With Adam, batch {batch} of {crop} x {crop} crops at {len(degrader.levels)} levels, {precision}, medians of "
-        f"{repeats} alternating repeats; stage 2 is {stage}. With points=4 a step has a quarter of the crops, and four "
+        f"{repeats} alternating repeats; stage 2 is {stage}. With points=4 a step has {few(batch)} crops, and four "
         f"points of the flow for each. Predicted for {gpu.tflops:g} TFLOP/s in bfloat16 and {gpu.terabytes:g} TB/s."
     )
     return Table("Training steps", about, ("", "steps/s", "GFLOP", "GFLOP/s", "steps/s predicted for a GPU"), rows)
@@ -87,24 +87,29 @@ def steps(
     shape = (batch, len(degrader.levels), 3, crop, crop)
     images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)
     time, tau, points = (torch.rand(batch, n, generator=generator).to(device) for n in (1, 1, 4))
-    number, flow, few = torch.arange(batch, device=device), degrader.flow, max(1, batch // 4)
+    number, flow, part = torch.arange(batch, device=device), degrader.flow, slice(few(batch))
     rae = RAEObjective(copy.deepcopy(degrader.autoencoder).requires_grad_(True))
     ways = {"stage 1": _stepper(rae, precision, images[:, 1], images[:, 0], number)}
     if isinstance(flow, PathFlow):
         path = NaturalCubicSpline(degrader.timeline.knots).to(device)
         lfm = LFMObjective(degrader.autoencoder, flow.network, path, perceptual.to(device) if perceptual else None)
         ways["stage 2"] = _stepper(lfm, precision, images, time, number)
-        ways[FEWER] = _stepper(lfm, precision, images[:few], points[:few], number[:few])
+        ways[FEWER] = _stepper(lfm, precision, images[part], points[part], number[part])
     else:
         residual = ResidualObjective(degrader.autoencoder, flow)
         pixels, time = (images[:, 0], images[:, 0], images[:, 1]), time[:, 0]
         ways["stage 2"] = _stepper(residual, precision, *pixels, time, tau, number)
-        sample = *(image[:few] for image in pixels), time[:few], points[:few], number[:few]
+        sample = *(image[part] for image in pixels), time[part], points[part], number[part]
         ways[FEWER] = _stepper(residual, precision, *sample)
     if network:
         sr = RestorationObjective(build(network)).to(device)
         ways[f"SR: {network.name}"] = _stepper(sr, precision, images[:, 1], images[:, 0])
     return ways
+
+
+def few(batch: int) -> int:
+    """Crops that have as many points, four each, as `batch` crops have with one."""
+    return max(1, batch // 4)
 
 
 def _stepper(objective: nn.Module, precision: str, *sample: Tensor) -> Step:

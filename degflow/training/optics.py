@@ -8,10 +8,11 @@ import torch
 from degflow import evaluation
 from degflow.capture.optics import Optics
 from degflow.capture.scenes import SceneConfig, SceneImages, check_levels
-from degflow.config import option, plain, required
+from degflow.config import option, required
 from degflow.degrader import Degrader
 from degflow.models import ResidualFlow
 from degflow.objectives import to_float
+from degflow.training.lfm import provenance
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,9 @@ def fit_optics(config: FitOpticsConfig) -> None:
     print(scenes.describe())
     optics = Optics.fit(scenes)
     for name, which in (("before", cast(Optics, degrader.flow.optics)), ("now", optics)):
-        print(f"PSNR of the optics alone, {name}: {_fidelity(which, scenes, degrader.high)}")
+        print(f"PSNR-Y of the optics alone on these scenes, {name}: {_fidelity(which, scenes, degrader.high)}")
     degrader.flow.optics = optics
-    provenance = {"config": plain(config), "scenes": [scene.name for scene in scenes.scenes]}
-    degrader.save(config.output, {**provenance, "began_with": degrader.provenance}, half=config.half)
+    degrader.save(config.output, provenance(config, scenes) | {"began_with": degrader.provenance}, half=config.half)
     print(f"degrader: {config.output}")
 
 

@@ -74,8 +74,8 @@ def test_green_stays_in_place_at_every_scale(name, scale):
     for centre in [(80, 101), (66.3, 94.8), (50.6, 140.1)]:
         photo = blob(centre)
         capture = noiseless(name).capture(photo, scale)
-        # Of soft's wide blur more is rounded away.
-        np.testing.assert_allclose(centroid(capture[..., 1]), centroid(photo[..., 1]), atol=0.06)
+        nearest = 0.06 if name == "soft" else 0.05  # of a wide blur, 8 bits round more away
+        np.testing.assert_allclose(centroid(capture[..., 1]), centroid(photo[..., 1]), atol=nearest)
 
 
 @names
