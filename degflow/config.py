@@ -26,6 +26,10 @@ _KEYS = (
 )
 
 
+class Unfinished(RuntimeError):
+    """A job that did not do all its work, where the same command may do the rest."""
+
+
 class Key(NamedTuple):
     """One key of a configuration, and what `--help` says of it."""
 
@@ -109,8 +113,9 @@ def read(text: str) -> dict[str, Any]:
 def run(main: Callable[[T], None], schema: type[T], about: str | None, arguments: Sequence[str] | None = None) -> None:
     """Run a job: print its help, or load its configuration and call `main` with it; `--check` only loads it.
 
-    The exit code is 0 after success, 2 for a bad configuration and 1 when the job failed. The last line on stderr then
-    says why. ValueError, OSError and ImportError are expected; other errors keep their traceback. The process keeps
+    The exit code is 0 after success. It is 2 if a key, or a file that a key names, breaks a rule of degflow
+    (ValueError): the same command would fail again. It is 1 if the job failed at its work (`Unfinished`, OSError,
+    ImportError). The last line on stderr then says why. Other errors keep their traceback, with 1. The process keeps
     freed memory from then on (`keep_freed_memory`).
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -127,10 +132,12 @@ def run(main: Callable[[T], None], schema: type[T], about: str | None, arguments
     keep_freed_memory()
     try:
         main(config)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, Unfinished) as error:
         if os.environ.get("DEGFLOW_TRACEBACK"):
             raise
-        sys.exit(_complain(error, 1, "" if _is_said_here(error) else " (DEGFLOW_TRACEBACK=1 shows where)"))
+        said = _is_said_here(error)
+        code = 2 if said and isinstance(error, ValueError) else 1
+        sys.exit(_complain(error, code, "" if said else " (DEGFLOW_TRACEBACK=1 shows where)"))
     except KeyboardInterrupt:
         sys.exit(_complain("interrupted", 130))
 
@@ -215,7 +222,7 @@ def _build(schema: type[T], parts: Sequence[tuple[str, dict[str, Any]]]) -> T:
 
 def _of_another_job(file: str) -> str:
     """What an unknown key in a file may mean."""
-    with open(file, encoding="utf-8") as text:
+    with open(_found(file), encoding="utf-8") as text:
         first = text.readline().strip()
     about = f", which begins {first!r}" if first.startswith("#") else ""
     return f" (in {file}{about}; is it for another job?)"
@@ -313,9 +320,10 @@ def _explain(error: OmegaConfBaseException) -> str:
 
 
 def _is_said_here(error: BaseException) -> bool:
-    """Whether degflow itself raised it: then its sentence says all, and a traceback adds nothing."""
+    """Whether a `raise` of degflow raised it: then its sentence says all, and a traceback adds nothing."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return str(frame.f_globals.get("__name__")).startswith("degflow.")
+    return str(frame.f_globals.get("__name__")).startswith("degflow.") and (last.line or "").startswith("raise ")
 
 
 def _complain(error: object, code: int, hint: str = "") -> int:

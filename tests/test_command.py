@@ -75,7 +75,7 @@ def test_a_command_gets_the_words_behind_its_name(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: outputs: Key 'outputs' not in 'ExportConfig'.")
     with pytest.raises(SystemExit) as end:
         main(["export", f"input={tmp_path}", f"output={tmp_path}/out"])
-    assert end.value.code == 1
+    assert end.value.code == 2
     assert str(tmp_path) in capsys.readouterr().err
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from degflow.config import Unfinished
 from degflow.protocol.plan import Cell
 from degflow.storage import Place
 from degflow.training.stopping import EXIT_CODE, Stopped
@@ -43,7 +44,8 @@ def perform(cell: Cell, place: Place, launch: Sequence[str]) -> float:
 
     Raises:
         Stopped: SIGTERM or SIGUSR1 came; it was passed on to the job, which had time to save.
-        ValueError: the job failed; the message has its last line.
+        ValueError: the job's keys, or files that they name, break a rule; the message has its last line.
+        Unfinished: the job failed otherwise; the same.
     """
     start = [*launch] if launch and cell.job.startswith("train") else [sys.executable]
     command = [*start, "-m", "degflow", cell.job.replace("_", "-"), *cell.words]
@@ -72,7 +74,8 @@ def perform(cell: Cell, place: Place, launch: Sequence[str]) -> float:
         raise Stopped
     if code:
         lines = log.read_text(errors="replace").strip().splitlines()
-        raise ValueError(f"{cell.name}: {cell.job} ended with exit code {code}: {lines[-1]} (whole log: {log})")
+        failed = ValueError if code == 2 else Unfinished
+        raise failed(f"{cell.name}: {cell.job} ended with exit code {code}: {lines[-1]} (whole log: {log})")
     seconds = time.monotonic() - begun
     done = record(cell, place) | {"seconds": round(seconds, 1)}
     place.write(f"cells/{cell.name}.json", json.dumps(done, indent=1).encode())

@@ -134,7 +134,7 @@ def test_a_stopped_run_is_made_again_with_the_same_configuration_alone(photograp
 
 def test_failures_end_the_job_with_a_line_and_a_code(tmp_path):
     code, said = run_job("simulate_scenes", input=tmp_path, output=f"{tmp_path}/out")
-    assert code == 1
+    assert code == 2
     assert said.startswith(f"error: input={tmp_path}: no photograph there (files ending in .png")
     assert list(tmp_path.iterdir()) == []
 

@@ -181,7 +181,7 @@ def test_a_submitted_job_succeeds(cluster, finished):
 @pytest.mark.parametrize(
     ("name", "word", "reason", "driver"),
     [
-        ("refused", "scale.high=9", "was trained on scales in [1.0, 4.0]", 1),
+        ("refused", "scale.high=9", "was trained on scales in [1.0, 4.0]", 2),
         ("misspelt", "scale.hihg=3", "scale.hihg", 2),
     ],
 )

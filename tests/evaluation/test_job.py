@@ -163,7 +163,7 @@ def test_a_tree_of_realsr_v3_works_when_asked_and_names_its_first_file_otherwise
         for name in ("Canon_000", "Canon_001"):
             shrink(tree / f"{label}/{name}_LR{label}.png", int(label))
     code, error = refused()
-    assert code == 1
+    assert code == 2
     assert f"error: {tree}/2/Canon_000_LR2.png: 60 x 48 pixels, its HR image 120 x 96; " in error
     assert "or set resize_lr=true (V3)" in error
     evaluate("resize_lr=true", "sweep=0", "figure=0", "baselines=[]")
@@ -176,7 +176,7 @@ def test_a_tree_of_realsr_v3_works_when_asked_and_names_its_first_file_otherwise
 def test_one_image_of_another_size_is_named_with_the_expected_size(refused, tree):
     shrink(tree / "3/Canon_001_LR3.png")
     code, error = refused()
-    assert code == 1
+    assert code == 2
     assert f"{tree}/3/Canon_001_LR3.png: 60 x 48 pixels, its HR image 120 x 96" in error
 
 
@@ -184,7 +184,7 @@ def test_a_level_that_is_not_there_is_named_with_its_first_file(refused, tree):
     for file in (tree / "3").iterdir():
         file.unlink()
     code, error = refused()
-    assert code == 1
+    assert code == 2
     assert "no scene has every level of ['1', '2', '3', '4'] (found 1: 2, 2: 2, 3: 0, 4: 2)" in error
     assert "expected 2/ID_HR.png and 2/ID_LR2.png; the first that is missing is 3/Canon_000_LR3.png" in error
 
@@ -194,7 +194,7 @@ def test_files_of_other_names_are_named(refused, tree):
         for file in (tree / label).glob("*_LR*.png"):
             file.rename(file.with_name(file.name.replace("_LR", "_x")))
     code, error = refused()
-    assert code == 1
+    assert code == 2
     assert "expected 2/ID_HR.png and 2/ID_LR2.png" in error
     assert "; 2/Canon_000_x2.png is not named so" in error
 
@@ -208,13 +208,13 @@ def test_a_scene_that_lacks_a_level_is_left_out_and_named(evaluate, tree):
 
 def test_an_image_smaller_than_the_crop_is_named(refused, tree):
     code, error = refused("crop=100")
-    assert code == 1
+    assert code == 2
     assert f"{tree}/2/Canon_000_HR.png: 120 x 96 pixels, smaller than crop=100" in error
 
 
 def test_a_level_beyond_the_trained_range_is_refused(refused):
     assert refused("levels={1: 1.0, 2: 2.0, 3: 4.5}") == (
-        1,
+        2,
         "error: scale=4.5: must lie in the trained range [1.0, 4.0]",
     )
 

@@ -160,7 +160,7 @@ def test_every_key_that_does_not_fit_is_listed_in_one_error(tmp_path, small):
     torch.save(split(names), tmp_path / "AE.pth")
     torch.save({"model": flow}, tmp_path / "FLOW.pth")
     code, said = import_released(tmp_path / "AE.pth", tmp_path / "FLOW.pth", tmp_path / "out.safetensors")
-    assert code == 1
+    assert code == 2
     assert f"autoencoder={tmp_path}/AE.pth: 3 tensors do not fit" in said
     assert "missing: encoder.levels.1.blocks.0.convs.0.weight" in said
     assert "surplus: decoder.extra.weight" in said
@@ -173,7 +173,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_nothing_runs(tmp_path, smal
     torch.save({"encoder": {}, "decoder": {}, "more": Trap(os.mkdir, str(tmp_path / "ran"))}, tmp_path / "AE.pth")
     torch.save({"model": flow}, tmp_path / "FLOW.pth")
     code, said = import_released(tmp_path / "AE.pth", tmp_path / "FLOW.pth", tmp_path / "out.safetensors")
-    assert code == 1
+    assert code == 2
     assert f"autoencoder={tmp_path}/AE.pth: refused, it holds more than tensors" in said
     assert not (tmp_path / "ran").exists()
 
@@ -194,7 +194,7 @@ def test_a_file_that_is_something_else_is_named(tmp_path, content, message):
         torch.save(content, tmp_path / "AE.pth")
     torch.save({"model": {"all_modules.2.weight": torch.zeros(8, 4, 3, 3)}}, tmp_path / "FLOW.pth")
     code, said = import_released(tmp_path / "AE.pth", tmp_path / "FLOW.pth", tmp_path / "out.safetensors")
-    assert code == 1
+    assert code == 2
     assert f"autoencoder={tmp_path}/AE.pth: " in said
     assert message in said
 

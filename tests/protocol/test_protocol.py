@@ -16,6 +16,7 @@ from PIL import Image
 
 from degflow import config, protocol
 from degflow.capture.simulate import SimulateConfig
+from degflow.config import Unfinished
 from degflow.evaluation import Measurement, parquet
 from degflow.evaluation.baseline_scenes import BaselineScenesConfig
 from degflow.evaluation.draws import DrawScore
@@ -226,14 +227,12 @@ def test_trainings_are_started_as_asked_and_other_commands_by_this_python(tmp_pa
     assert "\nPhotographs -> RealSR-like scene folders" in log
 
 
-def test_a_failed_cell_is_told_with_its_last_words_and_is_not_done(tmp_path, place):
-    launch, cell = (
-        script(tmp_path, "print('before')\nraise SystemExit('error: no such file')"),
-        Cell("a", "train_x", []),
-    )
-    with pytest.raises(
-        ValueError, match=r"a: train_x ended with exit code 1: error: no such file \(whole log: .*a.log"
-    ):
+@pytest.mark.parametrize(("code", "error"), [(1, Unfinished), (2, ValueError)])
+def test_a_failed_cell_is_told_with_its_last_words_and_is_not_done(code, error, tmp_path, place):
+    text = f"import sys\nprint('before')\nprint('error: no such file', file=sys.stderr)\nsys.exit({code})"
+    launch, cell = script(tmp_path, text), Cell("a", "train_x", [])
+    said = rf"a: train_x ended with exit code {code}: error: no such file \(whole log: .*a.log"
+    with pytest.raises(error, match=said):
         protocol.perform(cell, place, launch)
     assert not protocol.finished(cell, place)
 
@@ -370,5 +369,5 @@ def test_a_tiny_experiment_ends_in_a_table_and_runs_once(photographs, tmp_path, 
     assert not re.search(r"^\d of \d", said, re.M)
     assert before == {file: file.stat().st_mtime_ns for file in before}
     code, said = run_job("protocol", **keys | {"sr": json.dumps([*tiny, "fit.seed=9"])})
-    assert code == 1
+    assert code == 2
     assert "real-x3/0.json: finished with another fit.seed=9" in said

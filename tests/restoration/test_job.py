@@ -132,9 +132,9 @@ def test_liif_trains_and_is_told_the_test_scale(tree, dataset, tmp_path):
         ({"levels": "{1: 1.0, 2: 2.0}"}, 2, "levels=.*: must be LR levels only"),
         ({"test_level": "tele"}, 2, "test_level=tele: must be a number"),
         ({"network.name": "edsr"}, 2, "network.name: .*edsr"),
-        ({"levels": "{2: 2.0, 5: 5.0}"}, 1, r"no scene has every level of \['1', '2', '5'\]"),
-        ({"crop": 68}, 1, r"2/Canon_001_HR.png: 70 x 66 pixels, smaller than crop=68"),
-        ({"test": "{a: TMP/none}"}, 1, "data=.*none: no scene has every level"),
+        ({"levels": "{2: 2.0, 5: 5.0}"}, 2, r"no scene has every level of \['1', '2', '5'\]"),
+        ({"crop": 68}, 2, r"2/Canon_001_HR.png: 70 x 66 pixels, smaller than crop=68"),
+        ({"test": "{a: TMP/none}"}, 2, "data=.*none: no scene has every level"),
     ],
 )
 def test_what_does_not_fit_is_named_before_it_starts(changes, code, said, tree, tmp_path):

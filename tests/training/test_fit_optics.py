@@ -61,11 +61,11 @@ def test_the_new_optics_come_closer_to_captured_lr(tree, model, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "code", "said"),
     [
-        ({"levels": "{1: 1.0, 2: 2.0, 3: 3.0}"}, 1, r"levels=.*: must reach from 1 to 4, as the degrader's do"),
-        ({"levels": "{1: 2.0, 2: 3.0, 4: 4.0}"}, 1, r"levels=.*: must reach from 1 to 4, as the degrader's do"),
+        ({"levels": "{1: 1.0, 2: 2.0, 3: 3.0}"}, 2, r"levels=.*: must reach from 1 to 4, as the degrader's do"),
+        ({"levels": "{1: 2.0, 2: 3.0, 4: 4.0}"}, 2, r"levels=.*: must reach from 1 to 4, as the degrader's do"),
         ({"levels": "{1: 1.0}"}, 2, r"levels="),
-        ({"data": "nowhere"}, 1, r"nowhere"),
-        ({"model": "PUBLISHED"}, 1, r"published.safetensors: has no optics; the published method does without"),
+        ({"data": "nowhere"}, 2, r"nowhere"),
+        ({"model": "PUBLISHED"}, 2, r"published.safetensors: has no optics; the published method does without"),
     ],
 )
 def test_what_does_not_fit_is_named(tree, model, tmp_path, changes, code, said):
