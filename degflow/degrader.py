@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from degflow import images
 from degflow.capture.optics import Optics
 from degflow.config import parse, plain
-from degflow.flow import Draw, PathFlow, Seen
+from degflow.flow import Carried, Draw, PathFlow, Seen
 from degflow.models import (
     AutoencoderConfig,
     ResidualAutoencoder,
@@ -77,6 +77,11 @@ class Degrader(nn.Module):
     def has_solver(self) -> bool:
         """Whether it integrates a flow, so that `steps` and `solver` change its images."""
         return self.flow.has_solver
+
+    @property
+    def draws(self) -> bool:
+        """Whether LR images are drawn, so that another seed gives another one. The published flow draws nothing."""
+        return not isinstance(self.flow, PathFlow)
 
     @property
     def multiple(self) -> int:
@@ -179,21 +184,27 @@ class Degrader(nn.Module):
         def see(image: Tensor, needs_skips: bool) -> Seen:
             return self._encode(image, plan, needs_skips)
 
-        ways, r = self._ways, self.autoencoder.config.compression
-        for n, (latent, seen, finish) in enumerate(self.flow.carry(see, hr, draw)):
-            for tile in plan.grid.tiles():
-                if seen.skips:
-                    skips = tuple(tile.cut(skip, r >> level) for level, skip in enumerate(seen.skips))
-                else:
-                    skips = ways.merge(ways.skips(tile.cut(seen.image, r)))
-                image = ways.decode(tile.cut(latent, 1), skips)
-                if finish:
-                    image = finish(image, tile.rows.start * r, tile.columns.start * r)
-                tile.paste(lr[:, n], image.clamp_(-1, 1), r)
+        carried = self.flow.carry(see, hr, draw)
+        for n in range(draw.scale.shape[1]):
+            self._decode(next(carried), lr[:, n], plan)  # no variable holds it, and its skips, while the next is made
+
+    def _decode(self, carried: Carried, lr: Tensor, plan: Plan) -> None:
+        """Decode what was carried to one scale, tile by tile, into `lr` "B 3 H W"."""
+        ways, r, (latent, seen, finish) = self._ways, self.autoencoder.config.compression, carried
+        for tile in plan.grid.tiles():
+            if seen.skips:
+                skips = tuple(tile.cut(skip, r >> level) for level, skip in enumerate(seen.skips))
+            else:
+                skips = ways.merge(ways.skips(tile.cut(seen.image, r)))
+            image = ways.decode(tile.cut(latent, 1), skips)
+            if finish:
+                image = finish(image, tile.rows.start * r, tile.columns.start * r)
+            tile.paste(lr, image.clamp_(-1, 1), r)
 
     def _encode(self, image: Tensor, plan: Plan, needs_skips: bool) -> Seen:
         """Pad and encode an image, tile by tile; skips are merged, and there are none unless needed and kept."""
-        padded = pad(image, self.multiple)
+        # Channels last whether it was padded or not: a compiled network tells the two layouts from each other.
+        padded = pad(image, self.multiple).contiguous(memory_format=torch.channels_last)
         if padded is image and not image.is_inference():
             # Compiled networks tell inference mode's tensors, as padding makes them, from others.
             padded = image.clone()
@@ -241,6 +252,7 @@ class Degrader(nn.Module):
             whole=max(number * flow.working_channels, flow.optics_channels * area),
             skips=area * config.skip_channels,
             work=area * config.working_channels,
+            largest=max(width << 2 * (len(config.widths) - 1 - n) for n, width in enumerate(config.widths)),
         )
         try:
             return Plan.fit(rows, columns, config.halo + -(-flow.reach // config.compression), costs, memory)
@@ -250,8 +262,9 @@ class Degrader(nn.Module):
     def compile(self, *args: Any, **options: Any) -> None:
         """torch.compile the networks (not what cuts and joins tiles); takes torch.compile's arguments.
 
-        With dynamic=True one compilation, which takes minutes on a busy CPU, does for images of all sizes; with
-        dynamic=False each size costs one. A copy of a compiled degrader is not compiled.
+        With dynamic=True a compilation, which takes minutes on a busy CPU, does for images of nearly all sizes: a
+        batch of one image and one of several need one each, and so may some sizes. With dynamic=False each size costs
+        one. A copy of a compiled degrader is not compiled.
         """
         self._compiled = None
         ways: list[Any] = [torch.compile(way, *args, **options) for way in self._ways]
@@ -351,8 +364,8 @@ class Degrader(nn.Module):
             ValueError: the Hub refuses, does not answer, or has a public repository where a private one is wanted.
         """
         data, uri = self._file(self.provenance, half), f"hf://{repo_id}/{hub.FILE}"
-        digest, draws = hashlib.sha256(data).hexdigest(), not isinstance(self.flow, PathFlow)
-        hub.upload(repo_id, data, hub.card(repo_id, uri, self.levels, draws, digest, self.provenance), private)
+        text = hub.card(repo_id, uri, self.levels, self.draws, hashlib.sha256(data).hexdigest(), self.provenance)
+        hub.upload(repo_id, data, text, private)
         return uri
 
     def _file(self, provenance: Mapping[str, Any], half: bool) -> bytes:

@@ -111,6 +111,7 @@ def _length(size: int, count: int, halo: int) -> int:
     return size if count == 1 else -(-(size - 2 * halo) // count) + 2 * halo
 
 
+LARGEST = 2**31 - 1  # numbers in a tensor: some of CUDA's and cuDNN's functions are wrong, or refuse, beyond
 OVERHEAD = 150e6  # bytes that libraries and the allocator take whatever the size
 
 
@@ -121,6 +122,7 @@ class Costs(NamedTuple):
     whole: float  # at the peak of what is done on the whole image: optics, an evaluation of the velocity network
     skips: float  # the decoder's skips
     work: float  # at the peak of encoding or decoding, the skips apart
+    largest: float = 0.0  # no bytes: numbers in the largest tensor of encoding or decoding
 
 
 class Plan(NamedTuple):
@@ -144,14 +146,15 @@ class Plan(NamedTuple):
             ValueError: not even one image in small tiles fits; the message says what it needs.
         """
         pixels, room = rows * columns, memory * 1e9 - OVERHEAD
-        held, whole, skips, work = (pixels * cost for cost in costs)
-        batch = min(room / (held + skips + max(whole, work)), 2**31)
+        held, whole, skips, work, _ = (pixels * cost for cost in costs)
+        window = LARGEST / costs.largest if costs.largest else 2.0**31 * pixels
+        batch = min(room / (held + skips + max(whole, work)), window / pixels)
         if batch >= 1:
             return cls(int(batch), Grid(rows, columns), True)
         # Otherwise: keep all skips and decode in small windows, or encode again beside decoding in larger ones.
         plans = []
         for keep, fixed, each in ((True, held + skips, work), (False, held, skips + work)):
-            grid = cheapest(rows, columns, halo, (room - fixed) / each * pixels)
+            grid = cheapest(rows, columns, halo, min((room - fixed) / each * pixels, window))
             if grid and fixed + whole <= room:
                 plans.append(((2 if keep else 3) * grid.work, cls(1, grid, keep)))
         if not plans:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from degflow.models.counter import gaussian
-from degflow.models.precision import computing
+from degflow.models.precision import computing, differentiating
 from tests.test_degrader import degrader_of, pictures
 from tests.test_objectives import KINDS, batch_of, objective_of
 
@@ -54,7 +54,8 @@ def test_an_objectives_loss_and_gradient_are_the_cpus(device, kind):
         objective = objective_of(kind).train().to(where)
         with computing("float32", where.type):
             losses = objective(**{name: value.to(where) for name, value in batch_of(kind).items()})
-        losses.total.backward()
+        with differentiating("float32"):
+            losses.total.backward()
         gradient = torch.cat([parameter.grad.flatten().cpu() for parameter in objective.network.parameters()])
         results.append((losses.total.detach().cpu(), gradient / gradient.norm()))
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)

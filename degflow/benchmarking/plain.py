@@ -12,6 +12,7 @@ from torch import Tensor
 from degflow.degrader import Degrader, pad
 from degflow.flow import PathFlow, Velocity
 from degflow.models.autoencoder import Decoder, Expand
+from degflow.models.precision import computing
 from degflow.models.residual import Guide, lost_detail
 
 START = 1e-3  # where the released procedure's integration begins on the published path
@@ -61,9 +62,10 @@ def plainly(degrader: Degrader, hr: Tensor, scales: Sequence[float], solve: Solv
         start: the time that the encoder's latent is given, on the published path.
     """
     calls, made = 0, []
-    for latent, skips, finish, count in _latents(degrader, hr, scales, solve, start):
-        calls += count
-        made.append(finish(plain_decode(degrader.autoencoder.decoder, latent, skips)))
+    with computing("float32", hr.device.type):
+        for latent, skips, finish, count in _latents(degrader, hr, scales, solve, start):
+            calls += count
+            made.append(finish(plain_decode(degrader.autoencoder.decoder, latent, skips)))
     height, width = hr.shape[-2:]
     return Swept(torch.cat(made)[..., :height, :width].clamp(-1, 1), calls)
 

@@ -11,7 +11,7 @@ from degflow.benchmarking.measure import Table, alternate, flop
 from degflow.benchmarking.predict import GPU, REST, Kernel, kernels, total
 from degflow.degrader import Degrader
 from degflow.flow import PathFlow
-from degflow.models.precision import computing
+from degflow.models.precision import computing, differentiating
 from degflow.objectives import LFMObjective, Losses, RAEObjective, ResidualObjective
 from degflow.restoration.networks import NetworkConfig, RestorationObjective, build
 from degflow.trajectory import NaturalCubicSpline
@@ -121,7 +121,8 @@ def _stepper(objective: nn.Module, precision: str, *sample: Tensor) -> Step:
     def step(repeat: int) -> Tensor:
         with computing(precision, sample[0].device.type):
             losses: Losses = objective(*sample)
-        losses.total.backward()
+        with differentiating(precision):
+            losses.total.backward()
         if adam:
             adam.step()
         network.zero_grad()

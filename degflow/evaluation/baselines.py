@@ -27,6 +27,7 @@ from degflow.evaluation.metrics import SHAVE, luma
 from degflow.evaluation.random_pipeline import random_degradation
 from degflow.flow import PathFlow
 from degflow.models import ResidualAutoencoder
+from degflow.models.precision import computing
 from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear
 
 BASELINES = ("optics", "mean", "gaussian", "random", "spline", "linear")
@@ -49,8 +50,9 @@ def bicubic(hr: Tensor, scale: float) -> Tensor:
 def reconstruct(autoencoder: ResidualAutoencoder, guide: Tensor, lr: Tensor) -> Tensor:
     """decode(encode(LR); skips of the guide), the best that a flow could reach; the guide is HR, or HR after optics."""
     multiple = autoencoder.config.compression
-    latent, _ = autoencoder.encode(pad(lr, multiple))
-    decoded = autoencoder.decode(latent, autoencoder.skips(pad(guide, multiple)))
+    with computing("float32", lr.device.type):
+        latent, _ = autoencoder.encode(pad(lr, multiple))
+        decoded = autoencoder.decode(latent, autoencoder.skips(pad(guide, multiple)))
     return decoded[..., : guide.shape[-2], : guide.shape[-1]].clamp(-1, 1)
 
 
@@ -68,13 +70,14 @@ def interpolate(degrader: Degrader, captured: Tensor, scale: float, path: str) -
         "1 3 H W" in [-1, 1].
     """
     autoencoder = degrader.autoencoder
-    guide = degrader.flow.guide(captured[:1], torch.tensor([scale], dtype=torch.float64))
-    skips = autoencoder.skips(pad(guide, autoencoder.config.compression))
     levels = pad(captured, autoencoder.config.compression).split(1)
-    latents = torch.cat([autoencoder.encode(level)[0] for level in levels])
     time = degrader.timeline.time(torch.tensor([scale], dtype=torch.float64, device=captured.device))
-    latent = PATHS[path](degrader.timeline.knots).to(captured.device).at(latents[None], time).position
-    decoded = autoencoder.decode(latent, skips)
+    with computing("float32", captured.device.type):
+        guide = degrader.flow.guide(captured[:1], torch.tensor([scale], dtype=torch.float64))
+        skips = autoencoder.skips(pad(guide, autoencoder.config.compression))
+        latents = torch.cat([autoencoder.encode(level)[0] for level in levels])
+        latent = PATHS[path](degrader.timeline.knots).to(captured.device).at(latents[None], time).position
+        decoded = autoencoder.decode(latent, skips)
     return decoded[..., : captured.shape[-2], : captured.shape[-1]].clamp(-1, 1)
 
 

@@ -19,6 +19,7 @@ from degflow.evaluation.pictures import closeups, continuum
 from degflow.evaluation.realism import SMALLEST
 from degflow.flow import PathFlow
 from degflow.images import encode_png
+from degflow.models.precision import computing
 from degflow.perceptual import Perceptual
 from degflow.storage import Place
 
@@ -94,6 +95,11 @@ class EvaluateConfig:
 def evaluate(config: EvaluateConfig) -> None:
     """Measure, and write tables and figure."""
     device = config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    with computing("float32", torch.device(device).type):
+        _evaluate(config, device)
+
+
+def _evaluate(config: EvaluateConfig, device: str) -> None:
     degrader = Degrader.load(config.model, device)
     degrader.check_scales(min(config.levels.values()), max(config.levels.values()))
     scenes = _scenes(config, config.data)

@@ -21,7 +21,6 @@ from degflow.degrader import Degrader
 from degflow.evaluation.baselines import bicubic, fit_sigma
 from degflow.evaluation.metrics import luma, psnr
 from degflow.evaluation.realism import ROUNDING, SMALLEST, radial_spectrum
-from degflow.flow import PathFlow
 
 SMALLEST_WINDOW = 64  # pixels a side
 MARGIN = 32  # pixels around a window that are worked on with it, so that no border is seen in it
@@ -97,7 +96,6 @@ class Explorer:
         self.degrader, self.max_pixels = degrader, max_pixels
         degrader.checks_range = False  # of pixels that `images` decoded: a bright photograph needs no warning
         self.window = -(-window // degrader.multiple) * degrader.multiple
-        self.draws = not isinstance(degrader.flow, PathFlow)
         self._photographs: dict[str, Photograph] = {}
         self._lock = threading.Lock()
 
@@ -107,7 +105,7 @@ class Explorer:
         return {
             "low": self.degrader.low,
             "high": self.degrader.high,
-            "draws": self.draws,
+            "draws": self.degrader.draws,
             "model": self.degrader.sha256[:12],
             "window": self.window,
             "most_bytes": images.most_bytes(self.max_pixels),
@@ -168,7 +166,7 @@ class Explorer:
         photograph, box, pictures = self._make(ask)
         part = "" if (box.height, box.width) == photograph.pixels.shape[:2] else f"_at{box.left}-{box.top}"
         stem = f"{photograph.stem}{part}_x{ask.scale:g}"
-        if self.draws:
+        if self.degrader.draws:
             stem += f"_seed{ask.seed}" + (f"_spread{ask.spread:g}" if ask.spread < 1 else "")
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w") as file:
@@ -200,7 +198,7 @@ class Explorer:
         how = {"seed": ask.seed, "spread": ask.spread, "place": torch.tensor([place])}
         # As "1 N", like `degrade` and synthesize: the published flow's steps differ between "B" and "B N".
         lr = _levels(self.degrader(hr.to(device), _one(ask.scale)[None], **how)[0])
-        if not self.draws:
+        if not self.degrader.draws:
             kind = "This model draws nothing: every seed gives this picture."
         elif ask.spread == 0:
             kind = "The mean of what the model would draw, so with little noise."
@@ -220,7 +218,7 @@ class Explorer:
 
     def _plain(self, hr: Tensor, lr: Tensor, scale: float) -> Picture:
         """The blur without anything else: the model's own optics, or a Gaussian that is made like LR."""
-        if self.draws:
+        if self.degrader.draws:
             image = self.degrader.flow.guide(hr.to(next(self.degrader.parameters()).device), _one(scale))
             caption = "HR through the model's lens for this scale: blur without noise. The draw starts from it."
             return Picture("plain", f"Optics alone, ×{scale:g}", caption, _levels(image))

@@ -29,11 +29,13 @@ class Grain(nn.Module):
     """
 
     curves: Tensor
+    knots: Tensor
 
     def __init__(self, times: tuple[float, ...]):
         super().__init__()
         self.field = Spread(3, times, SIDE, FIRST)
         self.register_buffer("curves", torch.zeros(len(times), len(KNOTS)))  # gain^2 at the knots
+        self.register_buffer("knots", torch.tensor((0.0, *KNOTS)), persistent=False)  # on the device, for no waiting
 
     @torch.no_grad()
     def fit(self, lack: "list[Lack]") -> None:
@@ -47,7 +49,7 @@ class Grain(nn.Module):
         after, weight = between(self.field.times, time)
         curve = F.pad(torch.lerp(self.curves[after - 1], self.curves[after], weight[:, None]), (1, 0))  # 0 at 0
         lost = lost_around(hr, skeleton)
-        knots = lost.new_tensor((0.0, *KNOTS))
+        knots = self.knots
         above = torch.searchsorted(knots, lost, right=True).clamp(1, len(KNOTS))
         share = ((lost - knots[above - 1]) / (knots[above] - knots[above - 1])).clamp(0, 1)
         low, high = (curve.gather(1, n.flatten(1)).view_as(lost) for n in (above - 1, above))

@@ -41,9 +41,15 @@ def computing(precision: str, device: str) -> Iterator[None]:
         yield
 
 
+def differentiating(precision: str) -> AbstractContextManager[Any]:
+    """For the backward pass, which stands outside of `computing`: its products in the precision of the forward one."""
+    return _TF32(precision == "tf32")
+
+
 def exactly(device: str) -> AbstractContextManager[Any]:
     """Float32 inside of `computing`, whatever its precision. Of narrower tensors make float32 ones first."""
-    if _TF32.on:  # torch.compile cannot trace the switch, and begins another graph here
+    # torch.compile cannot trace the switch, and begins another graph here; outside of `computing` it leaves it alone.
+    if _TF32.on or (_TF32.on is None and not torch.compiler.is_compiling()):
         stack = contextlib.ExitStack()
         stack.enter_context(_TF32(False))
         stack.enter_context(_autocast(device, enabled=False))
@@ -60,7 +66,7 @@ def _autocast(device: str, dtype: torch.dtype | None = None, *, enabled: bool) -
 class _TF32:
     """A context in which NVIDIA GPUs may, or may not, round float32 factors to TF32."""
 
-    on = False  # what the innermost context says
+    on: bool | None = None  # what the innermost context says; outside of all, PyTorch's default may be on
 
     def __init__(self, allowed: bool):
         self.allowed = allowed

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from degflow.config import option
-from degflow.flow import Carried, Draw, Finish, See, integrate
+from degflow.flow import Carried, Draw, Finish, See, Seen, integrate
 from degflow.models.autoencoder import ChannelNorm, matrix
 from degflow.models.cutoff import Cutoff
 from degflow.models.grain import Grain
@@ -39,7 +39,7 @@ FLOOR = 0.25 / 127.5  # of the lost detail: a quarter of an 8-bit level in [-1, 
 class ResidualConfig:
     """Size of a `ResidualNetwork`."""
 
-    latent_channels: int = option(4, "C_z, channels of the latent")
+    latent_channels: int = option(4, "C_z, channels of the latent; a training takes those of rae")
     width: int = option(128, "channels inside")
     blocks: int = option(8, "residual blocks; 0: no network, residuals are drawn from the Gaussian alone")
     expansion: int = option(3, "channels inside a block / width")
@@ -183,13 +183,17 @@ class ResidualFlow(nn.Module):
         """See `Flow`; each scale has an image after the optics, and an integration, of its own."""
         source = see(hr, False)
         for n in range(draw.scale.shape[1]):
-            seen = see(self.optics(hr, draw.scale[:, n]), True)
-            gain = lost_detail(source.image, seen.image, self.compression)
-            asked = (draw.time[:, n], draw.seed[:, n], draw.place)
-            time, seed, place = (x.to(hr.device, non_blocking=True) for x in asked)
-            guide = Guide(seen.latent, source.latent, gain, time)
-            latent = self.latent(guide, seed, draw.spread, draw.steps, draw.solver, place)
-            yield Carried(latent, seen, self._finish(source.image, seen.image, time, seed, draw.spread, place))
+            yield self._carry(see, hr, source, draw, n)  # no variable holds its skips while the next scale is carried
+
+    def _carry(self, see: See, hr: Tensor, source: Seen, draw: Draw, n: int) -> Carried:
+        """Carry the latents to the n-th scale."""
+        seen = see(self.optics(hr, draw.scale[:, n]), True)
+        gain = lost_detail(source.image, seen.image, self.compression)
+        asked = (draw.time[:, n], draw.seed[:, n], draw.place)
+        time, seed, place = (x.to(hr.device, non_blocking=True) for x in asked)
+        guide = Guide(seen.latent, source.latent, gain, time)
+        latent = self.latent(guide, seed, draw.spread, draw.steps, draw.solver, place)
+        return Carried(latent, seen, self._finish(source.image, seen.image, time, seed, draw.spread, place))
 
     def _finish(self, hr: Tensor, skeleton: Tensor, time: Tensor, seed: Tensor, spread: float, place: Tensor) -> Finish:
         """Grain for a window of the decoded image, unless spread is 0; then the cutoff."""

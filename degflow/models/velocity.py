@@ -20,7 +20,7 @@ TIME_FACTOR = 999.0  # of the time embedding, as released
 class VelocityConfig:
     """Size of a `VelocityNetwork`; the defaults are the released network's."""
 
-    latent_channels: int = option(4, "C_z, channels of the latent")
+    latent_channels: int = option(4, "C_z, channels of the latent; a training takes those of rae")
     width: int = option(128, "channels at the latent's resolution")
     multipliers: tuple[int, ...] = option((1, 2, 2, 2), "channels at each resolution, as multiples of width")
     blocks: int = option(4, "residual blocks at each resolution")

@@ -77,15 +77,17 @@ class LIIF(nn.Module):
         Returns:
             "B Q 3".
         """
-        size = coordinates.new_tensor(features.shape[-2:])
-        corners = torch.cartesian_prod(*2 * [torch.tensor([-1.0, 1.0])]).to(coordinates)
+        height, width = features.shape[-2:]
+        signs = torch.arange(-1.0, 2.0, 2.0, device=coordinates.device, dtype=coordinates.dtype)
+        size = torch.stack((signs.new_full((), height), signs.new_full((), width)))  # made there: nothing waits
+        corners = torch.cartesian_prod(signs, signs)
         pixels, batch = features.flatten(2).transpose(1, 2), torch.arange(len(features), device=size.device)[:, None]
         answers, areas = [], []
         for corner in corners:
             # The nearest pixel centre in this direction; the shift is a little less than half a pixel.
             index = ((coordinates + corner * (1 - 1e-4) / size + 1) / 2 * size).floor()
             index = torch.minimum(index.clamp(min=0), size - 1)
-            found = pixels[batch, (index[..., 0] * size[1] + index[..., 1]).long()]
+            found = pixels[batch, (index[..., 0] * width + index[..., 1]).long()]
             offset = (coordinates - ((2 * index + 1) / size - 1)) * size
             cells = (cell * size)[:, None].expand_as(offset)
             answers.append(self.function(torch.cat((found, offset.to(found.dtype), cells.to(found.dtype)), -1)))

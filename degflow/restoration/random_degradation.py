@@ -105,7 +105,8 @@ class RandomDegradation:
         with torch.inference_mode():
             lr = self._degraded(hr, scale, seed)
         self.calls += 1
-        return lr.clone(), scale.to(hr.device)  # outside inference mode a clone is a tensor that a training can use
+        # Outside inference mode a clone is a tensor that a training can use.
+        return lr.clone(), scale.to(hr.device, non_blocking=True)
 
     def without_margin(self, image: Tensor) -> Tensor:
         """The part of "... H W" that LR shows: a view of it without the margin."""

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from degflow import evaluation, images
 from degflow.capture.scenes import HR_LABEL, SceneConfig, SceneImages
 from degflow.evaluation.crops import central
+from degflow.models.precision import computing
 from degflow.objectives import to_float
 from degflow.perceptual import Perceptual
 from degflow.restoration.networks import ArbitraryScale, FixedScale
@@ -84,15 +85,20 @@ class NetworkTest:
         for name, tree in self.trees.items():
             for scene, pixels in zip(tree.scenes, tree.pixels, strict=True):
                 hr, lr = images.to_tensor(cut(pixels, self.config.test_crop), device).split(1)
-                for image, made in (("restored", network.restore(lr, self.config.scale)), ("LR", lr)):
+                for image, made in (("restored", self._restore(network, lr)), ("LR", lr)):
                     psnr, ssim = float(evaluation.psnr(made, hr)), float(evaluation.ssim(made, hr))
-                    lpips = float(perceptual(made, hr)) if perceptual else float("nan")
+                    with computing("float32", device.type):
+                        lpips = float(perceptual(made, hr)) if perceptual else float("nan")
                     yield Score(name, scene.name, image, psnr, ssim, lpips)
 
     def _restored(self, network: Network, crops: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Crops uint8 "N 2 3 H W" -> LR, restored and HR images."""
         hr, lr = to_float(crops.to(next(network.parameters()).device)).unbind(1)
-        return lr, network.restore(lr, self.config.scale), hr
+        return lr, self._restore(network, lr), hr
+
+    def _restore(self, network: Network, lr: Tensor) -> Tensor:
+        with computing("float32", lr.device.type):
+            return network.restore(lr, self.config.scale)
 
 
 def cut(pixels: np.ndarray, crop: int) -> np.ndarray:

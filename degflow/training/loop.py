@@ -24,7 +24,7 @@ from tqdm import tqdm
 from degflow import config as configuration
 from degflow import images
 from degflow.models.files import load_checkpoint
-from degflow.models.precision import computing
+from degflow.models.precision import computing, differentiating
 from degflow.storage import Place, split_uri
 from degflow.training.average import Average
 from degflow.training.checkpoints import Checkpoints, read_checkpoint
@@ -237,7 +237,8 @@ class _Run:
             with _synchronised(self.accelerator, self.objective, micro == self.config.accumulate - 1):
                 with computing(self.config.precision, device.type):
                     losses = self.objective(**batch)
-                self.accelerator.backward(losses.total / self.config.accumulate)
+                with differentiating(self.config.precision):
+                    self.accelerator.backward(losses.total / self.config.accumulate)
             for name, value in losses.parts.items():
                 totals[name] = totals.get(name, 0) + value / self.config.accumulate
         if self.config.clip:

@@ -8,7 +8,7 @@ from typing import cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, parse_flag_from_env
 from torch import Tensor, distributed
 
 
@@ -20,6 +20,13 @@ def is_main_process() -> bool:
 def local_share() -> tuple[int, int]:
     """(n, N): this is process n of the N of its machine."""
     return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def own_device() -> torch.device:
+    """The device that Accelerate gives this process; known before `fit`, for what is computed apart from it."""
+    if not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return torch.device("cpu")
+    return torch.device("cuda", local_share()[0])
 
 
 def join(precision: str, timeout: int) -> Accelerator:

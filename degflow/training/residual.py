@@ -21,7 +21,7 @@ from degflow.models.precision import computing
 from degflow.objectives import ResidualObjective, residuals, to_float
 from degflow.training.lfm import POINTS, check_points, provenance
 from degflow.training.loop import Validation, fit
-from degflow.training.processes import is_main_process, local_share
+from degflow.training.processes import is_main_process, local_share, own_device
 from degflow.training.rae import load_stage1, watched_crops
 from degflow.training.settings import FitConfig
 from degflow.trajectory import Timeline
@@ -72,7 +72,9 @@ def train_residual(config: TrainResidualConfig) -> None:
     times = [tuple(timeline.time(scale) for scale in stack.scales) for stack in stacks]
     torch.manual_seed(config.fit.seed)
     network = ResidualNetwork(replace(config.residual, latent_channels=autoencoder.config.latent_channels))
-    spread = fit_spread(autoencoder, stacks, times, config.scenes.crop, quiet=not main)
+    spread = fit_spread(
+        autoencoder.to(own_device()), stacks, times, config.scenes.crop, quiet=not main, device=own_device()
+    )
     objective = ResidualObjective(autoencoder, ResidualFlow(optics, spread, network, r), config.fit.seed)
 
     def degrader(network: nn.Module) -> Degrader:
@@ -92,9 +94,9 @@ def train_residual(config: TrainResidualConfig) -> None:
         result = fit(objective, samples, config.fit, config.output, config, validate)
         trained = result.network if result else None
     if trained:
-        file, made = f"{config.output}/degrader.safetensors", degrader(trained)
+        file, made = f"{config.output}/degrader.safetensors", degrader(trained).to(own_device())
         fit_finish(made, stacks, times)
-        made.save(file, provenance(config, scenes), half=config.half)
+        made.cpu().save(file, provenance(config, scenes), half=config.half)
         print(f"degrader: {file}")
 
 
@@ -107,6 +109,7 @@ def fit_spread(
     batches: int = 12,
     batch: int = 16,
     quiet: bool = False,
+    device: torch.device | None = None,
 ) -> Spread:
     """The Gaussian of captured residuals at every time that the stacks have.
 
@@ -118,10 +121,11 @@ def fit_spread(
         crop: side of the crops that it is fitted on, in pixels.
         batches, batch: crops for each time.
         quiet: no progress bar.
+        device: of the autoencoder; None: the CPU.
     """
-    found = _distinct(times)
+    found, device = _distinct(times), device or torch.device("cpu")
     channels = autoencoder.config.latent_channels
-    spread, unit = Spread(channels, (0.0, *found)), Spread(channels, (0.0, 1.0))
+    spread, unit = Spread(channels, (0.0, *found)), Spread(channels, (0.0, 1.0)).to(device)
     unit.fit(torch.eye(channels)[None, None, None])
     unit.filters[0] = unit.filters[1]  # deviation 1 everywhere: the residual divided by its gain alone
     covariances = []
@@ -129,9 +133,12 @@ def fit_spread(
         places = _places(times, time)
         total = torch.zeros(channels, channels, dtype=torch.float64)
         for number in range(batches):
-            hr, skeleton, lr = _crops(stacks, places, crop, batch, np.random.default_rng((number, round(1e6 * time))))
-            _, residual = residuals(autoencoder, unit, hr, skeleton, lr, torch.full((batch,), time))
-            flat = residual.transpose(0, 1).flatten(1).double()
+            random = np.random.default_rng((number, round(1e6 * time)))
+            hr, skeleton, lr = (x.to(device) for x in _crops(stacks, places, crop, batch, random))
+            at = torch.full((batch,), time, device=device)
+            with computing("float32", device.type):
+                _, residual = residuals(autoencoder, unit, hr, skeleton, lr, at)
+            flat = residual.transpose(0, 1).flatten(1).double().cpu()
             total += flat @ flat.T / flat.shape[1] / batches
         covariances.append(total)
     spread.fit(torch.stack(covariances)[:, None, None])

@@ -112,7 +112,7 @@ def test_a_small_photograph_is_shown_whole_and_each_picture_is_what_its_caption_
     assert shown["lr"]["psnr"] == round(float(psnr(batch(lr), hr)), 2)
     assert shown["hr"]["psnr"] is None
     assert [len(picture["spectrum"]) for picture in shown.values()] == [24] * 4
-    if client.server.explorer.draws:
+    if client.server.explorer.degrader.draws:
         plain = degrader.flow.guide(hr, torch.tensor([2.5]))
         assert "lens" in shown["plain"]["caption"]
     else:

@@ -29,6 +29,9 @@ def test_float32_is_float32_unless_tf32_is_asked_for():
     with pytest.raises(ZeroDivisionError), computing("tf32", "cpu"):
         raise ZeroDivisionError
     assert switches() == before
+    with exactly("cpu"):  # outside of `computing` too
+        assert switches() == (False, False)
+    assert switches() == before
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this PyTorch has the older names alone")

@@ -483,6 +483,19 @@ def test_bfloat16_keeps_float32_weights_and_its_backward_pass_is_outside_of_auto
     assert 0 < np.abs(half - full).max() < 0.05
 
 
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
+def test_products_of_the_backward_pass_are_as_exact_as_those_of_the_forward_one(tmp_path, precision):
+    objective, seen = ToyObjective(), set()
+
+    def note(*_):
+        seen.add((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+
+    objective.network.first.weight.register_hook(note)
+    objective.network.register_forward_hook(note)
+    train(tmp_path, replace(BASE, precision=precision), objective)
+    assert seen == {(precision == "tf32",) * 2}
+
+
 def test_a_training_step_never_waits_for_its_device(tmp_path):
     # Tensors without numbers: what reads one raises, and so does what mixes them with the CPU's.
     config = replace(BASE, log_every=50, precision="float32", accumulate=2)

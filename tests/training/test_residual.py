@@ -191,11 +191,11 @@ def test_each_stage_2_takes_its_own_kind_of_stage_1_alone(tree, rae, residual, t
     succeed("train_rae", **plain)
     file = tmp_path / "rae/rae.safetensors"
     code, words = fails("train_residual", **{**keys_of(tree, rae, tmp_path / "none"), "rae": file})
-    assert code == 1
+    assert code == 2
     assert f"error: rae={file}: holds no optics; train-rae makes them with skips=optics" in words
     for file in (rae[0] / "rae.safetensors", residual[0] / "degrader.safetensors"):
         code, words = fails("train_lfm", **LFM, **{"scenes.data": tree, "rae": file, "output": tmp_path / "none"})
-        assert code == 1
+        assert code == 2
         assert f"error: rae={file}: trained with skips=optics, which the published flow does not use" in words
     assert not (tmp_path / "none").exists()
 
@@ -203,12 +203,12 @@ def test_each_stage_2_takes_its_own_kind_of_stage_1_alone(tree, rae, residual, t
 @pytest.mark.parametrize(
     ("changes", "code", "said"),
     [
-        ({"rae": "none.safetensors"}, 1, r"none.safetensors: no such file"),
-        ({"scenes.levels": "{1: 1.0, 2: 2.1, 4: 3.75}"}, 1, r"scenes.levels=.*2.1.*: .* was trained on .*'2': 2.0"),
-        ({"scenes.crop": 33}, 1, r"scenes.crop=33: must be a multiple of the autoencoder's r = 2"),
-        ({"scenes.crop": 98}, 1, r"Canon_001_HR.png: 120 x 96 pixels, smaller than crop=98"),
-        ({"scenes.crop": 64}, 1, r"scenes.reductions=\[1.0, 1.6\]: reduced by 1.6, no scene is left .*scenes.crop=64"),
-        ({"scenes.reductions": "[2.0]"}, 1, r"scenes.reductions=\[2.0\]: .*has all levels above scale 1"),
+        ({"rae": "none.safetensors"}, 2, r"none.safetensors: no such file"),
+        ({"scenes.levels": "{1: 1.0, 2: 2.1, 4: 3.75}"}, 2, r"scenes.levels=.*2.1.*: .* was trained on .*'2': 2.0"),
+        ({"scenes.crop": 33}, 2, r"scenes.crop=33: must be a multiple of the autoencoder's r = 2"),
+        ({"scenes.crop": 98}, 2, r"Canon_001_HR.png: 120 x 96 pixels, smaller than crop=98"),
+        ({"scenes.crop": 64}, 2, r"scenes.reductions=\[1.0, 1.6\]: reduced by 1.6, no scene is left .*scenes.crop=64"),
+        ({"scenes.reductions": "[2.0]"}, 2, r"scenes.reductions=\[2.0\]: .*has all levels above scale 1"),
         ({"residual.width": 9}, 2, r"residual.width=9: must be even"),
         ({"points": 0}, 2, r"points=0: must be at least 1"),
     ],
