@@ -1,8 +1,9 @@
 """Places: folders and buckets behind any fsspec URI.
 
 degflow opens every filesystem here. Objects are written as a whole: a reader sees all of an object or nothing. Failures
-of an object store that may pass (throttling, 5xx, resets, timeouts, truncated bodies, a restart) are retried with
-growing pauses for `PATIENCE` seconds. Refusals (no such file or bucket, wrong credentials) are errors at once.
+that may pass are retried with growing pauses for `PATIENCE` seconds: those of an object store (throttling, 5xx, resets,
+timeouts, truncated bodies, a restart), and those of a shared file system (a stale handle, an input/output error).
+Refusals (no such file or bucket, wrong credentials) are errors at once.
 """
 
 import contextlib
@@ -30,6 +31,8 @@ PATIENCE = float(os.environ.get("DEGFLOW_PATIENCE", "60"))  # seconds
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 8.0  # seconds
 # A retry does not help with these. botocore's errors are not OSErrors, so they are recognised by their names.
 _FINAL = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
+# Of a local path, which may be a shared file system whose server starts again.
+_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENFILE, errno.EMFILE}
 _REFUSED = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"}
 _WRONG = {"ParamValidationError", "InvalidConfigError", "ValueError", "TypeError", "ImportError", "NotImplementedError"}
 _S3 = {"connect_timeout": 10, "read_timeout": 60, "retries": {"mode": "standard", "max_attempts": 2}}
@@ -100,6 +103,11 @@ class Place:
             return self.uri
         return f"{self.uri}{name}" if self.uri.endswith("/") else f"{self.uri}/{name}"
 
+    @property
+    def everywhere(self) -> str:
+        """The URI, for processes in other folders: that of a local place begins at the root."""
+        return self.root or "/" if self.local else self.uri
+
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
         """All bytes of a file, or, with `end`, those in [start, end).
 
@@ -151,7 +159,7 @@ class Place:
         """
         path = self.path(name)
         if self.local:
-            return _place(path, new, lambda file: file.write(data))
+            return self._try(name, lambda: _place(path, new, lambda file: file.write(data)))
         return self._put(name, new, lambda **mode: self.fs.pipe_file(path, data, **mode))
 
     def upload(self, file: str, name: str, *, new: bool = False) -> bool:
@@ -159,7 +167,8 @@ class Place:
         path = self.path(name)
         if self.local:
             with open(file, "rb") as source:
-                return _place(path, new, lambda target: (source.seek(0), shutil.copyfileobj(source, target, 1 << 20)))
+                copy = lambda target: (source.seek(0), shutil.copyfileobj(source, target, 1 << 20))  # noqa: E731
+                return self._try(name, lambda: _place(path, new, copy))
         return self._put(name, new, lambda **mode: self.fs.put_file(file, path, **mode))
 
     def _put(self, name: str, new: bool, put: Callable[..., Any]) -> bool:
@@ -215,7 +224,12 @@ class Place:
         return self._try(name, ask)
 
     def answers(self) -> bool:
-        """Whether the store answers and accepts our credentials; an answer such as "no such file" is enough."""
+        """Whether the store answers and accepts our credentials; an answer such as "no such file" is enough.
+
+        A local place must be there: without it a shared file system is not mounted.
+        """
+        if self.local:
+            return os.access(self.root or "/", os.R_OK)
         try:
             self._try("", lambda: self.fs.info(self.path(f".{uuid.uuid4().hex}")))
         except (StorageError, PermissionError):
@@ -265,13 +279,24 @@ class Place:
         found = self._followed(self._try(pattern, ask))
         return self._sources({path: info for path, info in found.items() if info["type"] == "file"})
 
-    def _followed(self, found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Replace the size and tag of local links by those of their targets, as `source` gives them."""
+    def _followed(self, found: dict[str, dict[str, Any]], seen: list[str] | None = None) -> dict[str, dict[str, Any]]:
+        """Replace local links by what they lead to, as `source` gives it: a file, or the files of a folder elsewhere.
+
+        A link to a folder that is listed anyway, or that holds a listed one, stays as it is. `seen` has those folders.
+        """
+        seen, followed = [os.path.realpath(self.root)] if seen is None else seen, dict(found)
         for path, info in found.items():
-            if self.local and info.get("islink"):
+            if not (self.local and info.get("islink")):
+                continue
+            target = os.path.realpath(path)
+            if not os.path.isdir(target):
                 with contextlib.suppress(OSError):  # a broken link
-                    found[path] = self.fs.info(path)
-        return found
+                    followed[path] = self.fs.info(path)
+            elif not any(f"{a}/".startswith(f"{b}/") for each in seen for a, b in ((each, target), (target, each))):
+                seen.append(target)
+                del followed[path]
+                followed |= self._followed(self.fs.find(f"{path}/", withdirs=False, detail=True), seen)
+        return followed
 
     def _sources(self, found: dict[str, dict[str, Any]]) -> list[Source]:
         prefix = self.root + "/"
@@ -287,14 +312,16 @@ class Place:
         return self.fs.cat_file(path, **part)
 
     def _try(self, name: str, operation: Callable[[], T]) -> T:
-        """The operation's result; on an object store, failures that may pass are retried."""
+        """The operation's result; failures that may pass are retried."""
         deadline, pause, attempt = math.inf, _FIRST_PAUSE, 0
         while True:
             attempt += 1
             try:
                 return operation()
             except Exception as error:
-                if self.local or (isinstance(error, _FINAL) and self.root in str(error)):
+                if self.local and not (isinstance(error, OSError) and error.errno in _PASSING):
+                    raise
+                if isinstance(error, _FINAL) and self.root in str(error):
                     raise
                 kind = type(error).__name__
                 if isinstance(error, _FINAL):

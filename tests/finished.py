@@ -27,7 +27,7 @@ class Here:
 
     def make(self, maker, plan, pending, price):
         for number in pending:
-            list(maker.make(number, plan[number], Threads(1), Turn()))
+            list(maker.make(number, plan[number], Threads(1), Turn(), elsewhere=plan.elsewhere(number)))
 
 
 @contextmanager

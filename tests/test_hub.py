@@ -210,12 +210,27 @@ def test_a_hub_that_does_not_answer_is_named(tmp_path):
 
 
 def test_the_hub_s_client_finds_the_rows_named_in_a_dataset_s_card():
-    recipe = {"scale": {"per_image": 4}, "hr": "embed", "codec": "png", "size": "same", "seed": 0}
+    recipe = {"scale": {"per_image": 4}, "hr": "embed", "codec": "png", "size": "same", "seed": 0, "spread": 1.0}
     recipe["model_sha256"] = "0" * 64
-    text = card({}, 0, recipe, "uniform in [1, 4]")
+    text = card({}, 0, recipe, "uniform in [1, 4]", draws=True)
     data = DatasetCard(text).data.to_dict()
     assert data["configs"] == [{"config_name": "default", "data_files": "data/*.parquet"}]
     assert (data["license"], data["size_categories"]) == ("other", ["n<1K"])
+
+
+@pytest.mark.parametrize(
+    ("draws", "spread", "said"),
+    [
+        (True, 1.0, "with the noise of a camera"),
+        (True, 0.0, "the mean of"),
+        (False, 1.0, "the latent flow of [DegFlow]"),
+    ],
+)
+def test_a_dataset_s_card_names_the_method_of_its_model(draws, spread, said):
+    recipe = {"scale": {"per_image": 4}, "hr": "embed", "codec": "png", "size": "same", "seed": 0, "spread": spread}
+    text = card({}, 0, recipe | {"model_sha256": "0"}, "uniform in [1, 4]", draws)
+    assert f"made from high-resolution photographs with\n`degflow synthesize`, {'each ' if draws else 'by '}" in text
+    assert said in text
 
 
 def test_the_citation_is_that_of_the_readme():

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import threading
@@ -364,6 +365,43 @@ def test_local_links_are_listed_as_what_they_lead_to(tmp_path):
     assert place.read_tagged("link.png") == (b"photograph", link.etag)
     assert nowhere.key == "nowhere.png"
     assert [found.key for found in place.match("l*.png")] == ["link.png"]
+
+
+def test_a_link_to_a_folder_is_followed_but_never_in_circles(tmp_path):
+    for name in ("photos/a/1.png", "other/2.png", "other/deep/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "photos/b").symlink_to("../other")
+    (tmp_path / "photos/a/loop").symlink_to("..")
+    (tmp_path / "other/back").symlink_to("../photos")
+    place = Place(str(tmp_path / "photos"))
+    (tmp_path / "photos/c").symlink_to("a")
+    keys = [file.key for file in place.files()]
+    assert keys == ["a/1.png", "a/loop", "b/2.png", "b/back", "b/deep/3.png", "c"]  # three are left as they are
+    assert place.read("b/deep/3.png") == b""
+
+
+def test_a_stale_handle_of_a_shared_folder_is_waited_for_and_other_errors_are_not(tmp_path, monkeypatch):
+    place, calls = Place(str(tmp_path), patience=2), []
+
+    def answers(number, times):
+        calls.clear()
+
+        def read():
+            calls.append(number)
+            if len(calls) <= times:
+                raise OSError(number, "no")
+            return b"data"
+
+        return read
+
+    assert place._try("a", answers(errno.ESTALE, 2)) == b"data"
+    assert len(calls) == 3
+    with pytest.raises(storage.StorageError, match=rf"^{tmp_path}/a: OSError: \[Errno 5\] no \(attempts: \d\)"):
+        place._try("a", answers(errno.EIO, 99))
+    with pytest.raises(PermissionError):
+        place._try("a", answers(errno.EACCES, 1))
+    assert len(calls) == 1
 
 
 def test_pipes_and_devices_are_not_read(tmp_path):

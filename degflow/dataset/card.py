@@ -36,9 +36,8 @@ configs:
 
 # {rows:,} LR images of {files:,} photographs, at sampled degradation scales
 
-Low-resolution images made from high-resolution photographs by the latent flow of
-[DegFlow](https://arxiv.org/abs/2602.04193), with `degflow synthesize`. A scale is the strength of the
-degradation, not a resize{resize}
+Low-resolution images made from high-resolution photographs with
+`degflow synthesize`, {method}. A scale is the strength of the degradation, not a resize{resize}
 
 ![HR crops beside their LR images](preview.png)
 
@@ -71,7 +70,7 @@ same dataset again.
 | key | string | path of the HR image in the input |
 | draw | int32 | number of the LR image among those of its HR image |
 | scale | float64 | degradation scale |
-| time | float64 | time on the flow, 0 at the smallest trained scale and 1 at the largest |
+| time | float64 | the scale's place in the trained range, 0 at the smallest trained scale and 1 at the largest |
 | lr | struct(bytes, path) | {codec}, 8-bit sRGB |
 | hr | struct(bytes, path) | {hr} |
 | height, width | int32 | of the LR image |
@@ -102,7 +101,14 @@ def totals(records: Mapping[int, Record], recipe: Mapping[str, Any]) -> Totals:
     return Totals(rows, rows // recipe["scale"]["per_image"], psnr, sum(record.bytes for record in records.values()))
 
 
-def card(records: Mapping[int, Record], rejects: int, recipe: Mapping[str, Any], scales: str) -> str:
+def _method(draws: bool, spread: float) -> str:
+    """How a model made LR images, in words that follow "made"."""
+    if not draws:
+        return "by the latent flow of [DegFlow](https://arxiv.org/abs/2602.04193)"
+    return "each drawn with the noise of a camera" if spread else "each the mean of what a camera may capture"
+
+
+def card(records: Mapping[int, Record], rejects: int, recipe: Mapping[str, Any], scales: str, draws: bool) -> str:
     """README.md of a finished dataset.
 
     Args:
@@ -110,6 +116,7 @@ def card(records: Mapping[int, Record], rejects: int, recipe: Mapping[str, Any],
         rejects: number of files without rows.
         recipe: the resolved configuration.
         scales: how they were drawn; see `ScaleConfig.in_words`.
+        draws: as `Degrader.draws` of its model.
     """
     rows, used, psnr, size = totals(records, recipe)
     embedded, codec = recipe["hr"] == "embed", {"png": "PNG", "webp": "lossless WebP"}[recipe["codec"]]
@@ -120,6 +127,7 @@ def card(records: Mapping[int, Record], rejects: int, recipe: Mapping[str, Any],
         used=used,
         rejects=rejects,
         scales=scales,
+        method=_method(draws, recipe["spread"]),
         psnr=f"{psnr:.2f} dB" if rows else "no images",
         parts=len(records),
         bytes=size,
@@ -184,12 +192,20 @@ def _sample(rows: Sequence[dict[str, Any]], recipe: Mapping[str, Any]) -> Sample
     for row in rows:
         lr, psnr = images.decode_encoded(row["lr"]["bytes"]), None
         if lr.shape == hr.shape:
-            error = float(np.square(lr.astype(np.float32) - hr).mean(dtype=np.float64))
-            psnr = min(99.0, 10 * math.log10(255**2 / max(error, 1e-10)))  # as in the manifest
+            psnr = min(99.0, 10 * math.log10(255**2 / max(_squared_error(lr, hr), 1e-10)))  # as in the manifest
         else:
             lr = np.asarray(Image.fromarray(lr).resize((hr.shape[1], hr.shape[0]), Image.Resampling.NEAREST))
-        tiles.append(Tile(row["scale"], psnr, lr[top : top + size, left : left + size]))
-    return Sample(rows[0]["key"], hr[top : top + size, left : left + size], tiles)
+        tiles.append(Tile(row["scale"], psnr, lr[top : top + size, left : left + size].copy()))
+    # Copies: a view would keep the whole image in memory.
+    return Sample(rows[0]["key"], hr[top : top + size, left : left + size].copy(), tiles)
+
+
+def _squared_error(lr: np.ndarray, hr: np.ndarray, rows: int = 256) -> float:
+    """Mean of the squared differences, some rows at a time: photographs may be large."""
+    total = 0.0
+    for n in range(0, len(lr), rows):
+        total += float(np.square(lr[n : n + rows].astype(np.float32) - hr[n : n + rows]).sum(dtype=np.float64))
+    return total / lr.size
 
 
 def preview(shown: Sequence[Sample]) -> bytes | None:
@@ -211,7 +227,14 @@ def preview(shown: Sequence[Sample]) -> bytes | None:
 
 
 def most_detail(pixels: np.ndarray, size: int) -> tuple[int, int]:
-    """Top and left of the size x size window of uint8 "H W 3" with the largest sum of absolute gradients."""
+    """Top and left of the size x size window of uint8 "H W 3" with the largest sum of absolute gradients.
+
+    Of an image with more than 2048 pixels a side, one pixel of a few is looked at.
+    """
+    height, width, _ = pixels.shape
+    if (step := max(height, width) // 2048 + 1) > 1:
+        top, left = most_detail(np.ascontiguousarray(pixels[::step, ::step]), max(1, size // step))
+        return min(top * step, height - size), min(left * step, width - size)
     grey = pixels.mean(2, dtype=np.float32)
     energy = np.zeros((grey.shape[0] + 1, grey.shape[1] + 1))
     energy[1:-1, 1:] += np.abs(np.diff(grey, axis=0))

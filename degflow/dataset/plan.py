@@ -1,5 +1,6 @@
 """The plan: which photographs each shard has. It is written before any work starts; later it may only grow."""
 
+import functools
 from collections.abc import Container, Iterable, Sequence
 from typing import Any, TypeAlias
 
@@ -37,11 +38,23 @@ class Plan:
         return [Source(*row) for row in zip(*(column.to_pylist() for column in rows.columns), strict=True)]
 
     def task(self, number: int) -> pa.Table:
-        """A table of one row: the shard's number, and its files as a list."""
+        """A table of one row: the shard's number, its files as a list, and the keys in `elsewhere`."""
         first, end = self.offsets[number], self.offsets[number + 1]
         rows = self.table.select(SOURCE.names).slice(first, end - first).to_struct_array()
         whole = pa.concat_arrays(rows.chunks)
-        return pa.table({"shard": [number], "sources": pa.ListArray.from_arrays([0, len(whole)], whole)})
+        files = pa.ListArray.from_arrays([0, len(whole)], whole)
+        keys = pa.array([self.elsewhere(number)], pa.list_(pa.string()))
+        return pa.table({"shard": [number], "sources": files, "elsewhere": keys})
+
+    def elsewhere(self, number: int) -> list[str]:
+        """The shard's keys that a newer shard has: a shard that is made again leaves them to that one."""
+        if not self._newest:
+            return []
+        return [source.key for source in self[number] if self._newest.get(source.key, number) != number]
+
+    @functools.cached_property
+    def _newest(self) -> dict[str, int]:
+        return self.newest()
 
     @property
     def files(self) -> int:

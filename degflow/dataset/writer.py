@@ -1,5 +1,6 @@
 """A shard's rows -> its object in the output."""
 
+import errno
 import hashlib
 import tempfile
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from degflow.config import Unfinished
 from degflow.dataset.footer import footer_of, read_footer
 from degflow.dataset.layout import DATA, ROW, Record, Reject, part_name
 from degflow.storage import Place
@@ -82,7 +84,7 @@ class ShardWriter:
             The record of the part that is there: if another driver has put this shard by the same recipe, of that part.
 
         Raises:
-            ValueError: the name is taken by a part of another recipe, or by a damaged one.
+            Unfinished: the name is taken by a part of another recipe, or by a damaged one.
         """
         if found := record_there(self.output, self.part, self.recipe):
             return found
@@ -112,7 +114,7 @@ def record_there(output: Place, part: str, recipe: str) -> Record | None:
     """The record of a part that is in the output; None if there is none.
 
     Raises:
-        ValueError: it is of another recipe, or damaged.
+        Unfinished: it is of another recipe, or damaged.
     """
     try:
         footer = read_footer(output, part, output.source(part).size)
@@ -120,7 +122,7 @@ def record_there(output: Place, part: str, recipe: str) -> Record | None:
         return None
     if footer and footer.record.recipe == recipe:
         return footer.record
-    raise ValueError(
+    raise Unfinished(
         f"{output.uri_of(part)}: another run writes into this output, for this part "
         f"{'has another recipe' if footer else 'is damaged'}; end that run, and start this one again: "
         "it deletes the part and makes it anew"
@@ -133,7 +135,10 @@ class _Spool:
     closed = False  # pyarrow asks
 
     def __init__(self):
-        self.file = tempfile.TemporaryFile()  # noqa: SIM115 (a file without a name leaves nothing behind)
+        try:
+            self.file = tempfile.TemporaryFile()  # noqa: SIM115 (a file without a name leaves nothing behind)
+        except FileNotFoundError as error:  # so it says that no folder has room
+            raise OSError(errno.ENOSPC, f"no room for a temporary file ({error})") from error
         self.sha256 = hashlib.sha256()
 
     def write(self, data: bytes) -> int:

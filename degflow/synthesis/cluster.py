@@ -76,6 +76,11 @@ def check_compiler(device: str) -> None:
         )
 
 
+def machines() -> int:
+    """How many machines of the cluster are alive and have CPUs."""
+    return sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1)
+
+
 def lack(gpus: int, threads: int) -> str:
     """What an actor needs and no node of the cluster has, and what to do; "" if there is nothing."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -6,6 +6,7 @@ it too, so this module does not import torch, which takes seconds and hundreds o
 
 import hashlib
 import math
+import socket
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -69,6 +70,8 @@ class Codec:
         keep_gray: LR images of a gray photograph are gray.
         seed: of the run.
         model_sha256: of the degrader file.
+        patience: seconds for which a store's failures are retried, wherever the codec runs; None: `storage.PATIENCE`
+            of each process.
     """
 
     root: str
@@ -79,6 +82,7 @@ class Codec:
     keep_gray: bool
     seed: int
     model_sha256: str
+    patience: float | None = None
 
     def load(
         self, source: Source, patience: float | None = None, room: int | None = None
@@ -94,17 +98,20 @@ class Codec:
         Raises:
             StorageError: the store answers for no file at all, or refuses our credentials.
         """
-        place = Place(self.root)
+        place = Place(self.root, patience=self.patience)
+        asked = Place(self.root, patience=self.patience if patience is None else patience)
         try:
             images.check_bytes(source.size, self.max_pixels)
-            data, etag = Place(self.root, patience=patience).read_tagged(source.key)
-        except FileNotFoundError:
+            data, etag = asked.read_tagged(source.key)
+        except FileNotFoundError as error:
+            if place.local and not place.answers():
+                raise self._unseen(error) from None
             return Reject(source.key, "read", "no longer there")
         except images.ImageError as error:
             return Reject(source.key, "read", str(error))
         except (StorageError, PermissionError) as error:
-            if not place.local and not place.answers():
-                raise StorageError(str(error), getattr(error, "attempts", 1)) from None
+            if not place.answers():
+                raise self._unseen(error) from None
             if patience is not None and isinstance(error, StorageError):
                 return Postponed(source.key)
             return Reject(source.key, "read", str(error), getattr(error, "attempts", 1))
@@ -120,6 +127,10 @@ class Codec:
         except (images.ImageError, MemoryError) as error:
             return Reject(source.key, "decode", _reason(error))
         return Loaded(source.key, pixels, hashlib.sha256(data).hexdigest())
+
+    def _unseen(self, error: OSError) -> StorageError:
+        # A task may run on another machine than its actor.
+        return StorageError(f"{error} (on {socket.gethostname()})", getattr(error, "attempts", 1))
 
     def memory_for(self, source: Source) -> int:
         """Bytes that loading a file takes, judged from its planned size: most have less than 4 pixels per byte."""

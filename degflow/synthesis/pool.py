@@ -2,14 +2,14 @@
 
 Ray Data maps the actors over the shards: it places and adds actors, hands out shards, restarts an actor whose process
 or node is gone, and gives its shard to another. What exactly-once and long runs need beyond that is ours: a shard is
-put once (`dataset.writer`), an exception costs one attempt of one shard, and what fails three times is set aside.
+put once (`dataset.writer`), an exception or a process that dies again and again costs one attempt of one shard, and
+what fails three times is set aside.
 """
 
 import contextlib
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from degflow.dataset.plan import Plan
 from degflow.synthesis.actor import ShardActor
-from degflow.synthesis.cluster import Watch, check_address, check_compiler, lack, unstarted
+from degflow.synthesis.cluster import Watch, check_address, check_compiler, lack, machines, unstarted
 from degflow.synthesis.metrics import DriverMetrics
 from degflow.synthesis.reports import Count, row
 from degflow.synthesis.settings import ActorsConfig
@@ -57,13 +57,14 @@ class Pool:
 
         Raises:
             OSError: storage that failed, or a node without a compiler.
-            ValueError: shards that were set aside, when all others are made; or going on makes no sense, because
-                ten attempts failed and no shard was made, or most images were rejected.
+            ValueError: most of the first images were rejected.
+            Unfinished: shards that were set aside, when all others are made; or ten attempts failed and no shard was
+                made.
         """
         total, ray_maker = plan.images(pending), ray.put(maker)
         bar = tqdm(total=total, desc="degrading", unit="image", mininterval=_interval())
         with _quiet_ray_data(), bar, Watch(partial(unstarted, self.gpus, self.threads), bar.write):
-            count = Count(bar, len(pending), price, DriverMetrics(maker.output))
+            count = Count(bar, len(pending), price, DriverMetrics(maker.output), machines)
             waiting = pending
             while waiting:
                 for report in self._reports(ray_maker, plan, waiting):
@@ -81,17 +82,16 @@ class Pool:
         strategy = self._strategy(len(waiting))
         reports = ray.data.from_arrow([plan.task(number) for number in waiting]).map_batches(
             ShardActor,
-            fn_constructor_args=(maker, self.gpus, self.threads, self.actors.compile, strategy.max_size),
+            fn_constructor_args=(maker, self.actors, self.gpus, self.threads, strategy.max_size),
             compute=strategy,
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=0 if self.gpus else self.threads,  # a GPU places its actor; the CPUs are left to the tasks
             num_gpus=self.gpus,
-            ray_remote_args_fn=_actor_limits,
         )
         try:
             yield from reports.iter_rows()
-        except ray.exceptions.RayError as error:  # an actor that could not be restarted any more
+        except ray.exceptions.RayError as error:
             yield row(failure=f"as the pool of actors broke: {type(error).__name__}: {error}")
 
     def _strategy(self, shards: int) -> ActorPoolStrategy:
@@ -152,11 +152,6 @@ def _measured(actors: ActorsConfig, own: bool) -> Pool:
     return Pool(actors, gpus, threads, sum(fits))
 
 
-def _actor_limits() -> dict[str, int]:
-    # Nodes may be taken away many times; but an actor that always dies, e.g. of one huge image, must end the job.
-    return {"max_restarts": 20, "max_task_retries": 20}
-
-
 def _interval() -> float:
     return 0.2 if sys.stderr.isatty() else 15.0
 
@@ -174,8 +169,5 @@ def _quiet_ray_data() -> Iterator[None]:
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setLevel(logging.CRITICAL)
-    with DataContext.current(context), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "`ray_remote_args_fn` is deprecated"
-        )  # Ray has no other way to bound restarts
+    with DataContext.current(context):
         yield

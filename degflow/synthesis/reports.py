@@ -1,20 +1,22 @@
 """Reports: what actors say of the shards that they make, and what it adds up to.
 
-A report is a row of Ray Data: the shard's number, its images and rejects since the report before, and three texts.
-`record` is JSON, and empty but in the last report of a shard. `failure` says why an attempt failed, and `fatal` why the
-run must end.
+A report is a row of Ray Data: the shard's number, its images and rejects since the report before, and four texts.
+`record` is JSON, and empty but in the last report of a shard. `failure` says why an attempt failed, and `fatal` that
+storage failed, which is not the shard's fault. `host` is the machine of either.
 """
 
 import json
+import socket
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
 import ray
 from tqdm import tqdm
 
+from degflow.config import Unfinished
 from degflow.dataset.layout import Record
 from degflow.synthesis.metrics import DriverMetrics
 from degflow.synthesis.shard import Progress
@@ -22,7 +24,8 @@ from degflow.synthesis.shard import Progress
 ATTEMPTS = 3  # of a shard
 HOPELESS = 10  # failures end the run as long as no shard is made
 JUDGED = 200  # images in made shards, after which a run ends if most of them are rejects
-REPORTS = 100  # a second, from all actors of a run: they take half of the driver's core
+REPORTS = 10  # a second, from all actors of a run; Ray Data keeps 0.7 kB of each, so 0.6 GB a day
+SEEN = 3  # hosts that fail before a run without a made shard ends, if the cluster has so many
 
 
 def row(
@@ -34,9 +37,16 @@ def row(
     failure: str = "",
     fatal: str = "",
 ) -> dict[str, Any]:
-    """A report; a shard of -1 stands for the whole pool."""
-    text = json.dumps(asdict(record)) if record else ""
-    return {"shard": shard, "images": images, "rejects": rejects, "record": text, "failure": failure, "fatal": fatal}
+    """A report of this machine; a shard of -1 stands for the whole pool."""
+    return {
+        "shard": shard,
+        "images": images,
+        "rejects": rejects,
+        "record": json.dumps(asdict(record)) if record else "",
+        "failure": failure,
+        "fatal": fatal,
+        "host": socket.gethostname() if failure or fatal else "",
+    }
 
 
 def columns(shard: int, *counts: int, **more: Any) -> dict[str, list[Any]]:
@@ -72,30 +82,41 @@ class Count:
         shards: of the run.
         price: of an hour of an actor; 0: unknown.
         metrics: show the numbers of shards.
+        hosts: tells how many machines the cluster has now.
     """
 
-    def __init__(self, bar: tqdm, shards: int, price: float = 0.0, metrics: DriverMetrics | None = None):
-        self.bar, self.shards, self.price, self.metrics = bar, shards, price, metrics
+    def __init__(
+        self,
+        bar: tqdm,
+        shards: int,
+        price: float = 0.0,
+        metrics: DriverMetrics | None = None,
+        hosts: Callable[[], int] = lambda: 1,
+    ):
+        self.bar, self.shards, self.price, self.metrics, self.hosts = bar, shards, price, metrics, hosts
         self.seconds = 0.0  # of actors, for the shards that are made
         self.open: dict[int, Counter[str]] = {}  # images and rejects of each shard that is being made
         self.whole: Counter[str] = Counter()  # of all shards that are made
         self.rejects = 0
         self.failures: dict[int, list[str]] = {}
+        self.failing: set[str] = set()  # hosts, before a shard was made
+        self.without_storage = ""  # the host whose storage failed first
         self.made: set[int] = set()
         self.failed: set[int] = set()  # in this round
+        self.fruitful = False  # whether this round made a shard
         self.broke = "on an unknown machine: no report came back"
 
     def take(self, report: dict[str, Any]) -> None:
         """Count one report.
 
         Raises:
-            OSError, ValueError: see `pool.Pool.make`.
+            OSError, ValueError, Unfinished: see `pool.Pool.make`.
         """
+        number, host = report["shard"], report["host"]
         if report["fatal"]:
-            raise OSError(report["fatal"])
-        number = report["shard"]
-        if report["failure"]:
-            self._failed(number, report["failure"])
+            self._judge_storage(host, report["fatal"])
+        if why := report["failure"] or report["fatal"]:
+            self._failed(number, f"on {host}: {why}" if number >= 0 else why, host)
             return
         shard = self.open.setdefault(number, Counter())
         shard.update(images=report["images"], rejects=report["rejects"])
@@ -103,6 +124,7 @@ class Count:
         if report["record"]:
             record = Record(**json.loads(report["record"]))
             self.made.add(number)
+            self.fruitful = True
             self.whole.update(self.open.pop(number))
             self.seconds += record.seconds
             self.bar.write(_log_line(record))
@@ -130,7 +152,13 @@ class Count:
         if images >= JUDGED and rejects > images / 2:
             raise ValueError(f"{rejects} of the first {images} images were rejected; the rejects folder says why")
 
-    def _failed(self, number: int, why: str) -> None:
+    def _judge_storage(self, host: str, why: str) -> None:
+        """End a run whose storage has failed, unless that may be the trouble of one machine among others."""
+        self.without_storage = self.without_storage or host
+        if not self.made or host != self.without_storage or self.hosts() == 1:
+            raise OSError(f"on {host}: {why}")
+
+    def _failed(self, number: int, why: str, host: str = "") -> None:
         if number < 0:
             self.broke = why
             return
@@ -142,25 +170,28 @@ class Count:
         times.append(why)
         last = why.strip().splitlines()[-1]
         self.bar.write(f"shard {number} failed {why.partition(':')[0]}, attempt {len(times)} of {ATTEMPTS}: {last}")
-        if not self.made and sum(map(len, self.failures.values())) >= HOPELESS:
-            raise ValueError(f"{HOPELESS} attempts failed and no shard was made; the last one {why}")
+        self.failing.add(host)
+        hopeless = not self.made and sum(map(len, self.failures.values())) >= HOPELESS
+        if hopeless and len(self.failing) >= min(SEEN, self.hosts()):
+            raise Unfinished(f"{HOPELESS} attempts failed and no shard was made; the last one {why}")
 
     def to_repeat(self, tried: list[int]) -> list[int]:
         """The shards of the last round that are to be tried again."""
         left = [number for number in tried if number not in self.made]
-        for number in left:
-            if number not in self.failed:
-                self._failed(number, self.broke)
-        self.failed = set()
+        if not self.fruitful:  # else the pool broke at some shard, which nobody knows
+            for number in left:
+                if number not in self.failed:
+                    self._failed(number, self.broke)
+        self.failed, self.fruitful = set(), False
         self._show()
         return [number for number in left if len(self.failures.get(number, [])) < ATTEMPTS]
 
     def check(self) -> None:
-        """Raise a ValueError that names the shards that were set aside, if there are any."""
+        """Raise an `Unfinished` that names the shards that were set aside, if there are any."""
         aside = {number: texts for number, texts in self.failures.items() if number not in self.made}
         if aside:
             names = ", ".join(str(number) for number in sorted(aside)[:10]) + (", ..." if len(aside) > 10 else "")
-            raise ValueError(
+            raise Unfinished(
                 f"{len(aside)} of {self.shards} shards were set aside after {ATTEMPTS} failures each (shards {names}). "
                 f"All others are made; the same command tries these again. The last failure, {aside[max(aside)][-1]}"
             )

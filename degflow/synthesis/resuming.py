@@ -13,7 +13,7 @@ from degflow.synthesis.settings import SynthesizeConfig
 
 # These keys may change when a run is continued. `model` may too: the file's sha256 is compared instead.
 FREE = (
-    *("actors.min", "actors.max", "actors.gpus", "actors.threads", "actors.compile"),
+    *("actors.min", "actors.max", "actors.gpus", "actors.threads", "actors.compile", "actors.timeout"),
     "price.per_hour",
     *("memory", "batch"),  # tiles and batches of another size change pixels by float rounding alone
     *("output", "model", "limit", "max_reject_rate", "dry_run", "overwrite", "extend", "retry_rejects"),

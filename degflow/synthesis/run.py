@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
-from degflow.config import dump, plain
+from degflow import storage
+from degflow.config import Unfinished, dump, plain
 from degflow.dataset.card import card, preview, samples
 from degflow.dataset.croissant import croissant
 from degflow.dataset.gallery import gallery
@@ -44,6 +45,7 @@ def synthesize(config: SynthesizeConfig) -> None:
 
     Raises:
         ValueError: a broken rule, no images, an output that holds something else, or too many rejects.
+        Unfinished: shards are missing, which the same command makes.
         OSError: storage that cannot be read or written.
     """
     run = Run(config, Degrader.load(config.model))
@@ -82,7 +84,7 @@ class Run:
         self.input = Input(config.input, config.root, without=self.output, limit=config.limit)
         self.recipe = Recipe(config)
         self.codec = Codec(
-            root=self.input.root.uri,
+            root=self.input.root.everywhere,
             max_pixels=config.max_pixels,
             embed=config.hr == "embed",
             codec=config.codec,
@@ -90,6 +92,7 @@ class Run:
             keep_gray=config.gray == "keep",
             seed=config.seed,
             model_sha256=config.model_sha256,
+            patience=storage.PATIENCE,
         )
         self.state = State(self.output, self.recipe)
         self.next: Part | None = None  # what `claim` adds to the plan
@@ -173,7 +176,8 @@ class Run:
         """Make the pending shards on a pool of actors. If the run ends early, `rejects/` says why files were rejected.
 
         Raises:
-            ValueError: some are missing still.
+            ValueError: most of the first images were rejected.
+            Unfinished: some are missing still.
         """
         pending = self.state.pending()
         if not pending:
@@ -184,7 +188,7 @@ class Run:
                 self._save_config()
             try:
                 pool.make(self.maker(), self.state.plan, pending, self.config.price.per_hour)
-            except ValueError:  # it may point to the rejects
+            except (ValueError, Unfinished):  # it may point to the rejects
                 self.state.read()
                 write_rejects(self.output, self.state.plan, self.state.done)
                 raise
@@ -192,7 +196,7 @@ class Run:
         self.state.read()
         if missing := [number for number in pending if number not in self.state.done]:
             same = "the same command without overwrite=true" if self.config.overwrite else "the same command"
-            raise ValueError(f"{len(missing)} of {len(self.state.plan)} shards are missing; {same} makes them")
+            raise Unfinished(f"{len(missing)} of {len(self.state.plan)} shards are missing; {same} makes them")
 
     def maker(self) -> ShardMaker:
         """What makes this run's shards, wherever it is sent."""
@@ -207,7 +211,7 @@ class Run:
             spread=config.spread,
         )
         scales = partial(scales_of, config.scale, config.seed)
-        return ShardMaker(config.output, self.recipe, self.codec, scales, degrader, config.batch)
+        return ShardMaker(self.output.everywhere, self.recipe, self.codec, scales, degrader, config.batch)
 
     def finish(self) -> bool:
         """Make a dataset of the shards: manifest, card and preview, and last `_SUCCESS`.
@@ -226,7 +230,7 @@ class Run:
         write_manifest(self.output, self.state.plan, self.state.done)
         recipe = plain(self.config)
         told = self.rejects, recipe, self.config.scale.in_words()
-        self.output.write(CARD, card(self.state.done, *told).encode())
+        self.output.write(CARD, card(self.state.done, *told, self.degrader.draws).encode())
         self.output.write(CROISSANT, croissant(sum(done.rows for done in self.state.done.values()), recipe).encode())
         try:
             shown = samples(self.output, self.state.done, recipe)

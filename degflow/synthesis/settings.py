@@ -34,6 +34,11 @@ class ActorsConfig:
     gpus: str = option("auto", "GPUs per actor: 0, 1, or auto (1 if the running cluster has any, else 0)", common=True)
     threads: int = option(0, "threads per actor; 0: up to 4, limited by the smallest node's CPUs (per GPU)")
     compile: bool = option(False, "torch.compile the networks; takes minutes, so it pays off in long runs only")
+    timeout: float = option(
+        0.0,
+        "seconds in which an actor must finish `batch` photographs; else its process ends, and another one tries. 0: "
+        "1800 with a GPU, 14400 on CPUs",
+    )
 
     def __post_init__(self):
         rules = (
@@ -41,6 +46,7 @@ class ActorsConfig:
             ("max", self.max == 0 or self.max >= self.min, f"must be 0 or at least actors.min={self.min}"),
             ("gpus", self.gpus in ("auto", "0", "1"), "must be auto, 0 or 1"),
             ("threads", self.threads >= 0, "must not be negative"),
+            ("timeout", self.timeout >= 0, "must not be negative"),
         )
         for name, kept, rule in rules:
             if not kept:

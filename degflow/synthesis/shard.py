@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from degflow import storage
-from degflow.dataset.layout import DATA, Record, Reject, part_name
+from degflow.dataset.layout import CONFIG, DATA, Record, Reject, part_name
 from degflow.dataset.writer import ShardWriter, record_there
 from degflow.storage import Place, Source
 from degflow.synthesis.codec import Codec, CodecDied, Handle, Postponed, Workers
@@ -110,7 +110,13 @@ class ShardMaker:
     tally: dict[str, float] = field(default_factory=partial(defaultdict, float))
 
     def make(
-        self, number: int, sources: Sequence[Source], workers: Workers, turn: Turn, again: bool = False
+        self,
+        number: int,
+        sources: Sequence[Source],
+        workers: Workers,
+        turn: Turn,
+        again: bool = False,
+        elsewhere: Sequence[str] = (),
     ) -> Iterator[Progress]:
         """Make one shard and put it into the output; yields a report for each finished window.
 
@@ -122,13 +128,23 @@ class ShardMaker:
             workers: run the codec.
             turn: of this process; the shard is degraded while it has the turn.
             again: another process began it, and perhaps put it.
+            elsewhere: see `Plan.elsewhere`.
+
+        Raises:
+            OSError: this machine does not see the output, or another run has overwritten it.
         """
+        self._check_output()
         if again and (record := self.put_before(number, sources)):
             yield Progress(len(sources), record.rejects, record)
             return
         digest, later = self.recipe.digest(sources), list[Source]()
-        windows = self._windows(sources, workers, min(FIRST_PATIENCE, storage.PATIENCE), later)
+        own = [source for source in sources if source.key not in elsewhere]
+        windows = self._windows(own, workers, min(FIRST_PATIENCE, storage.PATIENCE), later)
         with ShardWriter(Place(self.output), number, digest) as writer, ThreadPoolExecutor(1) as second:
+            for key in elsewhere:
+                writer.reject(Reject(key, "plan", "a newer shard has it"))
+            if elsewhere:
+                yield Progress(len(elsewhere), 0)
             rows = _Rows(self, writer, workers, second)
             with turn.taken():
                 begun = turn.begin()
@@ -138,8 +154,7 @@ class ShardMaker:
                 with turn.taken():
                     yield from (rows.follow(window, self._degrade(window)) for window in windows)
             yield from rows.rest()
-            if not self.recipe.is_stored_in(Place(self.output)):
-                raise OSError(f"output={self.output}: another run has overwritten it (overwrite=true)")
+            self._check_output()
             yield Progress(0, 0, writer.finish(turn.end(begun), *rows.means()))
 
     def put_before(self, number: int, sources: Sequence[Source]) -> Record | None:
@@ -149,6 +164,14 @@ class ShardMaker:
             ValueError: its part is of another recipe, or damaged.
         """
         return record_there(Place(self.output), part_name(DATA, number), self.recipe.digest(sources))
+
+    def _check_output(self) -> None:
+        """Raise an OSError unless the output holds this run's configuration; a machine may not see a shared folder."""
+        output = Place(self.output)
+        if not output.exists(CONFIG):
+            raise OSError(f"output={self.output}: this machine does not see it: there is no {CONFIG}")
+        if not self.recipe.is_stored_in(output):
+            raise OSError(f"output={self.output}: another run has overwritten it (overwrite=true)")
 
     def _degrade(self, window: Sequence[Item | Reject]) -> list[np.ndarray | Reject]:
         begun = time.monotonic()

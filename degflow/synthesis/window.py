@@ -18,9 +18,10 @@ from degflow.degrader import MEMORY, Degrader
 from degflow.synthesis.codec import Draw, Handle, Loaded
 
 FORWARD_PIXELS = 1 << 20
-_FULL = (  # how PyTorch, cuDNN, cuBLAS and CUDA say that memory ran out
+_FULL = (  # how PyTorch, cuDNN, cuBLAS, cuFFT and CUDA say that memory ran out
     *("DefaultCPUAllocator", "not enough memory", "CUDA error: out of memory", "CUDA out of memory"),
-    *("CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED"),
+    *("CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED"),
+    *("CUFFT_ALLOC_FAILED", "CUFFT_INTERNAL_ERROR"),  # the second one too: pytorch/pytorch#119420
 )
 
 

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import s3fs.core
 
+from degflow.config import Unfinished
 from degflow.dataset import manifest
 from degflow.dataset.footer import Footer, body_sha256, footer_of, read_footer
 from degflow.dataset.layout import MANIFEST, ROW, SUCCESS, Reject
@@ -219,7 +220,7 @@ def test_a_damaged_part_is_foreign_and_named_by_the_writer_that_finds_it(tmp_pat
     done, foreign = judge(place, data_files(place), PLAN, lambda sources: "mine")
     assert (done, [file.key for file in foreign]) == ({}, [PART])
     before = place.read(PART)
-    with pytest.raises(ValueError, match=rf"^{tmp_path}/{PART}: another run writes into this output.*is damaged"):
+    with pytest.raises(Unfinished, match=rf"^{tmp_path}/{PART}: another run writes into this output.*is damaged"):
         put(place, 2)
     assert place.read(PART) == before
 

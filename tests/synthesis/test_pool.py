@@ -18,10 +18,9 @@ import torch
 from ray.data import ActorPoolStrategy
 
 from degflow import Degrader, images
-from degflow.config import load
-from degflow.dataset.plan import Plan
+from degflow.config import Unfinished, load
 from degflow.dataset.writer import ShardWriter
-from degflow.synthesis import pool
+from degflow.synthesis import pool, reports
 from degflow.synthesis.actor import ShardActor
 from degflow.synthesis.run import Run, synthesize
 from degflow.synthesis.settings import ActorsConfig, SynthesizeConfig
@@ -190,6 +189,25 @@ class FailsAsItStarts(FailsOnce):
     early = True
 
 
+class Hangs(ShardActor):
+    """An actor for which a device hangs at one photograph."""
+
+    PAUSE = 0.0
+
+    def load(self):
+        maker = super().load()
+        degrade = maker.degrader.degrade
+
+        def hanging(window):
+            if any(item.loaded.key == "04.png" for item in window):
+                note(maker, f"{os.getpid()}")
+                time.sleep(600)
+            return degrade(window)
+
+        maker.degrader.degrade = hanging
+        return maker
+
+
 class NeverMakesOne(Failing):
     def fails(self, shard, tries):
         return shard == 1
@@ -241,10 +259,11 @@ def test_a_pool_of_compiled_networks_makes_the_same_images(shared_ray, photos, t
 def test_an_actor_pages_nothing_in_again_and_reports_less_often_than_images(shared_ray, photos, model, tmp_path):
     words = [f"input={photos}", f"output={tmp_path}", f"model={model}", "batch=1"]
     run = Run(load(SynthesizeConfig, words), Degrader.load(model))
-    task = Plan.empty().plus(Plan.empty().next_part(run.input.images(), 12)).task(0)  # reported image by image
-    found = ray.data.from_arrow(task).map_batches(
+    run.plan()
+    run.claim()
+    found = ray.data.from_arrow(run.state.plan.task(0)).map_batches(
         Watched,
-        fn_constructor_args=(ray.put(run.maker()), 0, 1, False, 1),
+        fn_constructor_args=(ray.put(run.maker()), ActorsConfig(), 0, 1, 1),
         compute=ActorPoolStrategy(size=1, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True),
         batch_format="pyarrow",
         num_cpus=1,
@@ -365,7 +384,7 @@ def test_a_shard_that_always_fails_is_set_aside_and_tried_by_the_same_command(
 ):
     with monkeypatch.context() as patch:
         patch.setattr(pool, "ShardActor", NeverMakesOne)
-        with pytest.raises(ValueError, match=r"^1 of 4 shards were set aside .*\(shards 1\)") as failed:
+        with pytest.raises(Unfinished, match=r"^1 of 4 shards were set aside .*\(shards 1\)") as failed:
             run(photos, tmp_path / "out", model)
     assert "CUDA error: an illegal access" in str(failed.value)
     assert socket.gethostname() in str(failed.value)
@@ -377,9 +396,23 @@ def test_a_shard_that_always_fails_is_set_aside_and_tried_by_the_same_command(
     assert len(rows_of(tmp_path / "out")) == 12
 
 
+def test_a_device_that_hangs_costs_processes_and_in_the_end_one_shard(
+    shared_ray, photos, model, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(pool, "ShardActor", Hangs)
+    monkeypatch.setattr(reports, "ATTEMPTS", 1)
+    with pytest.raises(Unfinished, match=r"(?s)of 4 shards were set aside .*its process died 3 times"):
+        run(photos, tmp_path / "out", model, "actors.timeout=2", "actors.max=1")
+    failed = set(re.findall(r"^shard (\d) failed", capsys.readouterr().out, re.M))
+    assert "1" in failed
+    assert len(failed) <= 2  # another one may have been in its processes each time
+    assert len(set((tmp_path / "out.notes").read_text().split())) == 3
+    assert len(rows_of(tmp_path / "out")) == 12 - 3 * len(failed)
+
+
 def test_a_run_in_which_every_shard_fails_ends_early(shared_ray, photos, model, tmp_path, monkeypatch):
     monkeypatch.setattr(pool, "ShardActor", MakesNothing)
-    with pytest.raises(ValueError, match=r"^10 attempts failed and no shard was made") as failed:
+    with pytest.raises(Unfinished, match=r"^10 attempts failed and no shard was made") as failed:
         run(photos, tmp_path / "out", model, "shard.images=1")
     assert "an illegal access" in str(failed.value)
     assert not (tmp_path / "out/data").exists()

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 from tqdm import tqdm
 
-from degflow.config import load
+from degflow.config import Unfinished, load
 from degflow.dataset.layout import Record
 from degflow.synthesis import reports
 from degflow.synthesis.reports import REPORTS, Count, between_reports, row, seldom
@@ -24,18 +24,56 @@ def test_what_a_failed_attempt_had_counted_is_taken_back():
     assert (count.rejects, count.open) == (0, {1: {"images": 4, "rejects": 0}})
 
 
-def test_a_pool_that_breaks_costs_each_unmade_shard_an_attempt():
+def made(number, images=1, seconds=1.0):
+    """The last report of a shard."""
+    record = Record(f"data/part-{number:06d}.parquet", images, 0, 1, "", "", seconds, None, None, None)
+    return row(number, images, record=record)
+
+
+def on(host, **report):
+    return row(**report) | {"host": host}
+
+
+def test_a_pool_that_breaks_costs_each_unmade_shard_an_attempt_if_it_made_none():
     count = Count(tqdm(disable=True), 3)
-    record = Record("data/part-000000.parquet", 1, 0, 1, "", "", 1.0, None, None, None)
-    count.take(row(0, 1, record=record))
+    count.take(made(0))
     count.take(row(failure="as the pool of actors broke: it did"))
     assert count.to_repeat([0, 1, 2]) == [1, 2]
+    assert count.failures == {}
+    assert count.to_repeat([1, 2]) == [1, 2]
     assert count.to_repeat([1, 2]) == [1, 2]
     assert count.to_repeat([1, 2]) == []
     with pytest.raises(
-        ValueError, match=r"^2 of 3 shards were set aside after 3 failures .*as the pool of actors broke"
+        Unfinished, match=r"^2 of 3 shards were set aside after 3 failures .*as the pool of actors broke"
     ):
         count.check()
+
+
+def test_storage_that_fails_on_one_machine_of_many_costs_an_attempt_and_on_two_ends_the_run():
+    count = Count(tqdm(disable=True), 9, hosts=lambda: 8)
+    with pytest.raises(OSError, match=r"^on n1: shard 0: no$"):  # nothing is made yet
+        count.take(on("n1", shard=0, fatal="shard 0: no"))
+    count = Count(tqdm(disable=True), 9, hosts=lambda: 8)
+    count.take(made(0))
+    for number in (1, 2):
+        count.take(on("n1", shard=number, fatal=f"shard {number}: no"))
+    assert count.to_repeat([0, 1, 2]) == [1, 2]
+    assert count.failures[1] == ["on n1: shard 1: no"]
+    with pytest.raises(OSError, match=r"^on n2: shard 3: no$"):
+        count.take(on("n2", shard=3, fatal="shard 3: no"))
+    count = Count(tqdm(disable=True), 9, hosts=lambda: 1)
+    count.take(made(0))
+    with pytest.raises(OSError, match=r"^on n1: "):
+        count.take(on("n1", shard=1, fatal="shard 1: no"))
+
+
+def test_a_run_is_hopeless_if_three_machines_fail_and_not_one_alone():
+    count = Count(tqdm(disable=True), 99, hosts=lambda: 8)
+    for number in range(15):
+        count.take(on("n1", shard=number, failure="it did"))
+    count.take(on("n2", shard=20, failure="it did"))
+    with pytest.raises(Unfinished, match=r"^10 attempts failed and no shard was made; the last one on n3: it did"):
+        count.take(on("n3", shard=30, failure="it did"))
 
 
 def test_reports_summed_up_lose_no_count():
@@ -49,8 +87,8 @@ def test_actors_report_less_often_the_more_of_them_there_may_be(monkeypatch):
     cluster = {"CPU": 8000.0, "GPU": 8.0}
     monkeypatch.setattr(reports.ray, "cluster_resources", lambda: cluster)
     assert between_reports(most=5000, gpus=1, threads=4) == 1
-    assert between_reports(most=5000, gpus=0, threads=4) == 2000 / REPORTS == 20
-    assert between_reports(most=500, gpus=0, threads=4) == 5
+    assert between_reports(most=5000, gpus=0, threads=4) == 2000 / REPORTS == 200
+    assert between_reports(most=500, gpus=0, threads=4) == 50
     cluster.clear()  # nodes come later
     assert between_reports(most=5000, gpus=1, threads=4) == 1
     monkeypatch.setattr(reports.ray, "cluster_resources", lambda: 1 / 0)
@@ -60,9 +98,8 @@ def test_actors_report_less_often_the_more_of_them_there_may_be(monkeypatch):
 def test_costs_are_told_with_the_progress_and_for_what_is_left(photos, model, tmp_path, capsys):
     count = Count(tqdm(total=10, disable=True), 3, price=1800.0)
     assert count._cost() == {}
-    for number, made, seconds in ((0, 3, 4.0), (1, 2, 6.0)):
-        record = Record(f"data/part-{number:06d}.parquet", made, 0, 1, "", "", seconds, None, None, None)
-        count.take(row(number, made, record=record))
+    for number, images, seconds in ((0, 3, 4.0), (1, 2, 6.0)):
+        count.take(made(number, images, seconds))
     assert count._cost() == {"cost": "5.00", "in all": "10.00"}  # 10 s for 5 of 10 images
     words = ["shard.images=2", "price.per_hour=3600"]
     synthesize_here(photos, tmp_path / "out", model, "limit=4", *words)

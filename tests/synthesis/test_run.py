@@ -134,7 +134,7 @@ def test_a_failing_write_stops_the_job_and_a_restart_makes_what_is_missing(
         (copy / name).unlink()
     blocked = copy / "data" / "part-000001.parquet"
     blocked.mkdir()
-    with pytest.raises(OSError, match=r"^shard 1: IsADirectoryError: \[Errno 21\] .*part-000001.parquet'$"):
+    with pytest.raises(OSError, match=r"^on .+: shard 1: IsADirectoryError: \[Errno 21\] .*part-000001.parquet'$"):
         run(photos, copy, model, *THREE)
     assert not (copy / "_SUCCESS").exists()
     blocked.rmdir()

@@ -19,10 +19,10 @@ from PIL import Image
 from s3fs import S3FileSystem
 
 from degflow import images, storage
-from degflow.config import dump, load, plain
+from degflow.config import Unfinished, dump, load, plain
 from degflow.dataset.card import preview, samples
 from degflow.dataset.footer import read_footer
-from degflow.dataset.layout import SOURCE, Reject
+from degflow.dataset.layout import CONFIG, SOURCE, Reject
 from degflow.dataset.manifest import data_files, judge
 from degflow.dataset.manifest import rejects_of as rejects_of_shards
 from degflow.dataset.plan import Plan, plan_files, read_plan, write_part
@@ -58,9 +58,11 @@ def plan_of(photos, output, *words):
 
 
 def open_run(photos, output, model, *words):
-    return Run(
-        load(SynthesizeConfig, [f"input={photos}", f"output={output}", f"model={model}", *words]), Degrader.load(model)
-    )
+    """A run whose configuration is in the output."""
+    config = load(SynthesizeConfig, [f"input={photos}", f"output={output}", f"model={model}", *words])
+    run = Run(dataclasses.replace(config, overwrite=True), Degrader.load(model))
+    run._save_config()
+    return run
 
 
 def finished_in(run, plan):
@@ -75,7 +77,8 @@ def rejects_in(output):
 
 
 def make_all(run, plan):
-    """Make every shard of a plan in this process, and nothing else of a run."""
+    """Make every shard of a plan in this process, in an output with this run's configuration."""
+    run._save_config()
     maker = run.maker()
     for number in range(len(plan)):
         *reports, last = maker.make(number, plan[number], Threads(2), Turn())
@@ -292,12 +295,13 @@ FULL = [
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("CUDA error: out of memory"),
+    RuntimeError("cuFFT error: CUFFT_INTERNAL_ERROR"),
     MemoryError(),
 ]
 
 
 class Tight(Degrader):
-    """Runs out of memory, in one of five ways, until it gets a single image and at most 1 GB; keeps count."""
+    """Runs out of memory, in one of six ways, until it gets a single image and at most 1 GB; keeps count."""
 
     error: Exception
     seen: list[tuple[int, float]]
@@ -352,7 +356,37 @@ def test_an_unexpected_failure_is_not_a_reject(photos, model, tmp_path):
     maker = dataclasses.replace(open_run(photos, tmp_path, model).maker(), scales=lambda key: [5.0])
     with pytest.raises(ValueError, match="trained range"):
         list(maker.make(0, plan_of(photos, tmp_path)[0], Threads(1), Turn()))
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [CONFIG]
+
+
+def test_a_machine_that_does_not_see_the_output_makes_nothing(photos, model, tmp_path):
+    run, plan = open_run(photos, tmp_path / "out", model), plan_of(photos, tmp_path / "out")
+    (tmp_path / "out/config.yaml").unlink()
+    (tmp_path / "out").rmdir()
+    with pytest.raises(OSError, match=r"^output=.*/out: this machine does not see it: there is no config.yaml$"):
+        list(run.maker().make(0, plan[0], Threads(1), Turn()))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_machine_that_does_not_see_the_photographs_rejects_none(model, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(images.encode_png(np.full((16, 16, 3), 128, np.uint8)))
+    run, plan = open_run(folder, tmp_path / "out", model), plan_of(folder, tmp_path / "out")
+    (folder / "a.png").unlink()
+    list(run.maker().make(0, plan[0], Threads(1), Turn()))
+    assert rejects_in(tmp_path / "out")["a.png"].error == "no longer there"
+    folder.rmdir()  # as of a file system that is not mounted
+    with pytest.raises(storage.StorageError, match=r"No such file.*/in/a.png.*\(on .+\)$"):
+        list(run.maker().make(1, plan[0], Threads(1), Turn()))
+
+
+def test_folders_of_a_run_are_named_from_the_root_for_processes_elsewhere(photos, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    maker = open_run(os.path.relpath(photos), "out", model).maker()
+    assert maker.output == f"{tmp_path}/out"
+    assert os.path.isabs(maker.codec.root)
+    assert os.path.samefile(maker.codec.root, photos)
 
 
 def test_a_file_changed_since_the_plan_is_a_reject(photos, model, tmp_path):
@@ -736,11 +770,11 @@ def test_a_part_is_never_put_over_another(photos, model, tmp_path):
     assert part.read_bytes() == before
     assert finished_in(second, plan) == records
     assert len(records) == 1
-    with pytest.raises(ValueError, match=r"part-000000\.parquet: another run writes into this output.*another recipe"):
+    with pytest.raises(Unfinished, match=r"part-000000\.parquet: another run writes into this output.*another recipe"):
         make_all(other, plan)
     assert part.read_bytes() == before
     part.write_bytes(before[:-10])
-    with pytest.raises(ValueError, match=r"part-000000\.parquet: another run writes into this output.*is damaged"):
+    with pytest.raises(Unfinished, match=r"part-000000\.parquet: another run writes into this output.*is damaged"):
         make_all(first, plan)
     assert finished_in(first, plan) == {}
 
@@ -749,5 +783,5 @@ def test_a_shard_of_a_run_whose_output_was_overwritten_is_not_put(photos, model,
     run, other = (open_run(photos, tmp_path, model, f"seed={seed}") for seed in (0, 9))
     (tmp_path / "config.yaml").write_text(dump(other.config))
     with pytest.raises(OSError, match="another run has overwritten it"):
-        make_all(run, plan_of(photos, tmp_path, "limit=2"))
+        list(run.maker().make(0, plan_of(photos, tmp_path, "limit=2")[0], Threads(1), Turn()))
     assert not (tmp_path / "data").exists()

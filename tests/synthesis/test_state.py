@@ -5,12 +5,12 @@ import shutil
 import pyarrow.parquet as pq
 import pytest
 
-from degflow.config import load
-from degflow.dataset.layout import REJECT
+from degflow.config import Unfinished, load
+from degflow.dataset.layout import REJECT, Reject
 from degflow.degrader import Degrader
 from degflow.storage import Place
 from degflow.synthesis import run as module
-from degflow.synthesis.codec import Threads
+from degflow.synthesis.codec import Codec, Threads
 from degflow.synthesis.run import Run
 from degflow.synthesis.settings import SynthesizeConfig
 from degflow.synthesis.shard import Turn
@@ -120,7 +120,7 @@ def test_a_late_writer_of_an_overwritten_run_harms_no_other_shard(photos, model,
         for number in (1, 2):
             put(late, number)
     put(run, 0)
-    with pytest.raises(ValueError, match=r"part-000001\.parquet: another run writes into this output.*another recipe"):
+    with pytest.raises(Unfinished, match=r"part-000001\.parquet: another run writes into this output.*another recipe"):
         put(run, 1)
     with pytest.raises(OSError, match="another run has overwritten it"):
         late.finish()
@@ -250,3 +250,23 @@ def test_the_rejects_are_in_one_file_after_every_end_of_a_run(photos, model, tmp
     synthesize_here(folder, output, model, *words, "retry_rejects=true")
     assert rejected() == []
     assert len(rows_of(output)) == 6
+
+
+def test_a_lost_shard_that_is_made_again_leaves_a_photograph_to_the_newer_shard(model, tmp_path, monkeypatch):
+    """`001.png` was rejected by shard 0 and made by shard 1; now shard 0 is lost, and could make it as well."""
+    photos, output = save_coordinates(tmp_path / "in", 3), tmp_path / "out"
+    words, load = ["shard.images=3", "max_reject_rate=1"], Codec.load
+
+    def unread(codec, source, *arguments):
+        return Reject(source.key, "read", "no") if source.key == "001.png" else load(codec, source, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Codec, "load", unread)
+        synthesize_here(photos, output, model, *words)
+    synthesize_here(photos, output, model, *words, "retry_rejects=true")
+    (output / "data/part-000000.parquet").unlink()
+    synthesize_here(photos, output, model, *words)
+    parts = [pq.read_table(path).to_pylist() for path in sorted(output.glob("data/*.parquet"))]
+    assert [[row["key"] for row in rows] for rows in parts] == [["000.png", "002.png"], ["001.png"]]
+    assert (output / "_SUCCESS").exists()
+    assert rejects_of(output) == {}
