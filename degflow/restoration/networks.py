@@ -129,6 +129,9 @@ class FixedScale(nn.Module):
         super().__init__()
         self.config = config
         self.body = _body(config)
+        for module in self.body.modules():
+            if hasattr(module, "calculate_mask"):
+                cast(Any, module).calculate_mask = _Masks(module)
         if config.residual:
             _start_at_zero(self.body)
 
@@ -142,6 +145,32 @@ class FixedScale(nn.Module):
     def restore(self, lr: Tensor, scale: float) -> Tensor:
         """LR of HR's size -> HR in [-1, 1]; the scale is ignored."""
         return self(lr).clamp(-1, 1)
+
+
+class _Masks:
+    """The attention masks of a module of spandrel, kept on its device.
+
+    spandrel makes them on the CPU in every pass of an image that has not the size it was built for. For SwinIR of its
+    paper's size these are 36, which take 12 ms of a CPU, and the device waits for each.
+    """
+
+    MOST = 8  # sizes of images
+
+    def __init__(self, module: nn.Module):
+        self.module, self.make = module, cast(Any, type(module)).calculate_mask
+        self.kept: dict[Any, Tensor] = {}
+
+    def __call__(self, size: tuple[int, int], **options: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self.make(self.module, size, **options)
+        device = next(self.module.parameters()).device
+        key = (*size, device, *options.values())
+        if key not in self.kept:
+            while len(self.kept) >= self.MOST:
+                del self.kept[next(iter(self.kept))]
+            with torch.inference_mode(False):  # a training may use it later
+                self.kept[key] = self.make(self.module, size, **options).to(device)
+        return self.kept[key]
 
 
 class ArbitraryScale(nn.Module):

@@ -1,5 +1,6 @@
 """Networks and scan against independent computations."""
 
+import copy
 import subprocess
 import sys
 
@@ -96,6 +97,29 @@ def test_a_fixed_scale_network_keeps_any_size_and_trains_every_weight(name, upsa
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
     one = model.eval().restore(lr[:1] / 127.5 - 1, 3.0)
     torch.testing.assert_close(model.restore(lr / 127.5 - 1, 3.0)[:1], one)  # whatever the batch mates
+
+
+@pytest.mark.parametrize("name", ["swinir", "hat"])
+def test_attention_masks_are_made_once_for_a_size_and_are_those_of_spandrel(name, monkeypatch):
+    model, calls = network(name).eval(), []
+    first, second = (torch.rand(1, 3, side, 40) for side in (24, 56))
+    kept = [[model.restore(image, 2.0) for image in (first, second)] for _ in range(2)]
+    masked = [module for module in model.modules() if hasattr(module, "calculate_mask")]
+    copied = copy.deepcopy(model)
+    assert all(
+        module.calculate_mask.module is module
+        for module in copied.modules()
+        if module is not copied and hasattr(module, "calculate_mask")
+    )
+    for module in masked:
+        made = module.calculate_mask
+        module.calculate_mask = lambda *size, made=made, **how: calls.append(1) or made.make(made.module, *size, **how)
+    for image, *found in zip((first, second), *kept, strict=True):
+        assert all(torch.equal(each, model.restore(image, 2.0)) for each in found)
+    assert calls
+    for made in (module.calculate_mask for module in copied.modules() if hasattr(module, "calculate_mask")):
+        monkeypatch.setattr(made, "make", lambda *_, **__: pytest.fail("made again"))
+    copied.train()(first).sum().backward()
 
 
 @pytest.mark.parametrize("name", sorted(TINY))
