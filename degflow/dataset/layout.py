@@ -70,7 +70,10 @@ REJECT = pa.schema([("key", pa.string()), ("stage", pa.string()), ("error", pa.s
 
 
 class Reject(NamedTuple):
-    """A file without rows: the stage that failed (read, decode, degrade or encode), the reason, and the attempts."""
+    """A file without rows: the stage that failed (read, decode, degrade or encode), the reason, and the attempts.
+
+    In a shard that was made again, stage "plan" means that a newer shard has the file; `rejects/` leaves it out.
+    """
 
     key: str
     stage: str

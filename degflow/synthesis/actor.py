@@ -2,18 +2,20 @@
 
 import contextlib
 import errno
+import math
 import os
-import sys
 import threading
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import ray
 import torch
+from ray.experimental import internal_kv
 
 from degflow import storage
 from degflow.config import keep_freed_memory
@@ -26,8 +28,7 @@ from degflow.synthesis.settings import ActorsConfig
 from degflow.synthesis.shard import BrokenTurn, ShardMaker, Turn
 from degflow.synthesis.tasks import Tasks, attempts_before
 
-T = TypeVar("T")
-_OF_ONE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # errors of its disk; those of storage end the run
+_OF_ONE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # errors of its disk; others are those of storage
 
 
 class ShardActor:
@@ -39,12 +40,13 @@ class ShardActor:
     Ray starts it anew and gives it that shard again.
 
     On CPUs an actor loads and encodes in threads. A shard whose actor died uses tasks: if a file killed the actor, that
-    file now kills only a task, and becomes a reject. If the actor dies `DEATHS` times, that is a failure of the shard.
-    A process in which nothing is finished for `actors.timeout` seconds ends itself: a GPU or a disk may hang.
+    file now kills only a task, and becomes a reject. If Ray has given the shard to the actor `TRIES` times, because its
+    process died or could not be reached, that is a failure of the shard. A process ends itself if its device works on a
+    window for more than `actors.timeout` seconds, for a GPU may hang; the next process reports the failure.
     """
 
     PAUSE, GRACE = 30.0, 5.0  # seconds; the second one for Ray to take the last reports of a process
-    DEATHS = 3
+    TRIES = 20
     TIMEOUTS = 14400.0, 1800.0  # seconds, on CPUs and with a GPU
 
     def __init__(self, maker: ray.ObjectRef, actors: ActorsConfig, gpus: int, threads: int, most: int):
@@ -55,8 +57,8 @@ class ShardActor:
         self.between_reports = between_reports(most, gpus, threads)
         self.maker: ShardMaker | None = None
         self.metrics: ActorMetrics | None = None
-        self.calls = _Calls(actors.timeout or (self.TIMEOUTS[1] if gpus else self.TIMEOUTS[0]))
-        self.turn = Turn()
+        self.calls, self.turn, self.rests_until = _Calls(), Turn(), 0.0
+        self.watch = _Watch(actors.timeout or self.TIMEOUTS[bool(gpus)])
 
     def device(self) -> str:
         """The device that computes."""
@@ -76,7 +78,8 @@ class ShardActor:
         if not self.maker or not self.metrics:
             with self.turn.taken():
                 self.maker = self.maker or self.load()
-                storage.PATIENCE = self.maker.codec.patience or storage.PATIENCE
+                if self.maker.codec.patience is not None:
+                    storage.PATIENCE = self.maker.codec.patience
                 self.metrics = self.metrics or ActorMetrics(self.maker.output)
         return self.maker, self.metrics
 
@@ -92,61 +95,47 @@ class ShardActor:
                 yield from self._make(shard["shard"], sources, shard["elsewhere"])
         except BrokenTurn:
             self.calls.wait()
-            time.sleep(self.GRACE)
+            time.sleep(max(self.GRACE, self.rests_until - time.monotonic()))
             os._exit(1)
 
     def _make(self, number: int, sources: list[Source], elsewhere: list[str]) -> Iterator[dict[str, list[Any]]]:
         again = attempts_before() > 0
         workers = self.tasks if again else self.usual
         try:
-            if attempts_before() >= self.DEATHS:
-                raise RuntimeError(f"its process died {self.DEATHS} times; Ray's logs of the nodes may say why")
+            if attempts_before() >= self.TRIES:
+                raise RuntimeError(f"its process died, or was not reached, {self.TRIES} times; Ray's logs may say why")
+            mark = f"degflow hung {ray.get_runtime_context().get_actor_id()} {number}".encode()
+            if internal_kv._internal_kv_del(mark):
+                raise RuntimeError(f"its device hung for {self.watch.timeout:g} s (actors.timeout)")
             maker, metrics = self.loaded()
-            maker = replace(maker, tally=defaultdict(float))
+            maker = replace(maker, tally=defaultdict(float), watched=partial(self.watch, mark))
             reports = metrics.counting(maker, maker.make(number, sources, workers, self.turn, again, elsewhere))
-            for images, rejects, record in seldom(self.calls.noted(reports), self.between_reports):
+            for images, rejects, record in seldom(reports, self.between_reports):
                 yield columns(number, images, rejects, record=record)
         except BrokenTurn:
             raise
         except Exception as error:
             self.turn.broken = True
             if isinstance(error, NoCompiler) or (isinstance(error, OSError) and error.errno not in _OF_ONE_MACHINE):
-                yield columns(number, fatal=f"shard {number}: {type(error).__name__}: {error}")  # at once
-                time.sleep(self.PAUSE)
+                why, host = f"shard {number}: {type(error).__name__}: {error}", getattr(error, "host", "")
+                self.rests_until = time.monotonic() + self.PAUSE  # but the report goes at once: it may end the run
+                yield columns(number, fatal=why, host=host)
                 return
             time.sleep(self.PAUSE)
             yield columns(number, failure=traceback.format_exc())
 
 
 class _Calls:
-    """The calls of an actor that run now, each in a thread of its own.
+    """The calls of an actor that run now, each in a thread of its own."""
 
-    Args:
-        timeout: seconds after which the process ends, if a call runs and none gets on.
-    """
-
-    def __init__(self, timeout: float):
-        self._ended, self._running, self._moved = threading.Condition(), 0, time.monotonic()
-        threading.Thread(target=self._watch, args=(timeout,), daemon=True).start()
-
-    def noted(self, steps: Iterable[T]) -> Iterator[T]:
-        """The same, as what shows that a call gets on."""
-        for step in steps:
-            self._moved = time.monotonic()
-            yield step
-
-    def _watch(self, timeout: float) -> None:
-        while True:
-            time.sleep(min(timeout / 4, 10.0))
-            if self._running and time.monotonic() - self._moved > timeout:
-                print(f"nothing finished for {timeout:g} s (actors.timeout): this process ends", file=sys.stderr)
-                os._exit(1)
+    def __init__(self):
+        self._ended, self._running = threading.Condition(), 0
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
         """Count the block as a call."""
         with self._ended:
-            self._running, self._moved = self._running + 1, time.monotonic()
+            self._running += 1
         try:
             yield
         finally:
@@ -158,3 +147,31 @@ class _Calls:
         """Wait until no call runs."""
         with self._ended:
             self._ended.wait_for(lambda: not self._running)
+
+
+class _Watch:
+    """Ends the process if a block runs longer than it may, and notes it in Ray; blocks run one at a time (`Turn`).
+
+    Args:
+        timeout: seconds.
+    """
+
+    def __init__(self, timeout: float):
+        self.timeout, self._begun, self._mark = timeout, math.inf, b""
+        threading.Thread(target=self._look, daemon=True).start()
+
+    @contextlib.contextmanager
+    def __call__(self, mark: bytes) -> Iterator[None]:
+        """Watch the block; `mark` is the key of the note."""
+        self._mark, self._begun = mark, time.monotonic()
+        try:
+            yield
+        finally:
+            self._begun = math.inf
+
+    def _look(self) -> None:
+        while time.monotonic() - self._begun < self.timeout:
+            time.sleep(min(self.timeout / 4, 10.0))
+        with contextlib.suppress(Exception):
+            internal_kv._internal_kv_put(self._mark, b"hung")
+        os._exit(1)

@@ -76,9 +76,10 @@ def check_compiler(device: str) -> None:
         )
 
 
-def machines() -> int:
-    """How many machines of the cluster are alive and have CPUs."""
-    return sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1)
+def machines(gpus: int, threads: int) -> int:
+    """How many machines of the cluster have what an actor needs."""
+    kind, least = ("GPU", 1) if gpus else ("CPU", threads)
+    return sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get(kind, 0) >= least)
 
 
 def lack(gpus: int, threads: int) -> str:

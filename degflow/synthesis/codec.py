@@ -130,7 +130,7 @@ class Codec:
 
     def _unseen(self, error: OSError) -> StorageError:
         # A task may run on another machine than its actor.
-        return StorageError(f"{error} (on {socket.gethostname()})", getattr(error, "attempts", 1))
+        return StorageError(str(error), getattr(error, "attempts", 1), socket.gethostname())
 
     def memory_for(self, source: Source) -> int:
         """Bytes that loading a file takes, judged from its planned size: most have less than 4 pixels per byte."""

@@ -64,22 +64,29 @@ class Pool:
         total, ray_maker = plan.images(pending), ray.put(maker)
         bar = tqdm(total=total, desc="degrading", unit="image", mininterval=_interval())
         with _quiet_ray_data(), bar, Watch(partial(unstarted, self.gpus, self.threads), bar.write):
-            count = Count(bar, len(pending), price, DriverMetrics(maker.output), machines)
-            waiting = pending
+            count = Count(bar, len(pending), price, DriverMetrics(maker.output), self._machines)
+            waiting, alone = pending, False
             while waiting:
-                for report in self._reports(ray_maker, plan, waiting):
+                for report in self._reports(ray_maker, plan, waiting, alone):
                     count.take(report)
                 # Ray drops what an actor's second process reports, until it has reported as often as the first one.
                 for number, seen in list(count.open.items()):
                     if record := maker.put_before(number, plan[number]):
                         left = len(plan[number]) - seen["images"], record.rejects - seen["rejects"]
                         count.take(row(number, *left, record=record))
-                waiting = count.to_repeat(waiting)
+                waiting, alone = count.to_repeat(waiting), True
         count.check()
 
-    def _reports(self, maker: ray.ObjectRef, plan: Plan, waiting: list[int]) -> Iterator[dict[str, Any]]:
-        """Map a pool of actors over the shards once. A pool that breaks ends the reports early, and says why."""
-        strategy = self._strategy(len(waiting))
+    def _machines(self) -> int:
+        count = machines(self.gpus, self.threads)
+        return min(count, self.actors.max) if self.actors.max else count
+
+    def _reports(self, maker: ray.ObjectRef, plan: Plan, waiting: list[int], alone: bool) -> Iterator[dict[str, Any]]:
+        """Map a pool of actors over the shards once. A pool that breaks ends the reports early, and says why.
+
+        An actor has one shard at a time if they are `alone`, for one of them may kill its actor and the other with it.
+        """
+        strategy = self._strategy(len(waiting), 1 if alone else SHARDS_AT_ONCE)
         reports = ray.data.from_arrow([plan.task(number) for number in waiting]).map_batches(
             ShardActor,
             fn_constructor_args=(maker, self.actors, self.gpus, self.threads, strategy.max_size),
@@ -94,12 +101,12 @@ class Pool:
         except ray.exceptions.RayError as error:
             yield row(failure=f"as the pool of actors broke: {type(error).__name__}: {error}")
 
-    def _strategy(self, shards: int) -> ActorPoolStrategy:
+    def _strategy(self, shards: int, at_once: int) -> ActorPoolStrategy:
         most = min(shards, self.actors.max or shards)
         least = min(self.actors.min, most)
         first = min(most, max(least, self.room))
         # Of few shards, each actor has its share. How many actors a pool without a limit will have, nobody knows.
-        at_once = SHARDS_AT_ONCE if shards >= SHARDS_AT_ONCE * (most if self.actors.max else first) else 1
+        at_once = at_once if shards >= at_once * (most if self.actors.max else first) else 1
         return ActorPoolStrategy(
             min_size=least,
             max_size=most,

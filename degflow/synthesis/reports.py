@@ -2,7 +2,7 @@
 
 A report is a row of Ray Data: the shard's number, its images and rejects since the report before, and four texts.
 `record` is JSON, and empty but in the last report of a shard. `failure` says why an attempt failed, and `fatal` that
-storage failed, which is not the shard's fault. `host` is the machine of either.
+storage failed, which is not the shard's fault. `host` is the machine of either, and `node` tells it from others.
 """
 
 import json
@@ -25,7 +25,7 @@ ATTEMPTS = 3  # of a shard
 HOPELESS = 10  # failures end the run as long as no shard is made
 JUDGED = 200  # images in made shards, after which a run ends if most of them are rejects
 REPORTS = 10  # a second, from all actors of a run; Ray Data keeps 0.7 kB of each, so 0.6 GB a day
-SEEN = 3  # hosts that fail before a run without a made shard ends, if the cluster has so many
+SEEN = 3  # machines that fail before a run without a made shard ends, if the pool may have so many
 
 
 def row(
@@ -36,8 +36,9 @@ def row(
     record: Record | None = None,
     failure: str = "",
     fatal: str = "",
+    host: str = "",
 ) -> dict[str, Any]:
-    """A report of this machine; a shard of -1 stands for the whole pool."""
+    """A report of this machine, or of another `host`; a shard of -1 stands for the whole pool."""
     return {
         "shard": shard,
         "images": images,
@@ -45,7 +46,8 @@ def row(
         "record": json.dumps(asdict(record)) if record else "",
         "failure": failure,
         "fatal": fatal,
-        "host": socket.gethostname() if failure or fatal else "",
+        "host": host or (socket.gethostname() if failure or fatal else ""),
+        "node": host or (ray.get_runtime_context().get_node_id() if ray.is_initialized() and failure + fatal else ""),
     }
 
 
@@ -82,7 +84,7 @@ class Count:
         shards: of the run.
         price: of an hour of an actor; 0: unknown.
         metrics: show the numbers of shards.
-        hosts: tells how many machines the cluster has now.
+        machines: tells on how many machines the pool's actors may be.
     """
 
     def __init__(
@@ -91,18 +93,20 @@ class Count:
         shards: int,
         price: float = 0.0,
         metrics: DriverMetrics | None = None,
-        hosts: Callable[[], int] = lambda: 1,
+        machines: Callable[[], int] = lambda: 1,
     ):
-        self.bar, self.shards, self.price, self.metrics, self.hosts = bar, shards, price, metrics, hosts
+        self.bar, self.shards, self.price, self.metrics, self.machines = bar, shards, price, metrics, machines
         self.seconds = 0.0  # of actors, for the shards that are made
         self.open: dict[int, Counter[str]] = {}  # images and rejects of each shard that is being made
         self.whole: Counter[str] = Counter()  # of all shards that are made
         self.rejects = 0
         self.failures: dict[int, list[str]] = {}
-        self.failing: set[str] = set()  # hosts, before a shard was made
-        self.without_storage = ""  # the host whose storage failed first
+        self.failing: set[str] = set()  # machines
+        self.without_storage: set[str] = set()  # machines
+        self.storage_failures = 0  # since the last shard was made
         self.made: set[int] = set()
         self.failed: set[int] = set()  # in this round
+        self.spared: dict[int, str] = {}  # shards of this round that storage failed, and why
         self.fruitful = False  # whether this round made a shard
         self.broke = "on an unknown machine: no report came back"
 
@@ -112,11 +116,12 @@ class Count:
         Raises:
             OSError, ValueError, Unfinished: see `pool.Pool.make`.
         """
-        number, host = report["shard"], report["host"]
+        number, place = report["shard"], f"on {report['host']}: "
         if report["fatal"]:
-            self._judge_storage(host, report["fatal"])
-        if why := report["failure"] or report["fatal"]:
-            self._failed(number, f"on {host}: {why}" if number >= 0 else why, host)
+            self._without_storage(number, place + report["fatal"], report["node"])
+            return
+        if report["failure"]:
+            self._failed(number, (place if number >= 0 else "") + report["failure"], report["node"])
             return
         shard = self.open.setdefault(number, Counter())
         shard.update(images=report["images"], rejects=report["rejects"])
@@ -124,7 +129,7 @@ class Count:
         if report["record"]:
             record = Record(**json.loads(report["record"]))
             self.made.add(number)
-            self.fruitful = True
+            self.fruitful, self.storage_failures = True, 0
             self.whole.update(self.open.pop(number))
             self.seconds += record.seconds
             self.bar.write(_log_line(record))
@@ -152,37 +157,45 @@ class Count:
         if images >= JUDGED and rejects > images / 2:
             raise ValueError(f"{rejects} of the first {images} images were rejected; the rejects folder says why")
 
-    def _judge_storage(self, host: str, why: str) -> None:
-        """End a run whose storage has failed, unless that may be the trouble of one machine among others."""
-        self.without_storage = self.without_storage or host
-        if not self.made or host != self.without_storage or self.hosts() == 1:
-            raise OSError(f"on {host}: {why}")
+    def _without_storage(self, number: int, why: str, node: str) -> None:
+        """End a run whose storage has failed, unless that may be the trouble of one machine, and others go on."""
+        self.without_storage.add(node)
+        self.storage_failures += 1
+        if not self.made or len(self.without_storage) > 1 or self.storage_failures >= HOPELESS:
+            raise OSError(why)
+        self._take_back(number)
+        self.spared[number] = why
+        self.bar.write(f"shard {number} comes again later: {why.strip().splitlines()[-1]}")
 
-    def _failed(self, number: int, why: str, host: str = "") -> None:
-        if number < 0:
-            self.broke = why
-            return
+    def _take_back(self, number: int) -> None:
+        """Forget what was reported of a shard that comes again."""
         lost = self.open.pop(number, Counter())
         self.bar.update(-lost["images"])
         self.rejects -= lost["rejects"]
+
+    def _failed(self, number: int, why: str, node: str = "") -> None:
+        if number < 0:
+            self.broke = why
+            return
+        self._take_back(number)
         self.failed.add(number)
         times = self.failures.setdefault(number, [])
         times.append(why)
         last = why.strip().splitlines()[-1]
         self.bar.write(f"shard {number} failed {why.partition(':')[0]}, attempt {len(times)} of {ATTEMPTS}: {last}")
-        self.failing.add(host)
+        self.failing |= {node} - {""}
         hopeless = not self.made and sum(map(len, self.failures.values())) >= HOPELESS
-        if hopeless and len(self.failing) >= min(SEEN, self.hosts()):
+        if hopeless and len(self.failing) >= min(SEEN, self.machines()):
             raise Unfinished(f"{HOPELESS} attempts failed and no shard was made; the last one {why}")
 
     def to_repeat(self, tried: list[int]) -> list[int]:
         """The shards of the last round that are to be tried again."""
         left = [number for number in tried if number not in self.made]
-        if not self.fruitful:  # else the pool broke at some shard, which nobody knows
+        if not self.fruitful:  # else the pool broke at some shard, which nobody knows, or a machine had no storage
             for number in left:
                 if number not in self.failed:
-                    self._failed(number, self.broke)
-        self.failed, self.fruitful = set(), False
+                    self._failed(number, self.spared.get(number, self.broke))
+        self.failed, self.spared, self.fruitful = set(), {}, False
         self._show()
         return [number for number in left if len(self.failures.get(number, [])) < ATTEMPTS]
 

@@ -47,11 +47,12 @@ class Recipe:
         return changed
 
     def is_stored_in(self, output: Place) -> bool:
-        """Whether the output's configuration makes these rows; another driver may have overwritten it."""
-        try:
-            stored = Recipe(parse(SynthesizeConfig, read(output.read(CONFIG).decode())))
-        except FileNotFoundError:
-            return True
+        """Whether the output's configuration makes these rows; another driver may have overwritten it.
+
+        Raises:
+            OSError: it cannot be read, or there is none (FileNotFoundError).
+        """
+        stored = Recipe(parse(SynthesizeConfig, read(output.read(CONFIG).decode())))
         return stored.digest([]) == self.digest([])
 
 

@@ -36,8 +36,8 @@ class ActorsConfig:
     compile: bool = option(False, "torch.compile the networks; takes minutes, so it pays off in long runs only")
     timeout: float = option(
         0.0,
-        "seconds in which an actor must finish `batch` photographs; else its process ends, and another one tries. 0: "
-        "1800 with a GPU, 14400 on CPUs",
+        "seconds that the networks may take for `batch` photographs; after them the actor's process ends, and another "
+        "one tries. 0: 1800 with a GPU, 14400 on CPUs",
     )
 
     def __post_init__(self):

@@ -99,6 +99,7 @@ class ShardMaker:
         degrader: runs the degrader.
         batch: photographs in a window.
         tally: seconds `waiting` for pixels and on the `device`, and numbers of rejects by stage, e.g. `reject read`.
+        watched: a context for each window that is degraded.
     """
 
     output: str
@@ -108,6 +109,7 @@ class ShardMaker:
     degrader: WindowDegrader
     batch: int
     tally: dict[str, float] = field(default_factory=partial(defaultdict, float))
+    watched: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
     def make(
         self,
@@ -161,21 +163,23 @@ class ShardMaker:
         """The record of a shard that is in the output; None if it is not.
 
         Raises:
-            ValueError: its part is of another recipe, or damaged.
+            Unfinished: its part is of another recipe, or damaged.
         """
         return record_there(Place(self.output), part_name(DATA, number), self.recipe.digest(sources))
 
     def _check_output(self) -> None:
         """Raise an OSError unless the output holds this run's configuration; a machine may not see a shared folder."""
-        output = Place(self.output)
-        if not output.exists(CONFIG):
-            raise OSError(f"output={self.output}: this machine does not see it: there is no {CONFIG}")
-        if not self.recipe.is_stored_in(output):
+        try:
+            ours = self.recipe.is_stored_in(Place(self.output))
+        except FileNotFoundError:
+            raise OSError(f"output={self.output}: this machine does not see it: there is no {CONFIG}") from None
+        if not ours:
             raise OSError(f"output={self.output}: another run has overwritten it (overwrite=true)")
 
     def _degrade(self, window: Sequence[Item | Reject]) -> list[np.ndarray | Reject]:
         begun = time.monotonic()
-        lrs = self.degrader.degrade(window)
+        with self.watched():
+            lrs = self.degrader.degrade(window)
         self.tally["device"] += time.monotonic() - begun
         return lrs
 

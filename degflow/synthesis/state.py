@@ -3,6 +3,8 @@
 `dataset.layout` says why a part may be deleted here, and when.
 """
 
+import contextlib
+
 from degflow.dataset.layout import SUCCESS, Record
 from degflow.dataset.manifest import data_files, judge
 from degflow.dataset.plan import Plan, plan_files, read_plan
@@ -43,8 +45,10 @@ class State:
         Raises:
             OSError: another run has overwritten the output.
         """
-        now = plan_files(self.output)
-        if now[: len(self._planned)] != self._planned or not self.recipe.is_stored_in(self.output):
+        now, ours = plan_files(self.output), True
+        with contextlib.suppress(FileNotFoundError):  # of an output that is not claimed yet
+            ours = self.recipe.is_stored_in(self.output)
+        if now[: len(self._planned)] != self._planned or not ours:
             raise OSError(f"output={self.output.uri}: another run has overwritten it (overwrite=true)")
         return len(now) > len(self._planned)
 

@@ -13,7 +13,7 @@ from degflow.benchmarking import gpu, run
 from degflow.benchmarking.measure import Table, flop
 from degflow.benchmarking.predict import GPU, LAUNCH, REST, Kernel, kernels, total
 from degflow.benchmarking.run import BenchmarkConfig, benchmark
-from degflow.config import load
+from degflow.config import Unfinished, load
 from tests import ROOT
 from tests.benchmarking.test_benchmark import cells, drawing, of, published
 
@@ -183,7 +183,7 @@ def test_a_part_that_fails_is_named_at_the_end_and_tried_again(small, tmp_path, 
 
     with monkeypatch.context() as patch:
         patch.setattr(run._Bench, "margins", broken)
-        with pytest.raises(ValueError, match=r"^parts that failed: margins; all others are in .*/out/benchmark.md$"):
+        with pytest.raises(Unfinished, match=r"^parts that failed: margins; all others are in .*/out/benchmark.md$"):
             benchmark(small("parts=[margins,codecs]"))
     text = (tmp_path / "out/benchmark.md").read_text()
     assert "## The first half" in text

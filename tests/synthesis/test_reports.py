@@ -31,7 +31,8 @@ def made(number, images=1, seconds=1.0):
 
 
 def on(host, **report):
-    return row(**report) | {"host": host}
+    """A report of another machine."""
+    return row(**report) | {"host": host, "node": host}
 
 
 def test_a_pool_that_breaks_costs_each_unmade_shard_an_attempt_if_it_made_none():
@@ -49,31 +50,48 @@ def test_a_pool_that_breaks_costs_each_unmade_shard_an_attempt_if_it_made_none()
         count.check()
 
 
-def test_storage_that_fails_on_one_machine_of_many_costs_an_attempt_and_on_two_ends_the_run():
-    count = Count(tqdm(disable=True), 9, hosts=lambda: 8)
+def test_storage_that_fails_on_one_machine_costs_no_attempt_and_on_two_ends_the_run():
+    count = Count(tqdm(disable=True), 9)
     with pytest.raises(OSError, match=r"^on n1: shard 0: no$"):  # nothing is made yet
         count.take(on("n1", shard=0, fatal="shard 0: no"))
-    count = Count(tqdm(disable=True), 9, hosts=lambda: 8)
+    count = Count(tqdm(disable=True), 9)
     count.take(made(0))
     for number in (1, 2):
         count.take(on("n1", shard=number, fatal=f"shard {number}: no"))
     assert count.to_repeat([0, 1, 2]) == [1, 2]
-    assert count.failures[1] == ["on n1: shard 1: no"]
+    assert count.failures == {}
     with pytest.raises(OSError, match=r"^on n2: shard 3: no$"):
         count.take(on("n2", shard=3, fatal="shard 3: no"))
-    count = Count(tqdm(disable=True), 9, hosts=lambda: 1)
+
+
+def test_storage_that_fails_on_the_only_machine_ends_the_run_after_ten_shards_or_three_rounds():
+    count = Count(tqdm(disable=True), 99)
     count.take(made(0))
-    with pytest.raises(OSError, match=r"^on n1: "):
+    for number in range(1, 10):
+        count.take(on("n1", shard=number, fatal=f"shard {number}: no"))
+    with pytest.raises(OSError, match=r"^on n1: shard 10: no$"):
+        count.take(on("n1", shard=10, fatal="shard 10: no"))
+    count = Count(tqdm(disable=True), 2)
+    count.take(made(0))
+    for _ in range(4):  # the first one made a shard
         count.take(on("n1", shard=1, fatal="shard 1: no"))
+        left = count.to_repeat([1])
+    assert left == []
+    assert count.failures[1] == ["on n1: shard 1: no"] * 3
 
 
-def test_a_run_is_hopeless_if_three_machines_fail_and_not_one_alone():
-    count = Count(tqdm(disable=True), 99, hosts=lambda: 8)
+def test_a_run_is_hopeless_if_three_machines_fail_and_not_one_of_many():
+    count = Count(tqdm(disable=True), 99, machines=lambda: 8)
     for number in range(15):
         count.take(on("n1", shard=number, failure="it did"))
     count.take(on("n2", shard=20, failure="it did"))
     with pytest.raises(Unfinished, match=r"^10 attempts failed and no shard was made; the last one on n3: it did"):
         count.take(on("n3", shard=30, failure="it did"))
+    count = Count(tqdm(disable=True), 99)
+    for number in range(9):
+        count.take(on("n1", shard=number, failure="it did"))
+    with pytest.raises(Unfinished, match=r"^10 attempts failed"):
+        count.take(on("n1", shard=9, failure="it did"))
 
 
 def test_reports_summed_up_lose_no_count():

@@ -3,7 +3,9 @@ import errno
 import hashlib
 import io
 import os
+import pickle
 import re
+import socket
 import threading
 import weakref
 from collections import defaultdict
@@ -371,14 +373,20 @@ def test_a_machine_that_does_not_see_the_output_makes_nothing(photos, model, tmp
 def test_a_machine_that_does_not_see_the_photographs_rejects_none(model, tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
-    (folder / "a.png").write_bytes(images.encode_png(np.full((16, 16, 3), 128, np.uint8)))
+    for name in ("a.png", "b.png"):
+        (folder / name).write_bytes(images.encode_png(np.full((16, 16, 3), 128, np.uint8)))
     run, plan = open_run(folder, tmp_path / "out", model), plan_of(folder, tmp_path / "out")
     (folder / "a.png").unlink()
     list(run.maker().make(0, plan[0], Threads(1), Turn()))
     assert rejects_in(tmp_path / "out")["a.png"].error == "no longer there"
-    folder.rmdir()  # as of a file system that is not mounted
-    with pytest.raises(storage.StorageError, match=r"No such file.*/in/a.png.*\(on .+\)$"):
-        list(run.maker().make(1, plan[0], Threads(1), Turn()))
+    (folder / "b.png").unlink()  # as of a file system that is not mounted there
+    for mounted in ("nothing", "no folder"):
+        if mounted == "no folder":
+            folder.rmdir()
+        with pytest.raises(storage.StorageError, match=r"No such file.*/in/a.png") as error:
+            list(run.maker().make(1, plan[0], Threads(1), Turn()))
+        assert error.value.host == socket.gethostname()
+        assert pickle.loads(pickle.dumps(error.value)).host == error.value.host
 
 
 def test_folders_of_a_run_are_named_from_the_root_for_processes_elsewhere(photos, model, tmp_path, monkeypatch):
