@@ -128,10 +128,10 @@ class FixedScale(nn.Module):
     def __init__(self, config: NetworkConfig):
         super().__init__()
         self.config = config
-        self.body = _body(config)
+        self.body, masks = _body(config), dict[Any, Tensor]()
         for module in self.body.modules():
             if hasattr(module, "calculate_mask"):
-                cast(Any, module).calculate_mask = _Masks(module)
+                cast(Any, module).calculate_mask = _Masks(module, masks)
         if config.residual:
             _start_at_zero(self.body)
 
@@ -151,20 +151,24 @@ class _Masks:
     """The attention masks of a module of spandrel, kept on its device.
 
     spandrel makes them on the CPU in every pass of an image that has not the size it was built for. For SwinIR of its
-    paper's size these are 36, which take 12 ms of a CPU, and the device waits for each.
+    paper's size these are 36, of two kinds, which take 12 ms of a CPU, and the device waits for each.
+
+    Args:
+        module: that has `calculate_mask`.
+        kept: the masks of all modules of the network.
     """
 
-    MOST = 8  # sizes of images
+    MOST = 4  # masks; those of one photograph of 12 megapixels take some 400 MB
 
-    def __init__(self, module: nn.Module):
-        self.module, self.make = module, cast(Any, type(module)).calculate_mask
-        self.kept: dict[Any, Tensor] = {}
+    def __init__(self, module: nn.Module, kept: dict[Any, Tensor]):
+        self.module, self.make, self.kept = module, cast(Any, type(module)).calculate_mask, kept
+        self.kind = [getattr(module, name, None) for name in ("window_size", "shift_size")]
 
     def __call__(self, size: tuple[int, int], **options: Any) -> Tensor:
         if torch.compiler.is_compiling():
             return self.make(self.module, size, **options)
         device = next(self.module.parameters()).device
-        key = (*size, device, *options.values())
+        key = (*size, device, *self.kind, *options.values())
         if key not in self.kept:
             while len(self.kept) >= self.MOST:
                 del self.kept[next(iter(self.kept))]

@@ -23,7 +23,7 @@ from degflow.storage import Source
 from degflow.synthesis.cluster import NoCompiler, check_compiler
 from degflow.synthesis.codec import Threads
 from degflow.synthesis.metrics import ActorMetrics
-from degflow.synthesis.reports import between_reports, columns, seldom
+from degflow.synthesis.reports import between_reports, columns, note_failure, seldom
 from degflow.synthesis.settings import ActorsConfig
 from degflow.synthesis.shard import BrokenTurn, ShardMaker, Turn
 from degflow.synthesis.tasks import Tasks, attempts_before
@@ -42,7 +42,8 @@ class ShardActor:
     On CPUs an actor loads and encodes in threads. A shard whose actor died uses tasks: if a file killed the actor, that
     file now kills only a task, and becomes a reject. If Ray has given the shard to the actor `TRIES` times, because its
     process died or could not be reached, that is a failure of the shard. A process ends itself if its device works on a
-    window for more than `actors.timeout` seconds, for a GPU may hang; the next process reports the failure.
+    window, or loads the networks, for more than `actors.timeout` seconds, for a GPU may hang; the next process reports
+    the failure.
     """
 
     PAUSE, GRACE = 30.0, 5.0  # seconds; the second one for Ray to take the last reports of a process
@@ -73,10 +74,10 @@ class ShardActor:
             degrader.compile(dynamic=True)
         return maker
 
-    def loaded(self) -> tuple[ShardMaker, ActorMetrics]:
-        """What `load` gave, which is called once, and what counts its work."""
+    def loaded(self, mark: bytes) -> tuple[ShardMaker, ActorMetrics]:
+        """What `load` gave, which is called once, and what counts its work; `mark` is that of the `_Watch`."""
         if not self.maker or not self.metrics:
-            with self.turn.taken():
+            with self.turn.taken(), self.watch(mark):
                 self.maker = self.maker or self.load()
                 if self.maker.codec.patience is not None:
                     storage.PATIENCE = self.maker.codec.patience
@@ -107,7 +108,7 @@ class ShardActor:
             mark = f"degflow hung {ray.get_runtime_context().get_actor_id()} {number}".encode()
             if internal_kv._internal_kv_del(mark):
                 raise RuntimeError(f"its device hung for {self.watch.timeout:g} s (actors.timeout)")
-            maker, metrics = self.loaded()
+            maker, metrics = self.loaded(mark)
             maker = replace(maker, tally=defaultdict(float), watched=partial(self.watch, mark))
             reports = metrics.counting(maker, maker.make(number, sources, workers, self.turn, again, elsewhere))
             for images, rejects, record in seldom(reports, self.between_reports):
@@ -116,6 +117,8 @@ class ShardActor:
             raise
         except Exception as error:
             self.turn.broken = True
+            if again:
+                note_failure(self.reference, number, traceback.format_exc())
             if isinstance(error, NoCompiler) or (isinstance(error, OSError) and error.errno not in _OF_ONE_MACHINE):
                 why, host = f"shard {number}: {type(error).__name__}: {error}", getattr(error, "host", "")
                 self.rests_until = time.monotonic() + self.PAUSE  # but the report goes at once: it may end the run

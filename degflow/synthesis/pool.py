@@ -26,7 +26,7 @@ from degflow.dataset.plan import Plan
 from degflow.synthesis.actor import ShardActor
 from degflow.synthesis.cluster import Watch, check_address, check_compiler, lack, machines, unstarted
 from degflow.synthesis.metrics import DriverMetrics
-from degflow.synthesis.reports import Count, row
+from degflow.synthesis.reports import Count, noted_failure, row
 from degflow.synthesis.settings import ActorsConfig
 from degflow.synthesis.shard import ShardMaker
 
@@ -74,7 +74,11 @@ class Pool:
                     if record := maker.put_before(number, plan[number]):
                         left = len(plan[number]) - seen["images"], record.rejects - seen["rejects"]
                         count.take(row(number, *left, record=record))
-                waiting, alone = count.to_repeat(waiting), True
+                for number in count.silent(waiting):
+                    if report := noted_failure(ray_maker, number):
+                        count.take(report)
+                waiting = count.to_repeat(waiting)
+                alone = all(number in count.failures for number in waiting)
         count.check()
 
     def _machines(self) -> int:

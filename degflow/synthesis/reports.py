@@ -2,9 +2,10 @@
 
 A report is a row of Ray Data: the shard's number, its images and rejects since the report before, and four texts.
 `record` is JSON, and empty but in the last report of a shard. `failure` says why an attempt failed, and `fatal` that
-storage failed, which is not the shard's fault. `host` is the machine of either, and `node` tells it from others.
+storage failed, which is not the shard's fault. `host` is the machine of either, and `node` Ray's name for it.
 """
 
+import contextlib
 import json
 import socket
 import time
@@ -14,6 +15,7 @@ from dataclasses import asdict
 from typing import Any
 
 import ray
+from ray.experimental import internal_kv
 from tqdm import tqdm
 
 from degflow.config import Unfinished
@@ -47,7 +49,7 @@ def row(
         "failure": failure,
         "fatal": fatal,
         "host": host or (socket.gethostname() if failure or fatal else ""),
-        "node": host or (ray.get_runtime_context().get_node_id() if ray.is_initialized() and failure + fatal else ""),
+        "node": ray.get_runtime_context().get_node_id() if failure and ray.is_initialized() else "",
     }
 
 
@@ -74,6 +76,27 @@ def between_reports(most: int, gpus: int, threads: int) -> float:
     except Exception:  # Ray's head may be away for a moment, and an actor need not wait for it
         room = 0
     return max(1.0, min(most, room) / REPORTS)
+
+
+def note_failure(run: ray.ObjectRef, number: int, why: str) -> None:
+    """Note in Ray why a repeated call failed: of its reports Ray drops as many as the first call has made.
+
+    Args:
+        run: the reference of its maker.
+        number: of the shard.
+        why: a traceback.
+    """
+    text = json.dumps(row(number, failure=why))
+    with contextlib.suppress(Exception):  # the report may come through all the same
+        internal_kv._internal_kv_put(f"degflow failed {run.hex()} {number}".encode(), text.encode())
+
+
+def noted_failure(run: ray.ObjectRef, number: int) -> dict[str, Any] | None:
+    """The report that `note_failure` left, if there is one; it is taken away."""
+    key = f"degflow failed {run.hex()} {number}".encode()
+    text = internal_kv._internal_kv_get(key)
+    internal_kv._internal_kv_del(key)
+    return json.loads(text) if text else None
 
 
 class Count:
@@ -118,7 +141,7 @@ class Count:
         """
         number, place = report["shard"], f"on {report['host']}: "
         if report["fatal"]:
-            self._without_storage(number, place + report["fatal"], report["node"])
+            self._without_storage(number, place + report["fatal"], report["host"])
             return
         if report["failure"]:
             self._failed(number, (place if number >= 0 else "") + report["failure"], report["node"])
@@ -157,11 +180,12 @@ class Count:
         if images >= JUDGED and rejects > images / 2:
             raise ValueError(f"{rejects} of the first {images} images were rejected; the rejects folder says why")
 
-    def _without_storage(self, number: int, why: str, node: str) -> None:
+    def _without_storage(self, number: int, why: str, host: str) -> None:
         """End a run whose storage has failed, unless that may be the trouble of one machine, and others go on."""
-        self.without_storage.add(node)
+        self.without_storage.add(host)
         self.storage_failures += 1
-        if not self.made or len(self.without_storage) > 1 or self.storage_failures >= HOPELESS:
+        alone = len(self.without_storage) == 1 and self.machines() > 1
+        if not self.made or not alone or self.storage_failures >= HOPELESS:
             raise OSError(why)
         self._take_back(number)
         self.spared[number] = why
@@ -188,9 +212,16 @@ class Count:
         if hopeless and len(self.failing) >= min(SEEN, self.machines()):
             raise Unfinished(f"{HOPELESS} attempts failed and no shard was made; the last one {why}")
 
+    def silent(self, tried: list[int]) -> list[int]:
+        """The shards of the last round that were not made, and of which no report says why."""
+        told = self.made | self.failed | self.spared.keys()
+        return [number for number in tried if number not in told]
+
     def to_repeat(self, tried: list[int]) -> list[int]:
         """The shards of the last round that are to be tried again."""
         left = [number for number in tried if number not in self.made]
+        for number in left:
+            self._take_back(number)
         if not self.fruitful:  # else the pool broke at some shard, which nobody knows, or a machine had no storage
             for number in left:
                 if number not in self.failed:

@@ -199,7 +199,9 @@ class Hangs(ShardActor):
         degrade = maker.degrader.degrade
 
         def hanging(window):
-            if any(item.loaded.key == "04.png" for item in window):
+            if window[0].loaded.key == "03.png":
+                time.sleep(1.5)  # there is a report before the device hangs
+            if window[0].loaded.key == "04.png":
                 note(maker, f"{os.getpid()}")
                 time.sleep(600)
             return degrade(window)
@@ -402,8 +404,8 @@ def test_a_device_that_hangs_costs_its_process_and_one_attempt_of_its_shard(
     monkeypatch.setattr(pool, "ShardActor", Hangs)
     monkeypatch.setattr(reports, "ATTEMPTS", 1)
     monkeypatch.setattr(pool, "SHARDS_AT_ONCE", 1)
-    with pytest.raises(Unfinished, match=r"(?s)^1 of 4 shards were set aside .*\(shards 1\).*its device hung for 2 s"):
-        run(photos, tmp_path / "out", model, "actors.timeout=2", "actors.max=1")
+    with pytest.raises(Unfinished, match=r"(?s)^1 of 4 shards were set aside .*\(shards 1\).*its device hung for 6 s"):
+        run(photos, tmp_path / "out", model, "actors.timeout=6", "actors.max=1", "batch=1")
     assert len((tmp_path / "out.notes").read_text().split()) == 1
     assert len(rows_of(tmp_path / "out")) == 9
 

@@ -1,5 +1,6 @@
 """Reports: what they add up to, how often they come, and what the images that are made and left cost."""
 
+import io
 import re
 
 import pyarrow.parquet as pq
@@ -50,34 +51,48 @@ def test_a_pool_that_breaks_costs_each_unmade_shard_an_attempt_if_it_made_none()
         count.check()
 
 
-def test_storage_that_fails_on_one_machine_costs_no_attempt_and_on_two_ends_the_run():
-    count = Count(tqdm(disable=True), 9)
+def test_storage_that_fails_on_one_machine_of_many_costs_no_attempt_and_on_two_ends_the_run():
+    count = Count(tqdm(disable=True), 9, machines=lambda: 8)
     with pytest.raises(OSError, match=r"^on n1: shard 0: no$"):  # nothing is made yet
         count.take(on("n1", shard=0, fatal="shard 0: no"))
-    count = Count(tqdm(disable=True), 9)
+    count = Count(tqdm(disable=True), 9, machines=lambda: 8)
     count.take(made(0))
+    count.take(row(1, images=5))
     for number in (1, 2):
         count.take(on("n1", shard=number, fatal=f"shard {number}: no"))
     assert count.to_repeat([0, 1, 2]) == [1, 2]
-    assert count.failures == {}
+    assert (count.failures, count.open) == ({}, {})
     with pytest.raises(OSError, match=r"^on n2: shard 3: no$"):
         count.take(on("n2", shard=3, fatal="shard 3: no"))
+    count = Count(tqdm(disable=True), 9)  # of one machine
+    count.take(made(0))
+    with pytest.raises(OSError, match=r"^on n1: shard 1: no$"):
+        count.take(on("n1", shard=1, fatal="shard 1: no"))
 
 
-def test_storage_that_fails_on_the_only_machine_ends_the_run_after_ten_shards_or_three_rounds():
-    count = Count(tqdm(disable=True), 99)
+def test_storage_that_fails_on_the_only_machine_with_actors_ends_the_run_after_ten_shards_or_three_rounds():
+    count = Count(tqdm(disable=True), 99, machines=lambda: 8)
     count.take(made(0))
     for number in range(1, 10):
         count.take(on("n1", shard=number, fatal=f"shard {number}: no"))
     with pytest.raises(OSError, match=r"^on n1: shard 10: no$"):
         count.take(on("n1", shard=10, fatal="shard 10: no"))
-    count = Count(tqdm(disable=True), 2)
+    count = Count(tqdm(disable=True), 2, machines=lambda: 8)
     count.take(made(0))
     for _ in range(4):  # the first one made a shard
         count.take(on("n1", shard=1, fatal="shard 1: no"))
         left = count.to_repeat([1])
     assert left == []
     assert count.failures[1] == ["on n1: shard 1: no"] * 3
+
+
+def test_what_an_unfinished_shard_has_reported_is_forgotten_in_the_next_round():
+    bar = tqdm(total=9, disable=False, file=io.StringIO())
+    count = Count(bar, 2)
+    count.take(made(0))
+    count.take(row(1, images=5, rejects=1))
+    assert count.to_repeat([0, 1]) == [1]
+    assert (bar.n, count.open, count.rejects) == (1, {}, 0)
 
 
 def test_a_run_is_hopeless_if_three_machines_fail_and_not_one_of_many():
