@@ -382,7 +382,7 @@ def test_a_link_to_a_folder_is_followed_but_never_in_circles(tmp_path):
     assert place.read("b/deep/3.png") == b""
 
 
-def test_a_stale_handle_of_a_shared_folder_is_waited_for_and_other_errors_are_not(tmp_path, monkeypatch):
+def test_a_stale_handle_of_a_shared_folder_is_waited_for_and_other_errors_are_not(tmp_path):
     place, calls = Place(str(tmp_path), patience=2), []
 
     def answers(number, times):

@@ -12,7 +12,6 @@ from degflow.config import dump, option, required
 from degflow.degrader import Degrader
 from degflow.evaluation.baselines import baseline
 from degflow.evaluation.realism import SMALLEST
-from degflow.flow import PathFlow
 from degflow.storage import Place
 
 BETWEEN = {f"{scale:g}": scale for scale in (2.0, 2.25, 2.5, 2.75, 3.25, 3.5, 3.75, 4.0)}
@@ -57,7 +56,7 @@ def baseline_scenes(config: BaselineScenesConfig) -> None:
     device = config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     degrader = Degrader.load(config.model, device)
     degrader.check_scales(min(config.levels.values()), max(config.levels.values()))
-    if config.baseline in ("optics", "mean") and isinstance(degrader.flow, PathFlow):
+    if config.baseline in ("optics", "mean") and not degrader.draws:
         raise ValueError(f"baseline={config.baseline}: must be random, spline or linear for a degrader without draws")
     scenes = SceneImages(SceneConfig(config.data, degrader.levels, config.resize_lr, SMALLEST))
     print(f"{scenes.describe()}; baseline {config.baseline} of each")

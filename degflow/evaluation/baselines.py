@@ -25,7 +25,6 @@ from degflow.degrader import Degrader, pad
 from degflow.evaluation.crops import central
 from degflow.evaluation.metrics import SHAVE, luma
 from degflow.evaluation.random_pipeline import random_degradation
-from degflow.flow import PathFlow
 from degflow.models import ResidualAutoencoder
 from degflow.models.precision import computing
 from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear
@@ -152,7 +151,7 @@ class Baselines:
     ):
         self.degrader, self.levels, self.sigmas = degrader, dict(levels), dict(sigmas)
         self.lacking = [label for label in degrader.levels if label not in levels]
-        draws = not isinstance(degrader.flow, PathFlow)
+        draws = degrader.draws
         left_out = {*(PATHS if self.lacking else ()), *(() if draws else ("optics", "mean"))}
         self.names = [name for name in names if name not in left_out]
         self.knots = [] if self.lacking else [list(levels).index(label) for label in degrader.levels]

@@ -17,7 +17,6 @@ from degflow.evaluation.fidelity import Measurement, count, measure
 from degflow.evaluation.frechet import Distance, Frechet
 from degflow.evaluation.pictures import closeups, continuum
 from degflow.evaluation.realism import SMALLEST
-from degflow.flow import PathFlow
 from degflow.images import encode_png
 from degflow.models.precision import computing
 from degflow.perceptual import Perceptual
@@ -115,7 +114,7 @@ def _evaluate(config: EvaluateConfig, device: str) -> None:
     if distances:
         place.write("frechet.parquet", tables.parquet(distances))
     texts.append(text)
-    if config.draws and not isinstance(degrader.flow, PathFlow):
+    if config.draws and degrader.draws:
         rows = tqdm(distribution(degrader, scenes, config.levels, config.draws, config.crop), "drawing", unit="LR")
         scores = list(rows)
         place.write("draws.parquet", tables.parquet(scores))
@@ -128,7 +127,7 @@ def _evaluate(config: EvaluateConfig, device: str) -> None:
     if config.figure:
         shown = continuum(degrader, scenes, config.levels, config.crop, count=config.figure, **solver)
         place.write("figure.png", encode_png(shown))
-        if not isinstance(degrader.flow, PathFlow):
+        if degrader.draws:
             label = min(config.levels, key=lambda name: abs(config.levels[name] - 3))
             shown = closeups(degrader, scenes, config.levels, label, config.crop, count=config.figure)
             place.write("closeups.png", encode_png(shown))
