@@ -3,7 +3,7 @@
 `RAEObjective` is stage 1 (DegFlow, section 2.1), `LFMObjective` the published stage 2 (section 2.2), and
 `ResidualObjective` stage 2 for flows that draw (`models.residual`). Whatever is random in a sample (its level, its
 times, its noise) was drawn with the sample. So every tensor here has a fixed shape, and nothing waits for a device.
-Stage 2 may train at several points of the flow for each sample, which is encoded once for all of them.
+The published stage 2 may train at several points of its path for each sample, which is encoded once for all of them.
 In a narrower precision (`models.precision`) only the trained network and the decoder compute: what they are compared
 with, the frozen encoder's latents and LPIPS, is made in float32.
 """
@@ -72,10 +72,6 @@ class _Stage2(nn.Module):
         self.training = mode
         return self
 
-    def _keys(self, number: Tensor, points: int) -> Tensor:
-        """A key for each point of each sample, "B P" as one."""
-        return sample_keys(self.seed, (number[:, None] * points + torch.arange(points, device=number.device)).flatten())
-
 
 class LFMObjective(_Stage2):
     """The published stage 2: conditional flow matching on the path through the levels' latents, and LPIPS.
@@ -116,7 +112,8 @@ class LFMObjective(_Stage2):
         with exactly(image.device.type):
             values, skips = self._encode(image)
             point = self.path.at(_each(values, points), time)
-        velocity = self.network(point.position, time, self._keys(number, points)).float()
+        keys = (number[:, None] * points + torch.arange(points, device=number.device)).flatten()
+        velocity = self.network(point.position, time, sample_keys(self.seed, keys)).float()
         flow = F.mse_loss(velocity, point.velocity)
         if self.perceptual is None:
             return Losses(flow, {"cfm": flow.detach()})
@@ -156,18 +153,33 @@ class ResidualObjective(_Stage2):
 
         Args:
             hr, skeleton, lr: uint8 "B 3 H W": HR, the same after the optics, and the captured LR image.
-            time: "B" in [0, 1], of the captured scale. tau: "B P" in [0, 1], of P points of the flow.
+            time: "B" in [0, 1], of the captured scale. tau: "B" in [0, 1], the place along the flow.
             number: int64 "B", the samples' numbers.
         """
-        points = tau.shape[1]
         guide, captured = residuals(self.autoencoder, self.spread, hr, skeleton, lr, time.float())
-        guide, captured = Guide(*(_each(part, points) for part in guide)), _each(captured, points)
-        tau, keys = tau.float().flatten(), self._keys(number, points)
+        return self._match(guide, captured, tau, number)
+
+    def _match(self, guide: Guide, captured: Tensor, tau: Tensor, number: Tensor) -> Losses:
+        """Conditional flow matching to captured whitened residuals "B C_z h w"."""
+        keys, tau = sample_keys(self.seed, number), tau.float()
         begin = self.spread.sample(keys, guide.time, captured.shape[2], captured.shape[3])
         place = torch.lerp(begin, captured, tau[:, None, None, None])
         velocity = self.network(place, tau, guide).float()
         flow = F.mse_loss(velocity, captured - begin)
         return Losses(flow, {"cfm": flow.detach()})
+
+
+class LatentObjective(ResidualObjective):
+    """`ResidualObjective` on latents that were encoded before, with the gain as one more channel (`training.latents`).
+
+    Args: see `ResidualObjective`.
+    """
+
+    def forward(self, hr: Tensor, skeleton: Tensor, lr: Tensor, time: Tensor, tau: Tensor, number: Tensor) -> Losses:
+        """Losses of a batch; hr, skeleton and lr are "B C_z+1 h w", the rest as in `ResidualObjective`."""
+        source, optics, captured = (latent[:, :-1] for latent in (hr, skeleton, lr))
+        guide = Guide(optics, source, skeleton[:, -1:], time.float())
+        return self._match(guide, whitened(self.spread, guide, captured), tau, number)
 
 
 @torch.no_grad()
@@ -180,8 +192,13 @@ def residuals(
         latents = autoencoder.encode(image.flatten(0, 1))[0].unflatten(0, (-1, 3))
     source, optics, captured = latents.unbind(1)
     guide = Guide(optics, source, lost_detail(image[:, 0], image[:, 1], autoencoder.config.compression), time)
-    _, deviation = spread.at(time)
-    return guide, (captured - optics) / (guide.gain * deviation)
+    return guide, whitened(spread, guide, captured)
+
+
+def whitened(spread: Spread, guide: Guide, captured: Tensor) -> Tensor:
+    """Captured latents "B C_z h w" -> their residuals, whitened."""
+    _, deviation = spread.at(guide.time)
+    return (captured - guide.optics) / (guide.gain * deviation)
 
 
 def _each(values: Tensor, points: int) -> Tensor:

@@ -17,7 +17,7 @@ from degflow.models import (
 )
 from degflow.models.counter import gaussian, sample_keys
 from degflow.models.residual import lost_detail
-from degflow.objectives import LFMObjective, RAEObjective, ResidualObjective, residuals, to_float
+from degflow.objectives import LatentObjective, LFMObjective, RAEObjective, ResidualObjective, residuals, to_float
 from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear
 
 KNOTS = (0.0, 1 / 3, 1.0)
@@ -181,8 +181,8 @@ class NoOptics(nn.Module):
     working_channels = 0.0
 
 
-def residual_objective(network, seed=0):
-    return ResidualObjective(autoencoder(), ResidualFlow(NoOptics(), spread(), network, compression=4), seed)
+def residual_objective(network, seed=0, kind=ResidualObjective):
+    return kind(autoencoder(), ResidualFlow(NoOptics(), spread(), network, compression=4), seed)
 
 
 SCALE_TIMES = torch.tensor([0.2, 1 / 3, 0.5, 1.0], dtype=torch.float64)
@@ -190,7 +190,7 @@ SCALE_TIMES = torch.tensor([0.2, 1 / 3, 0.5, 1.0], dtype=torch.float64)
 
 def residual_batch(seed=0, count=4):
     hr, skeleton, lr = crops(count, seed=seed).unbind(1)
-    taus = torch.tensor([[0.0], [0.3], [0.6], [0.9]], dtype=torch.float64)[:count]
+    taus = torch.tensor([0.0, 0.3, 0.6, 0.9], dtype=torch.float64)[:count]
     return {
         "hr": hr, "skeleton": skeleton, "lr": lr, "time": SCALE_TIMES[:count], "tau": taus, "number": NUMBERS[:count],
     }  # fmt: skip
@@ -223,7 +223,7 @@ def test_a_network_that_knows_the_captured_residual_has_its_error_squared_as_los
     assert list(losses.parts) == ["cfm"]
     y, tau, seen = network.seen
     torch.testing.assert_close(seen, guide)
-    torch.testing.assert_close(tau, batch["tau"][:, 0].float())
+    torch.testing.assert_close(tau, batch["tau"].float())
     factor = spread().at(guide.time)[0][..., 0, 0]
     begin = torch.einsum("bij,bjhw->bihw", factor, gaussian(sample_keys(7, NUMBERS), *captured.shape[1:]))
     torch.testing.assert_close(y, torch.lerp(begin, captured, tau[:, None, None, None]))
@@ -271,13 +271,25 @@ def objective_of(kind, seed=0):
         return RAEObjective(autoencoder())
     if kind == "residual":
         return residual_objective(residual, seed)
+    if kind == "latents":
+        return residual_objective(residual, seed, LatentObjective)
     return LFMObjective(autoencoder(), velocity, NaturalCubicSpline(KNOTS), Recorder(), 0.5, seed)
 
 
 def batch_of(kind):
     if kind == "rae":
         return {"target": crops()[:, 1], "guide": crops()[:, 2], "number": NUMBERS}
+    if kind == "latents":
+        return latent_batch()
     return residual_batch() if kind == "residual" else {"images": crops(), "time": TIMES, "number": NUMBERS}
+
+
+def latent_batch():
+    """What `residual_batch` is after the encoder, the gain behind the latent of the image after the optics."""
+    batch, (guide, captured) = known_residuals()
+    lr = guide.optics + guide.gain * spread().at(guide.time)[1] * captured
+    latents = {"hr": (guide.source, 0 * guide.gain), "skeleton": (guide.optics, guide.gain), "lr": (lr, 0 * guide.gain)}
+    return batch | {name: torch.cat(parts, 1).detach() for name, parts in latents.items()}
 
 
 def resized(images, side):
@@ -285,7 +297,7 @@ def resized(images, side):
     return F.interpolate(images.flatten(0, -4), (side, side)).view(*images.shape[:-2], side, side)
 
 
-KINDS = ("rae", "lfm", "residual")
+KINDS = ("rae", "lfm", "residual", "latents")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -306,20 +318,21 @@ def test_the_parts_of_a_batch_have_its_loss_and_its_gradient_on_average(kind, si
     assert float((grads_of_parts - grads).norm() / grads.norm()) < 1e-5
 
 
-@pytest.mark.parametrize("kind", KINDS[1:])
-def test_the_points_of_a_crop_have_the_mean_loss_of_as_many_samples_and_their_gradient(kind):
-    batch, points = batch_of(kind), torch.tensor([[0.1, 0.7, 0.3], [0.9, 0.2, 0.5], [0.0, 0.6, 0.8], [0.4, 0.35, 0.95]])
-    place = "tau" if kind == "residual" else "time"
+def test_the_points_of_a_crop_have_the_mean_loss_of_as_many_samples_and_their_gradient():
+    batch, points = (
+        batch_of("lfm"),
+        torch.tensor([[0.1, 0.7, 0.3], [0.9, 0.2, 0.5], [0.0, 0.6, 0.8], [0.4, 0.35, 0.95]]),
+    )
 
     def learned(batches):
-        objective = objective_of(kind).train()
+        objective = objective_of("lfm").train()
         losses = [objective(**each) for each in batches]
         (sum(loss.total for loss in losses) / len(losses)).backward()
         grads = torch.cat([parameter.grad.flatten() for parameter in objective.network.parameters()])
         return torch.stack([sum(loss.parts[name] for loss in losses) / len(losses) for name in losses[0].parts]), grads
 
-    loss, grads = learned([{**batch, place: points}])
-    each = [{**batch, place: points[:, [n]], "number": 3 * NUMBERS + n} for n in range(3)]
+    loss, grads = learned([{**batch, "time": points}])
+    each = [{**batch, "time": points[:, [n]], "number": 3 * NUMBERS + n} for n in range(3)]
     wanted, wanted_grads = learned(each)
     torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=0)
     assert float((grads - wanted_grads).norm() / wanted_grads.norm()) < 1e-5
@@ -350,17 +363,27 @@ def test_only_the_flows_network_is_trained_and_the_frozen_parts_stay_in_eval_mod
     assert not any(module.training for module in objective.modules())
 
 
+def test_latents_that_were_encoded_before_have_the_loss_of_their_images():
+    pixels, latents = (objective_of(kind).train()(**batch_of(kind)).total for kind in ("residual", "latents"))
+    torch.testing.assert_close(latents, pixels, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_an_objective_is_one_graph_for_all_sizes_with_the_same_loss(kind):
     objective = objective_of(kind).train()
-    batch = {name: value.contiguous() for name, value in batch_of(kind).items()}  # as a loader gives it
+
+    def batch_of_size(side):  # contiguous, as a loader gives it
+        given = batch_of(kind).items()
+        return {name: resized(value, side).contiguous() if value.ndim > 3 else value for name, value in given}
+
+    batch = batch_of_size(16)
     wanted = objective(**batch).total.detach()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(objective, fullgraph=True, backend="eager", dynamic=True)
     torch.testing.assert_close(compiled(**batch).total.detach(), wanted)
     for side in (24, 48, 40, 56):
-        compiled(**{name: resized(value, side) if value.ndim > 3 else value for name, value in batch.items()})
+        compiled(**batch_of_size(side))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 

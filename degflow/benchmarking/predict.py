@@ -4,9 +4,9 @@ The work runs on the device `meta`, whose tensors have shapes but no numbers. So
 any size. Where a product runs in half precision, its float32 factors are read, rounded and written before: autocast
 does so, and keeps the stream between the products in float32.
 
-Two things differ on a GPU. The first and the last convolution and the optics stay in float32 there, but count as the
-other products here: they are 0.1% of the work. Attention, which the published flow has, is one kernel there that stores
-no scores. Here it is five that do, so the published flow is predicted too slow.
+What stays in float32 at any precision (`exactly`) counts as such, but for the backward pass of a decoder's last
+convolution. One thing differs on a GPU: attention, which the published flow has, is one kernel there that stores no
+scores. Here it is five that do, so the published flow is predicted too slow.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from degflow.models.precision import PRECISIONS
+from degflow.models.precision import PRECISIONS, is_exact
 
 LAUNCH = 5e-6  # seconds that PyTorch needs to start a kernel, assumed
 SHARES = {"float32": 1 / 15, "tf32": 1 / 2, "bfloat16": 1.0, "float16": 1.0}  # of bfloat16's FLOP/s, on an H100
@@ -41,9 +41,11 @@ class Kernel(NamedTuple):
     flop: int
     read: int
     written: int
+    exact: bool = False  # in float32 at any precision
 
     def seconds(self, gpu: GPU, precision: str) -> float:
         """The slowest of computing, memory and launch."""
+        precision = "float32" if self.exact else precision
         half = bool(self.flop) and PRECISIONS[precision] != torch.float32
         # half: read float32, write half, read half; write half
         moved = 2 * self.read + self.written / 2 if half else self.read + self.written
@@ -56,6 +58,7 @@ class Kernel(NamedTuple):
         """As if all but products were parts of other kernels, and stored nothing: a bound of what compiling can do."""
         if not self.flop:
             return 0.0
+        precision = "float32" if self.exact else precision
         moved = (self.read + self.written) * PRECISIONS[precision].itemsize / 4
         return max(self.flop / (1e12 * gpu.tflops * SHARES[precision]), moved / (1e12 * gpu.terabytes))
 
@@ -80,7 +83,7 @@ class _Counting(TorchDispatchMode):
         if out and not _is_view(func) and not name.startswith(_NO_KERNEL):
             count = flop_registry.get(func.overloadpacket)
             flop = int(count(*args, **kwargs, out_val=made)) if count else 0
-            self.kernels.append(Kernel(self.part, flop, sum(map(_bytes, given)), sum(map(_bytes, out))))
+            self.kernels.append(Kernel(self.part, flop, sum(map(_bytes, given)), sum(map(_bytes, out)), is_exact()))
         return made
 
     def named(self, name: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -17,7 +17,7 @@ from degflow.benchmarking import gpu, inference, node, pipeline, scale
 from degflow.benchmarking.measure import Table, machine
 from degflow.benchmarking.optimisations import optimisations
 from degflow.benchmarking.predict import GPU
-from degflow.benchmarking.steps import training
+from degflow.benchmarking.steps import training, trainings
 from degflow.config import Unfinished, option, plain
 from degflow.degrader import Degrader
 from degflow.flow import PathFlow
@@ -226,6 +226,8 @@ class _Bench:
             print("\nSwinIR is left out: it needs spandrel: pip install 'degflow[sr]'")
         how = (network, self._gpu, self.config.precision, self.repeats)
         yield training(self.degrader, perceptual, *how, crop, batch)
+        if not self.quick:
+            yield trainings(gpu.full_size(), self._gpu)
         if self.config.full_width and self.device == "cuda":
             yield training(gpu.full_size().to(self.device), perceptual, *how, 256, 16)
 

@@ -9,14 +9,18 @@ from torch import Tensor, nn
 
 from degflow.benchmarking.measure import Table, alternate, flop
 from degflow.benchmarking.predict import GPU, REST, Kernel, kernels, total
+from degflow.config import load
 from degflow.degrader import Degrader
 from degflow.flow import PathFlow
 from degflow.models.precision import computing, differentiating
-from degflow.objectives import LFMObjective, Losses, RAEObjective, ResidualObjective
+from degflow.objectives import LatentObjective, LFMObjective, Losses, RAEObjective, ResidualObjective
 from degflow.restoration.networks import NetworkConfig, RestorationObjective, build
+from degflow.training.latents import FLIPS
+from degflow.training.rae import TrainRAEConfig
+from degflow.training.residual import TrainResidualConfig
 from degflow.trajectory import NaturalCubicSpline
 
-FEWER = "stage 2, points=4"
+FEWER, ONCE = "stage 2, points=4", "stage 2, encode_once=true"
 
 
 class Step(NamedTuple):
@@ -62,15 +66,41 @@ def training(
     for name, timing in alternate(ways, repeats, device).items():
         rates = f"{1 / timing.median:.3g}", f"{work[name] / 1e9:.3g}", f"{work[name] / timing.median / 1e9:.3g}"
         rows.append((name, *rates, f"{1 / seconds[name]:.3g}"))
-    stage = "that of flows that draw"
+    stage, more = "that of flows that draw", f"{ONCE!r} takes latents that were encoded before."
     if isinstance(degrader.flow, PathFlow):
         stage = f"the published one, {'with' if perceptual else 'without'} LPIPS"
+        more = f"With points=4 a step has {few(batch)} crops, and four points of the path for each."
     about = (
         f"With Adam, batch {batch} of {crop} x {crop} crops at {len(degrader.levels)} levels, {precision}, medians of "
-        f"{repeats} alternating repeats; stage 2 is {stage}. With points=4 a step has {few(batch)} crops, and four "
-        f"points of the flow for each. Predicted for {gpu.tflops:g} TFLOP/s in bfloat16 and {gpu.terabytes:g} TB/s."
+        f"{repeats} alternating repeats; stage 2 is {stage}. {more} Predicted for {gpu.tflops:g} TFLOP/s in bfloat16 "
+        f"and {gpu.terabytes:g} TB/s."
     )
     return Table("Training steps", about, ("", "steps/s", "GFLOP", "GFLOP/s", "steps/s predicted for a GPU"), rows)
+
+
+def trainings(degrader: Degrader, gpu: GPU) -> Table:
+    """What the trainings by `realsr_rae` and `realsr_residual` should take; the degrader has their size."""
+    shadow, where = copy.deepcopy(degrader).to("meta"), ("scenes.data=none", "output=none")
+    stage1 = load(TrainRAEConfig, ("config=realsr_rae", *where))
+    stage2 = load(TrainResidualConfig, ("config=realsr_residual", "rae=none", *where))
+    rows = []
+    for name, way, config in (("stage 1: realsr_rae", "stage 1", stage1), ("stage 2: realsr_residual", ONCE, stage2)):
+        fit = config.fit
+        seconds = steps(shadow, None, None, fit.precision, config.scenes.crop, fit.batch)[way].seconds(
+            gpu, fit.precision
+        )
+        rows.append(
+            (name, f"{fit.steps} of {fit.batch} crops", f"{1e3 * seconds:.3g}", f"{seconds * fit.steps / 3600:.2g}")
+        )
+    image = torch.empty(1, 3, 1000, 1000, device="meta")
+    encoding = total(kernels(lambda: shadow.autoencoder.encode(image), {}), gpu, "float32")
+    count = len(FLIPS) * (2 * len(degrader.levels) - 1) * sum(1 / factor**2 for factor in stage2.scenes.reductions)
+    about = (
+        f"**Predicted, not measured**: for one GPU with {gpu.tflops:g} TFLOP/s in bfloat16 and {gpu.terabytes:g} TB/s, "
+        f"without loading, validation and checkpoints. Before stage 2 all scenes are encoded in float32: "
+        f"{count * encoding:.2g} s for each megapixel of a scene's HR image."
+    )
+    return Table("Trainings at the size for RealSR, predicted", about, ("", "steps", "ms/step", "hours"), rows)
 
 
 def steps(
@@ -86,7 +116,7 @@ def steps(
     generator = torch.Generator().manual_seed(0)
     shape = (batch, len(degrader.levels), 3, crop, crop)
     images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)
-    time, tau, points = (torch.rand(batch, n, generator=generator).to(device) for n in (1, 1, 4))
+    time, points = (torch.rand(batch, n, generator=generator).to(device) for n in (1, 4))
     number, flow, part = torch.arange(batch, device=device), degrader.flow, slice(few(batch))
     rae = RAEObjective(copy.deepcopy(degrader.autoencoder).requires_grad_(True))
     ways = {"stage 1": _stepper(rae, precision, images[:, 1], images[:, 0], number)}
@@ -96,11 +126,12 @@ def steps(
         ways["stage 2"] = _stepper(lfm, precision, images, time, number)
         ways[FEWER] = _stepper(lfm, precision, images[part], points[part], number[part])
     else:
+        known = time[:, 0], points[:, 0], number
         residual = ResidualObjective(degrader.autoencoder, flow)
-        pixels, time = (images[:, 0], images[:, 0], images[:, 1]), time[:, 0]
-        ways["stage 2"] = _stepper(residual, precision, *pixels, time, tau, number)
-        sample = *(image[part] for image in pixels), time[part], points[part], number[part]
-        ways[FEWER] = _stepper(residual, precision, *sample)
+        ways["stage 2"] = _stepper(residual, precision, images[:, 0], images[:, 0], images[:, 1], *known)
+        side = crop // degrader.autoencoder.config.compression
+        latents = torch.rand(3, batch, flow.latent_channels + 1, side, side, generator=generator).to(device)
+        ways[ONCE] = _stepper(LatentObjective(degrader.autoencoder, flow), precision, *latents, *known)
     if network:
         sr = RestorationObjective(build(network)).to(device)
         ways[f"SR: {network.name}"] = _stepper(sr, precision, images[:, 1], images[:, 0])

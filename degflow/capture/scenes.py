@@ -259,13 +259,15 @@ class Crops(Dataset[dict[str, Tensor]]):
         stack, random = self.stacks[scene], np.random.default_rng((self.seed, 1, index))
         top, left = (int(random.integers(side - self.crop + 1)) for side in stack.shape[1:3])
         crop = stack[:, top : top + self.crop, left : left + self.crop]
-        if random.random() < 0.5:
-            crop = crop[:, ::-1]
-        if random.random() < 0.5:
-            crop = crop[:, :, ::-1]
+        crop = self.flip(crop, *(random.random() < 0.5 for _ in range(2)))
         chosen, drawn = self.draw(random, scene)
         images = {name: _tensor(crop[number]) for name, number in chosen.items()}
         return images | drawn | {"number": torch.tensor(index)}
+
+    def flip(self, crop: np.ndarray, upside_down: bool, mirrored: bool) -> np.ndarray:
+        """A crop "K crop crop 3" -> the same, flipped as asked."""
+        crop = crop[:, ::-1] if upside_down else crop
+        return crop[:, :, ::-1] if mirrored else crop
 
 
 class LevelCrops(Crops):
@@ -313,7 +315,7 @@ class PathCrops(Crops):
 
 
 class ResidualCrops(Crops):
-    """Stage 2 for draws: `hr`, `lr` at a random level, `skeleton` (HR after the optics), `time`, and `tau` "points".
+    """Stage 2 for draws: `hr`, `lr` at a random level, `skeleton` (HR after the optics), `time`, and `tau`.
 
     `time`, of the level, and `tau`, uniform in [0, 1), are float64.
 
@@ -321,27 +323,19 @@ class ResidualCrops(Crops):
         stacks: HR, the LR levels and their images after the optics, "2K-1 H W 3".
         times: for each stack the times of its LR levels, "K-1".
         crop, seed: see `Crops`.
-        points: of the flow that a sample has, each with its tau.
     """
 
-    def __init__(
-        self,
-        stacks: Sequence[np.ndarray],
-        times: Sequence[Sequence[float]],
-        crop: int,
-        seed: int,
-        points: int = 1,
-    ):
+    def __init__(self, stacks: Sequence[np.ndarray], times: Sequence[Sequence[float]], crop: int, seed: int):
         super().__init__(stacks, crop, seed)
-        self.times, self.points = times, points
+        self.times = times
 
     def draw(self, random: np.random.Generator, scene: int) -> tuple[dict[str, int], dict[str, Tensor]]:
         """See `Crops`."""
         times = self.times[scene]
         level = int(random.random() * len(times))
         images = {"hr": 0, "lr": 1 + level, "skeleton": 1 + len(times) + level}
-        time = torch.tensor(times[level], dtype=torch.float64)
-        return images, {"time": time, "tau": torch.from_numpy(random.random(self.points))}
+        time, tau = (torch.tensor(number, dtype=torch.float64) for number in (times[level], random.random()))
+        return images, {"time": time, "tau": tau}
 
 
 def _tensor(pixels: np.ndarray) -> Tensor:

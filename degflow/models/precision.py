@@ -58,9 +58,30 @@ def exactly(device: str) -> AbstractContextManager[Any]:
 
 
 def _autocast(device: str, dtype: torch.dtype | None = None, *, enabled: bool) -> AbstractContextManager[Any]:
-    if device == "meta":  # tensors without numbers, which autocast does not know
-        return contextlib.nullcontext()
+    """Of `computing` with a type, of `exactly` without."""
+    if device == "meta":
+        return _Exactness(dtype is None)
     return torch.autocast(device, dtype, enabled=enabled)
+
+
+def is_exact() -> bool:
+    """Whether `exactly` is on, for tensors of the device meta, whose work is only counted."""
+    return _Exactness.on
+
+
+class _Exactness(contextlib.AbstractContextManager[None]):
+    """What autocast is for other tensors; it does not know the device meta."""
+
+    on = False
+
+    def __init__(self, on: bool):
+        self.inside = on
+
+    def __enter__(self) -> None:
+        self.before, _Exactness.on = _Exactness.on, self.inside
+
+    def __exit__(self, *error: object) -> None:
+        _Exactness.on = self.before
 
 
 class _TF32:

@@ -20,14 +20,6 @@ from degflow.training.rae import load_stage1, watched_crops
 from degflow.training.settings import FitConfig
 from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear, Timeline
 
-POINTS = "points of the flow that each crop trains at; it is encoded once for all of them"
-
-
-def check_points(points: int) -> None:
-    """Raise a ValueError for a number of points that is not positive."""
-    if points < 1:
-        raise ValueError(f"points={points}: must be at least 1")
-
 
 @dataclass(frozen=True)
 class TrainLFMConfig:
@@ -40,7 +32,7 @@ class TrainLFMConfig:
     rae: str = required("autoencoder file of stage 1, or a degrader file, whose autoencoder is taken")
     output: str = required("folder or URI for checkpoints, previews and degrader.safetensors")
     velocity: VelocityConfig = option(VelocityConfig())
-    points: int = option(1, POINTS)
+    points: int = option(1, "points of the path that each crop trains at; it is encoded once for all of them")
     path: Literal["spline", "linear"] = option(
         "spline", "trajectory through the levels' latents; linear is an ablation"
     )
@@ -52,7 +44,8 @@ class TrainLFMConfig:
     fit: FitConfig = option(FitConfig(steps=400_000, batch=32, learning_rate=2e-4))
 
     def __post_init__(self):
-        check_points(self.points)
+        if self.points < 1:
+            raise ValueError(f"points={self.points}: must be at least 1")
         if self.lpips_weight < 0:
             raise ValueError(f"lpips_weight={self.lpips_weight}: must not be negative")
         if self.scenes.reductions != (1.0,):

@@ -18,8 +18,9 @@ from degflow.models import ResidualAutoencoder, ResidualConfig, ResidualFlow, Re
 from degflow.models.cutoff import Excess
 from degflow.models.grain import Lack
 from degflow.models.precision import computing
-from degflow.objectives import ResidualObjective, residuals, to_float
-from degflow.training.lfm import POINTS, check_points, provenance
+from degflow.objectives import LatentObjective, ResidualObjective, residuals, to_float
+from degflow.training.latents import LatentCrops, latents_of
+from degflow.training.lfm import provenance
 from degflow.training.loop import Validation, fit
 from degflow.training.processes import is_main_process, local_share, own_device
 from degflow.training.rae import load_stage1, watched_crops
@@ -42,12 +43,11 @@ class TrainResidualConfig:
     )
     output: str = required("folder or URI for checkpoints, previews and degrader.safetensors")
     residual: ResidualConfig = option(ResidualConfig())
-    points: int = option(1, POINTS)
+    encode_once: bool = option(
+        False, "encode whole scenes before the first step, not a crop in every step", common=True
+    )
     half: bool = option(False, "store the degrader in float16 (computed in float32 all the same)")
     fit: FitConfig = option(FitConfig(steps=100_000, batch=32, learning_rate=2e-4))
-
-    def __post_init__(self):
-        check_points(self.points)
 
 
 def train_residual(config: TrainResidualConfig) -> None:
@@ -75,7 +75,8 @@ def train_residual(config: TrainResidualConfig) -> None:
     spread = fit_spread(
         autoencoder.to(own_device()), stacks, times, config.scenes.crop, quiet=not main, device=own_device()
     )
-    objective = ResidualObjective(autoencoder, ResidualFlow(optics, spread, network, r), config.fit.seed)
+    kind = LatentObjective if config.encode_once else ResidualObjective
+    objective = kind(autoencoder, ResidualFlow(optics, spread, network, r), config.fit.seed)
 
     def degrader(network: nn.Module) -> Degrader:
         device = next(network.parameters()).device
@@ -88,9 +89,11 @@ def train_residual(config: TrainResidualConfig) -> None:
 
     trained: nn.Module | None = network if main else None
     if config.residual.blocks:
-        samples = ResidualCrops(
-            [stack.pixels for stack in stacks], times, config.scenes.crop, config.fit.seed, config.points
-        )
+        if config.encode_once:
+            latents = latents_of(autoencoder, stacks, config.scenes.cache, quiet=not main, share=local_share())
+            samples = LatentCrops(latents, times, config.scenes.crop // r, config.fit.seed)
+        else:
+            samples = ResidualCrops([stack.pixels for stack in stacks], times, config.scenes.crop, config.fit.seed)
         result = fit(objective, samples, config.fit, config.output, config, validate)
         trained = result.network if result else None
     if trained:

@@ -13,7 +13,9 @@ from degflow.benchmarking import gpu, run
 from degflow.benchmarking.measure import Table, flop
 from degflow.benchmarking.predict import GPU, LAUNCH, REST, Kernel, kernels, total
 from degflow.benchmarking.run import BenchmarkConfig, benchmark
+from degflow.benchmarking.steps import trainings
 from degflow.config import Unfinished, load
+from degflow.models.precision import PRECISIONS, computing, exactly
 from tests import ROOT
 from tests.benchmarking.test_benchmark import cells, drawing, of, published
 
@@ -54,6 +56,21 @@ def test_a_kernel_takes_the_longest_of_computing_memory_and_launch():
     assert total([product, sum_], FAST, "bfloat16", fused=True) == pytest.approx(0.1)
 
 
+def test_what_stays_in_float32_is_counted_so_at_any_precision():
+    def way():
+        with computing("bfloat16", "meta"):
+            narrow = meta(64, 64) @ meta(64, 64)
+            with exactly("meta"):
+                return narrow @ meta(64, 64)
+
+    narrow, exact = kernels(way, {})
+    assert (narrow.exact, exact.exact) == (False, True)
+    assert narrow == exact._replace(exact=False)
+    work = Kernel("a", 10**13, 4 * 10**9, 4 * 10**9, exact=True)
+    for precision in PRECISIONS:
+        assert work.seconds(FAST, precision) == work.fused(FAST, precision) == pytest.approx(1.5)  # 15 times 0.1 s
+
+
 @pytest.mark.parametrize("flow", [published, drawing])
 def test_a_degraders_parts_are_all_of_its_work(flow):
     degrader = of(flow)
@@ -92,6 +109,15 @@ def test_every_image_is_predicted_and_one_that_does_not_fit_is_named(monkeypatch
     }
     assert "4096 x 4096: memory=0.2" in capsys.readouterr().out
     assert all(float(row[4]) > float(row[5]) > 0 for row in table.rows)
+
+
+def test_the_trainings_for_realsr_are_predicted():
+    slow, fast = (trainings(of(drawing), GPU(tflops, 1e9)) for tflops in (1e-3, 2e-3))
+    assert list(cells(slow)) == ["stage 1: realsr_rae", "stage 2: realsr_residual"]
+    for name, row in cells(slow).items():
+        assert float(row["ms/step"]) == pytest.approx(2 * float(cells(fast)[name]["ms/step"]), rel=0.05)
+        steps = int(row["steps"].split(" ")[0])
+        assert float(row["hours"]) == pytest.approx(float(row["ms/step"]) * steps / 3.6e6, rel=0.1)
 
 
 def test_tf32_is_emulated_where_the_policy_allows_it():

@@ -170,13 +170,16 @@ def test_without_blocks_the_gaussian_is_fitted_and_nothing_is_trained(tree, rae,
     assert not torch.equal(*draws)
 
 
-def test_a_crop_may_train_at_several_points(tree, rae, residual, tmp_path):
-    said = succeed("train_residual", **keys_of(tree, rae, tmp_path, points=3))
-    assert re.search(r"^step 12 of 12: cfm [0-9.e-]+, ", said, re.M)
-    name = "flow.network.head.weight"
-    one, three = (load_file(folder / "degrader.safetensors")[name] for folder in (residual[0], tmp_path))
-    assert one.shape == three.shape
-    assert not torch.equal(one, three)
+def test_scenes_may_be_encoded_once_into_a_cache_for_all_trainings(tree, rae, residual, tmp_path):
+    cache = tmp_path / "cache"
+    once = {"encode_once": "true", "scenes.cache": cache}
+    said = [succeed("train_residual", **keys_of(tree, rae, tmp_path / name, **once)) for name in "ab"]
+    assert all(re.search(r"^step 12 of 12: cfm [0-9.e-]+, ", words, re.M) for words in said)
+    assert digest(tmp_path / "a") == digest(tmp_path / "b") != digest(residual[0])
+    assert len(list(cache.glob("*-latents.npy"))) == 4  # two scenes at two reductions
+    trained, other = (load_file(folder / "degrader.safetensors") for folder in (tmp_path / "a", residual[0]))
+    assert torch.equal(trained["flow.spread.filters"], other["flow.spread.filters"])
+    assert not torch.equal(trained["flow.network.head.weight"], other["flow.network.head.weight"])
 
 
 def test_half_precision_is_stored_on_request(tree, rae, tmp_path):
@@ -210,7 +213,6 @@ def test_each_stage_2_takes_its_own_kind_of_stage_1_alone(tree, rae, residual, t
         ({"scenes.crop": 64}, 2, r"scenes.reductions=\[1.0, 1.6\]: reduced by 1.6, no scene is left .*scenes.crop=64"),
         ({"scenes.reductions": "[2.0]"}, 2, r"scenes.reductions=\[2.0\]: .*has all levels above scale 1"),
         ({"residual.width": 9}, 2, r"residual.width=9: must be even"),
-        ({"points": 0}, 2, r"points=0: must be at least 1"),
     ],
 )
 def test_what_does_not_fit_is_named_before_it_starts(changes, code, said, tree, rae, tmp_path):
