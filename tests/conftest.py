@@ -18,6 +18,8 @@ GROUPS = {
         "tests/synthesis/test_cluster.py",
         "tests/synthesis/test_tasks.py",
         "tests/synthesis/test_metrics.py",
+    ),
+    "runs": (  # they share another one
         "tests/synthesis/test_storms.py",
         "tests/synthesis/test_run.py",
         "tests/synthesis/test_oddities.py",
