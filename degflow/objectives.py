@@ -1,7 +1,8 @@
 """The training objectives: a batch of samples -> losses.
 
 `RAEObjective` is stage 1 (DegFlow, section 2.1), `LFMObjective` the published stage 2 (section 2.2), and
-`ResidualObjective` stage 2 for flows that draw (`models.residual`). Whatever is random in a sample (its level, its
+`ResidualObjective` stage 2 for flows that draw (`models.residual`), `LatentObjective` the same on latents that were
+encoded before. Whatever is random in a sample (its level, its
 times, its noise) was drawn with the sample. So every tensor here has a fixed shape, and nothing waits for a device.
 The published stage 2 may train at several points of its path for each sample, which is encoded once for all of them.
 In a narrower precision (`models.precision`) only the trained network and the decoder compute: what they are compared
@@ -57,7 +58,7 @@ class RAEObjective(nn.Module):
 
 
 class _Stage2(nn.Module):
-    """What the two objectives of stage 2 share: a frozen autoencoder beside the network that is trained."""
+    """What the objectives of stage 2 share: a frozen autoencoder beside the network that is trained."""
 
     def __init__(self, autoencoder: ResidualAutoencoder, network: nn.Module, seed: int):
         super().__init__()
@@ -171,6 +172,8 @@ class ResidualObjective(_Stage2):
 
 class LatentObjective(ResidualObjective):
     """`ResidualObjective` on latents that were encoded before, with the gain as one more channel (`training.latents`).
+
+    The autoencoder computes nothing here. It is part of the objective so that a checkpoint notes which one it was.
 
     Args: see `ResidualObjective`.
     """

@@ -34,6 +34,7 @@ GROUPS = {
     "processes": (  # trainings of several processes, whose launchers open ports
         "tests/training/test_launch.py",
         "tests/training/test_jobs.py",
+        "tests/training/test_residual.py",
         "tests/training/test_loop.py",
     ),
     "networks": (  # compilations and large images

@@ -4,9 +4,9 @@ The work runs on the device `meta`, whose tensors have shapes but no numbers. So
 any size. Where a product runs in half precision, its float32 factors are read, rounded and written before: autocast
 does so, and keeps the stream between the products in float32.
 
-What stays in float32 at any precision (`exactly`) counts as such, but for the backward pass of a decoder's last
-convolution. One thing differs on a GPU: attention, which the published flow has, is one kernel there that stores no
-scores. Here it is five that do, so the published flow is predicted too slow.
+What stays in float32 at any precision (`exactly`) counts as such in forward passes. In backward passes it counts as the
+other products, which changes less than 1% of a step. One thing differs on a GPU: attention, which the published flow
+has, is one kernel there that stores no scores. Here it is five that do, so the published flow is predicted too slow.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -97,8 +97,8 @@ def trainings(degrader: Degrader, gpu: GPU) -> Table:
     count = len(FLIPS) * (2 * len(degrader.levels) - 1) * sum(1 / factor**2 for factor in stage2.scenes.reductions)
     about = (
         f"**Predicted, not measured**: for one GPU with {gpu.tflops:g} TFLOP/s in bfloat16 and {gpu.terabytes:g} TB/s, "
-        f"without loading, validation and checkpoints. Before stage 2 all scenes are encoded in float32: "
-        f"{count * encoding:.2g} s for each megapixel of a scene's HR image."
+        f"without loading, validation and checkpoints. Before stage 2 all scenes are encoded in float32, at least "
+        f"{count * encoding:.2g} s for each megapixel of a scene's HR image (more where tiles overlap)."
     )
     return Table("Trainings at the size for RealSR, predicted", about, ("", "steps", "ms/step", "hours"), rows)
 

@@ -46,7 +46,9 @@ class SceneConfig:
     )
     resize_lr: bool = option(False, "enlarge LR images smaller than HR (RealSR V3) to HR's size by bicubic")
     crop: int = option(256, "side of the random crops, in pixels", common=True)
-    cache: str = option("", "local folder for decoded images, shared by all processes; empty: memory of each process")
+    cache: str = option(
+        "", "local folder for decoded and encoded images, shared by all processes; empty: memory of each process"
+    )
     reductions: tuple[float, ...] = option(
         (1.0,),
         "factors by which all images of a scene are shrunk for training: shrunk by f, a capture at scale s is one at "
@@ -151,8 +153,7 @@ class SceneImages:
     Args:
         config: tree, levels and cache.
         quiet: no progress bar.
-        share: (n, N): this is process n of N that fill one cache. Each begins with its own N-th of the scenes; the
-            other processes have then decoded most of the rest.
+        share: see `in_turn`.
 
     Raises:
         ValueError: a scene's files differ in size, or one is smaller than the crop; the message names the file.
@@ -162,10 +163,9 @@ class SceneImages:
         self.config = config
         self.place = Place(config.data)
         self.scenes, self.missing = find_scenes(config.data, list(config.levels))
-        count, first = len(self.scenes), len(self.scenes) * share[0] // share[1]
-        turns = [(first + n) % count for n in range(count)]
+        turns = in_turn(len(self.scenes), share)
         loaded = {n: self._load(self.scenes[n]) for n in tqdm(turns, "decoding scenes", disable=quiet)}
-        self.pixels = [loaded[n] for n in range(count)]
+        self.pixels = [loaded[n] for n in range(len(self.scenes))]
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -221,6 +221,18 @@ class SceneImages:
         return images.resize(pixels, height, width)
 
 
+def in_turn(count: int, share: tuple[int, int]) -> list[int]:
+    """The order in which one of several processes makes the `count` files of a cache.
+
+    Args:
+        count: files.
+        share: (n, N): this is process n of N. It begins with every N-th file, from file n on. When it comes to the
+            others, their processes have made most of them.
+    """
+    n, processes = share
+    return sorted(range(count), key=lambda file: (file - n) % processes)
+
+
 def kept(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
     """The array of a cache's file, memory-mapped; made first where there is none, and never seen half written."""
     if not path.exists():
@@ -240,7 +252,7 @@ class Crops(Dataset[dict[str, Tensor]]):
     Whatever else is random in a sample is drawn here too, by `draw` of a subclass, from the sample's own generator.
 
     Args:
-        stacks: the images of each scene, uint8 "K H W 3".
+        stacks: the images of each scene, uint8 "K H W 3"; or latents, see `training.latents`.
         crop: side in pixels.
         seed: with n, decides everything.
     """
@@ -339,7 +351,7 @@ class ResidualCrops(Crops):
 
 
 def _tensor(pixels: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
 @lru_cache(maxsize=4)

@@ -58,7 +58,7 @@ def exactly(device: str) -> AbstractContextManager[Any]:
 
 
 def _autocast(device: str, dtype: torch.dtype | None = None, *, enabled: bool) -> AbstractContextManager[Any]:
-    """Of `computing` with a type, of `exactly` without."""
+    """PyTorch's autocast; `computing` names a type, `exactly` does not."""
     if device == "meta":
         return _Exactness(dtype is None)
     return torch.autocast(device, dtype, enabled=enabled)

@@ -14,12 +14,12 @@ import torch
 from tqdm import tqdm
 
 from degflow import images
-from degflow.capture.scenes import ResidualCrops, kept
+from degflow.capture.scenes import ResidualCrops, in_turn, kept
 from degflow.capture.skeletons import Stack
 from degflow.models import ResidualAutoencoder
 from degflow.models.precision import computing
 from degflow.models.residual import lost_detail
-from degflow.tiling import Grid, cheapest
+from degflow.tiling import cheapest, finest
 
 WINDOW = 128**2  # latent pixels that are encoded at once
 FLIPS = ((False, False), (False, True), (True, False), (True, True))  # upside down, mirrored
@@ -39,44 +39,46 @@ def latents_of(
         stacks: see `Stack`; their sides are cut to multiples of r.
         cache: local folder for memory-mapped files, which all processes of a machine share; "": memory.
         quiet: no progress bar.
-        share: see `SceneImages`.
+        share: see `capture.scenes.in_turn`.
 
     Returns:
         For each stack float32 "4M h w C_z+1": all M images of the stack unflipped, then those mirrored, upside down,
         and both. The last channel is the gain of an image after the optics (see `lost_detail`), and 0 of the others.
     """
-    count, first = len(stacks), len(stacks) * share[0] // share[1]
     weights, found = _digest(autoencoder), {}
-    for turn in tqdm(range(count), "encoding scenes", disable=quiet):
-        n = (first + turn) % count
+    for n in tqdm(in_turn(len(stacks), share), "encoding scenes", disable=quiet):
         if cache:
-            digest = hashlib.sha256(weights + np.ascontiguousarray(stacks[n].pixels).data).hexdigest()
-            found[n] = kept(Path(cache) / f"{digest[:24]}-latents.npy", lambda n=n: _encoded(autoencoder, stacks[n]))
+            pixels = stacks[n].pixels
+            digest = hashlib.sha256(f"flips and gain {pixels.shape}".encode() + weights)
+            digest.update(np.ascontiguousarray(pixels).data)
+            path = Path(cache) / f"{digest.hexdigest()[:24]}-latents.npy"
+            found[n] = kept(path, lambda n=n: _encoded(autoencoder, stacks[n]))
         else:
             found[n] = _encoded(autoencoder, stacks[n])
-    return [found[n] for n in range(count)]
+    return [found[n] for n in range(len(stacks))]
 
 
 @torch.inference_mode()
 def _encoded(autoencoder: ResidualAutoencoder, stack: Stack) -> np.ndarray:
     r, device = autoencoder.config.compression, next(autoencoder.parameters()).device
     rows, columns = (side // r for side in stack.pixels.shape[1:3])
-    grid = cheapest(rows, columns, autoencoder.config.halo, WINDOW) or Grid(rows, columns)
+    halo = autoencoder.config.halo
+    grid = cheapest(rows, columns, halo, WINDOW) or finest(rows, columns, halo)
     levels = len(stack.scales) + 1
     found = []
     for upside_down, mirrored in FLIPS:
         pixels = stack.pixels[:, :: -1 if upside_down else 1, :: -1 if mirrored else 1]
         pixels = pixels[:, : rows * r, : columns * r]
-        hr = images.to_tensor(pixels[:1]).to(device)
+        hr = images.to_tensor(pixels[:1], device)
         for n, each in enumerate(pixels):
-            image = images.to_tensor(each[None]).to(device)
+            image = images.to_tensor(each[None], device)
             values = image.new_zeros(1, autoencoder.config.latent_channels + 1, rows, columns)
             with computing("float32", device.type):
                 for tile in grid.tiles():
                     tile.paste(values[:, :-1], autoencoder.encode(tile.cut(image, r))[0], 1)
                 if n >= levels:
                     values[:, -1:] = lost_detail(hr, image, r)
-            found.append(values[0].permute(1, 2, 0).cpu().numpy())
+            found.append(np.ascontiguousarray(values[0].permute(1, 2, 0).cpu().numpy()))
     return np.stack(found)
 
 

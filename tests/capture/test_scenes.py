@@ -17,6 +17,7 @@ from degflow.capture.scenes import (
     SceneImages,
     check_levels,
     find_scenes,
+    in_turn,
 )
 from degflow.config import load
 from degflow.storage import Place
@@ -365,11 +366,11 @@ def test_processes_that_share_a_cache_begin_with_a_part_each(tree, tmp_path, mon
     order, decode = [], SceneImages._decode
     monkeypatch.setattr(SceneImages, "_decode", lambda self, scene: order.append(scene.name) or decode(self, scene))
     names = ["Canon_001", "Canon_002", "Canon_010"]
-    for share, first in (((0, 3), 0), ((1, 3), 1), ((2, 3), 2), ((1, 2), 1)):
+    for share in ((0, 3), (1, 3), (2, 3), (1, 2)):
         order.clear()
         settings = SceneConfig(data=tree.uri, levels=LEVELS, crop=16, cache=str(tmp_path / f"{share}"))
         shared = SceneImages(settings, quiet=True, share=share)
-        assert order == names[first:] + names[:first]
+        assert order == [names[n] for n in in_turn(3, share)]
         assert [int(pixels[0, 0, 0, 2]) for pixels in shared.pixels] == [0, 10, 20]
 
 
@@ -453,3 +454,10 @@ def test_a_crop_below_8_is_refused(tree):
 def test_reductions_below_1_are_refused(tree, reductions):
     with pytest.raises(ValueError, match=r"scenes\.reductions=\[.*\]: at least one factor, each at least 1 and finite"):
         replace(config(tree), reductions=reductions)
+
+
+def test_each_process_begins_with_its_own_files_of_a_cache_large_and_small():
+    orders = [in_turn(10, (n, 4)) for n in range(4)]
+    assert all(sorted(order) == list(range(10)) for order in orders)
+    assert [order[:2] for order in orders] == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert orders[1] == [1, 5, 9, 2, 6, 3, 7, 0, 4, 8]

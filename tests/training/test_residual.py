@@ -1,8 +1,11 @@
 """Stage 1 with skips=optics, then train_residual, as jobs on a small simulated tree; and the fit of the spread."""
 
 import hashlib
+import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 from typing import cast
@@ -27,6 +30,7 @@ from degflow.models.residual import lost_detail
 from degflow.training.rae import load_stage1
 from degflow.training.residual import fit_finish, fit_spread
 from degflow.trajectory import Timeline
+from tests import ROOT
 from tests.captures import save_scenes
 from tests.training.test_jobs import LFM, RAE, fails, start, succeed
 
@@ -180,6 +184,23 @@ def test_scenes_may_be_encoded_once_into_a_cache_for_all_trainings(tree, rae, re
     trained, other = (load_file(folder / "degrader.safetensors") for folder in (tmp_path / "a", residual[0]))
     assert torch.equal(trained["flow.spread.filters"], other["flow.spread.filters"])
     assert not torch.equal(trained["flow.network.head.weight"], other["flow.network.head.weight"])
+
+
+def test_two_processes_share_the_encoding_and_train_as_one_does(tree, rae, tmp_path):
+    once = {"encode_once": "true", "scenes.cache": tmp_path / "cache"}
+    keys = keys_of(tree, rae, tmp_path / "two", **once)
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    words = [*launcher, "-m", "degflow", "train-residual", *(f"{name}={value}" for name, value in keys.items())]
+    more = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [sys.executable, *words], env={**os.environ, **more}, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "cache").glob("*-latents.npy"))) == 4
+    succeed("train_residual", **keys_of(tree, rae, tmp_path / "one"), encode_once="true")
+    two, one = (load_file(tmp_path / name / "degrader.safetensors") for name in ("two", "one"))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
 
 
 def test_half_precision_is_stored_on_request(tree, rae, tmp_path):
