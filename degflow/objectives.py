@@ -2,9 +2,9 @@
 
 `RAEObjective` is stage 1 (DegFlow, section 2.1), `LFMObjective` the published stage 2 (section 2.2), and
 `ResidualObjective` stage 2 for flows that draw (`models.residual`), `LatentObjective` the same on latents that were
-encoded before. Whatever is random in a sample (its level, its
-times, its noise) was drawn with the sample. So every tensor here has a fixed shape, and nothing waits for a device.
-The published stage 2 may train at several points of its path for each sample, which is encoded once for all of them.
+encoded before. Whatever is random in a sample (its level, its times, its noise) was drawn with the sample. So every
+tensor here has a fixed shape, and nothing waits for a device. The published stage 2 may train at several points of its
+path for each sample, which is encoded once for all of them.
 In a narrower precision (`models.precision`) only the trained network and the decoder compute: what they are compared
 with, the frozen encoder's latents and LPIPS, is made in float32.
 """

@@ -86,12 +86,10 @@ def trainings(degrader: Degrader, gpu: GPU) -> Table:
     rows = []
     for name, way, config in (("stage 1: realsr_rae", "stage 1", stage1), ("stage 2: realsr_residual", ONCE, stage2)):
         fit = config.fit
-        seconds = steps(shadow, None, None, fit.precision, config.scenes.crop, fit.batch)[way].seconds(
-            gpu, fit.precision
-        )
-        rows.append(
-            (name, f"{fit.steps} of {fit.batch} crops", f"{1e3 * seconds:.3g}", f"{seconds * fit.steps / 3600:.2g}")
-        )
+        step = steps(shadow, None, None, fit.precision, config.scenes.crop, fit.batch)[way]
+        seconds = step.seconds(gpu, fit.precision)
+        hours = seconds * fit.steps / 3600
+        rows.append((name, f"{fit.steps} of {fit.batch} crops", f"{1e3 * seconds:.3g}", f"{hours:.2g}"))
     image = torch.empty(1, 3, 1000, 1000, device="meta")
     encoding = total(kernels(lambda: shadow.autoencoder.encode(image), {}), gpu, "float32")
     count = len(FLIPS) * (2 * len(degrader.levels) - 1) * sum(1 / factor**2 for factor in stage2.scenes.reductions)
