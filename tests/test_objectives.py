@@ -319,10 +319,8 @@ def test_the_parts_of_a_batch_have_its_loss_and_its_gradient_on_average(kind, si
 
 
 def test_the_points_of_a_crop_have_the_mean_loss_of_as_many_samples_and_their_gradient():
-    batch, points = (
-        batch_of("lfm"),
-        torch.tensor([[0.1, 0.7, 0.3], [0.9, 0.2, 0.5], [0.0, 0.6, 0.8], [0.4, 0.35, 0.95]]),
-    )
+    points = torch.tensor([[0.1, 0.7, 0.3], [0.9, 0.2, 0.5], [0.0, 0.6, 0.8], [0.4, 0.35, 0.95]])
+    batch = batch_of("lfm")
 
     def learned(batches):
         objective = objective_of("lfm").train()
