@@ -1,7 +1,9 @@
 """Small scenes, in memory and as a tree, and flows and degraders with random weights."""
 
 import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,6 +36,17 @@ class Scenes:
 
     def __len__(self):
         return len(self.scenes)
+
+
+def is_mapped(array):
+    """Whether a file backs the array, and this process does not hold that file open."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, last = (int(end, 16) for end in line.split()[0].split("-"))
+        if first <= array.ctypes.data < last:
+            file = " ".join(line.split()[5:])
+            held = {os.path.realpath(entry) for entry in Path("/proc/self/fd").iterdir()}
+            return file.endswith(".npy") and file not in held
+    return False
 
 
 def scenes_of(**pixels):

@@ -234,7 +234,10 @@ def in_turn(count: int, share: tuple[int, int]) -> list[int]:
 
 
 def kept(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
-    """The array of a cache's file, memory-mapped; made first where there is none, and never seen half written."""
+    """The array of a cache's file, memory-mapped; made first where there is none, and never seen half written.
+
+    It holds no file open: NumPy's maps do, and RealSR has more arrays than the 1024 files that a process may open.
+    """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{uuid.uuid4().hex}.npy")
@@ -243,7 +246,11 @@ def kept(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    head = np.load(path, mmap_mode="r", allow_pickle=False)
+    whole = torch.from_file(str(path), shared=False, size=head.offset + head.nbytes, dtype=torch.uint8).numpy()
+    array = whole[head.offset :].view(head.dtype).reshape(head.shape)
+    array.flags.writeable = False
+    return array
 
 
 class Crops(Dataset[dict[str, Tensor]]):

@@ -183,16 +183,19 @@ def _patches(y: Tensor) -> Tensor:
 def ranks(draws: Tensor, captured: Tensor) -> list[Tensor]:
     """For each band of frequency, fine to coarse: how often the captured pixel has each rank among N draws, "N + 1".
 
-    Shares that sum to 1; 1 / (N + 1) each where the draws are calibrated. Ties are parted evenly.
+    Shares that sum to 1; 1 / (N + 1) each where the draws are calibrated. A pixel that is equal to some draws, as in a
+    white sky, counts in equal parts at all the ranks that it could have among them.
     """
     y = torch.cat((shaved_luma(draws, 1), shaved_luma(captured, 1)))[:, None]
-    found, rest = [], y
+    found, rest, count = [], y, len(draws)
     for sigma in (*BANDS, None):
         coarse = blur(y, sigma) if sigma else torch.zeros_like(y)
         band, rest = rest - coarse, coarse
-        below = (band[:-1] < band[-1:]).sum(0) + (band[:-1] == band[-1:]).sum(0) / 2
-        found.append(torch.bincount(below.round().long().flatten(), minlength=len(draws) + 1).double())
-    return [count / count.sum() for count in found]
+        below, ties = ((relation(band[:-1], band[-1:])).sum(0).flatten() for relation in (torch.lt, torch.eq))
+        part = 1 / (ties + 1).double()
+        first, last = (torch.bincount(rank, part, count + 2) for rank in (below, below + ties + 1))
+        found.append((first - last).cumsum(0)[: count + 1] / len(part))
+    return found
 
 
 def rank_error(shares: Tensor) -> float:

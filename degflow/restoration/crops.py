@@ -8,8 +8,6 @@
 """
 
 import hashlib
-import os
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +20,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from degflow import images
-from degflow.capture.scenes import HR_LABEL, SceneConfig, SceneImages
+from degflow.capture.scenes import HR_LABEL, SceneConfig, SceneImages, kept
 from degflow.dataset.layout import SUCCESS
 from degflow.dataset.reader import FinishedDataset
 from degflow.restoration.liif import pixel_centres
@@ -115,9 +113,8 @@ class _PixelStore:
         shape = np.array(pixels.shape).tobytes()
         digest = hashlib.blake2b(shape + np.ascontiguousarray(pixels).tobytes(), digest_size=16)
         if digest.digest() not in self.stored:
-            self.stored[digest.digest()] = (
-                self._mapped(pixels, digest.hexdigest()) if self.cache else self._counted(pixels)
-            )
+            file = Path(self.cache) / f"{digest.hexdigest()}.npy"
+            self.stored[digest.digest()] = kept(file, lambda: pixels) if self.cache else self._counted(pixels)
         return self.stored[digest.digest()]
 
     def _counted(self, pixels: np.ndarray) -> np.ndarray:
@@ -128,18 +125,6 @@ class _PixelStore:
                 "raise it, or set cache=FOLDER to keep them on a disk"
             )
         return pixels
-
-    def _mapped(self, pixels: np.ndarray, name: str) -> np.ndarray:
-        path = Path(self.cache) / f"{name}.npy"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(f".{uuid.uuid4().hex}.npy")
-            try:
-                np.save(temporary, pixels)
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
-        return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 class PairCrops(Dataset[dict[str, Tensor]]):

@@ -98,6 +98,19 @@ def test_calibrated_draws_have_the_lowest_energy_score_and_even_ranks():
     assert all(float(shares.sum()) == pytest.approx(1) for shares in ranks(spread(1.0), captured))
 
 
+def test_clipped_pixels_count_evenly_at_all_ranks():
+    """As in a white sky, where every draw is equal to the captured image."""
+    level = torch.linspace(0.5, 1.5, 136).expand(17, 1, 136, 136)  # half of the image is at or above white
+    images = (level + 0.02 * noise(17, 1, 136, 136)).clamp(0, 1).expand(-1, 3, -1, -1) * 2 - 1
+    shares = ranks(images[:16], images[16:])
+    assert rank_error(shares[0]) < 0.03
+    white = torch.ones(9, 3, 64, 64)
+    for share in ranks(white[:8], white[8:]):
+        np.testing.assert_allclose(share, np.full(9, 1 / 9), rtol=1e-12)
+    black = ranks(white[:8], -white[8:])[-1]  # the band of the mean
+    np.testing.assert_array_equal(black, [1] + [0] * 8)
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_captured_and_drawn_images_are_measured_by_the_same_rule():
     levels = {"1": 1.0, "2": 2.0, "4": 4.0}
