@@ -15,7 +15,7 @@ they should be. All on Y in 16..235 with 4 pixels shaved, unless said otherwise.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -64,7 +64,12 @@ class DrawScore(NamedTuple):
 
 
 def distribution(
-    degrader: Degrader, scenes: SceneImages, levels: Mapping[str, float], count: int, crop: int = 0
+    degrader: Degrader,
+    scenes: SceneImages,
+    levels: Mapping[str, float],
+    count: int,
+    crop: int = 0,
+    **options: int | float | str,
 ) -> Iterator[DrawScore]:
     """Compare `count` draws of each LR image with the captured one, at every level but HR's.
 
@@ -74,19 +79,22 @@ def distribution(
         levels: label -> scale, in the scenes' order, HR first.
         count: draws, at least 2.
         crop: side of the central crop; 0 takes whole images.
+        options: `steps`, `solver`, `spread` of the degrader.
     """
     device = next(degrader.parameters()).device
     for scene, pixels in zip(scenes.scenes, scenes.pixels, strict=True):
         real = images.to_tensor(central(pixels, crop), device)
         for n, (label, scale) in enumerate(levels.items()):
             if label != HR_LABEL:
-                yield DrawScore(scene.name, label, *_scores(degrader, real[:1], real[n : n + 1], scale, count))
+                yield DrawScore(scene.name, label, *_scores(degrader, real[:1], real[n : n + 1], scale, count, options))
 
 
-def _scores(degrader: Degrader, hr: Tensor, lr: Tensor, scale: float, count: int) -> tuple[float, ...]:
+def _scores(
+    degrader: Degrader, hr: Tensor, lr: Tensor, scale: float, count: int, options: dict[str, Any]
+) -> tuple[float, ...]:
     scales = torch.full((1, count), scale, dtype=torch.float64)
-    made = _rounded(degrader(hr, scales)[0])
-    mean = _rounded(degrader(hr, scales[:, :1], spread=0.0)[0])
+    made = _rounded(degrader(hr, scales, **options)[0])
+    mean = _rounded(degrader(hr, scales[:, :1], **{**options, "spread": 0.0})[0])
     optics = _rounded(degrader.flow.guide(hr, scales[0, :1]))
     captured, drawn = (flat_noise(image, hr) for image in (lr, made[:1]))
     together = ranks(made, lr)

@@ -62,7 +62,7 @@ def measure(
     crop: int = 0,
     baselines: Baselines | None = None,
     frechet: Frechet | None = None,
-    **solver: int | str,
+    **options: int | float | str,
 ) -> Iterator[Measurement]:
     """Compare every method's LR with the captured one, at every level but HR.
 
@@ -74,7 +74,7 @@ def measure(
         crop: side of the central crop, less if a scene is smaller; 0 takes whole images.
         baselines: more methods, after those of METHODS.
         frechet: collects the patches of every image; its distances are complete when all measurements are.
-        solver: `steps`, `solver` of the degrader.
+        options: `steps`, `solver`, `spread` of the degrader.
 
     Raises:
         ValueError: an image side has fewer than 24 pixels.
@@ -86,7 +86,7 @@ def measure(
         hr = real[:1]
         flat = realism.flat_blocks(hr)
         scales = torch.tensor([[levels[label] for label in labels]], dtype=torch.float64)
-        generated = degrader(hr, scales, **solver)[0]  # type: ignore[arg-type]
+        generated = degrader(hr, scales, **options)[0]  # type: ignore[arg-type]
         for n, label in enumerate(labels):
             lr = real[n + 1 : n + 2]
             made = {

@@ -36,7 +36,7 @@ def continuum(
     count: int = 3,
     side: int = 48,
     zoom: int = 4,
-    **solver: int | str,
+    **options: int | float | str,
 ) -> np.ndarray:
     """A patch of a few scenes: above, captured at every level; below, generated at even steps of t from 0 to 1.
 
@@ -48,7 +48,7 @@ def continuum(
         count: scenes, evenly spaced.
         side: of the patch, the most detailed one of the crop; less if a scene is smaller.
         zoom: each pixel is repeated so many times.
-        solver: `steps`, `solver` of the degrader.
+        options: `steps`, `solver`, `spread` of the degrader.
 
     Returns:
         uint8 "H W 3"; in each half a row per scene; below, one step of t more than there are levels.
@@ -61,7 +61,7 @@ def continuum(
     captured, generated = [], []
     for n in chosen:
         real = images.to_tensor(central(scenes.pixels[n], crop))
-        made = degrader(real[:1].to(device), scales[None], **solver)[0].cpu()  # type: ignore[arg-type]
+        made = degrader(real[:1].to(device), scales[None], **options)[0].cpu()  # type: ignore[arg-type]
         top, left = most_detailed(real[:1], side)
         for rows, batch in ((captured, real), (generated, made)):
             patch = batch[..., top : top + side, left : left + side]
@@ -88,6 +88,7 @@ def closeups(
     count: int = 3,
     side: int = 64,
     zoom: int = 3,
+    **options: int | float | str,
 ) -> np.ndarray:
     """Patches of a few scenes side by side: HR, the captured LR, a draw, and the mean of draws.
 
@@ -100,6 +101,7 @@ def closeups(
         count: scenes, evenly spaced.
         side: of a patch, less if a scene is smaller.
         zoom: each pixel is repeated so many times.
+        options: `steps`, `solver`, `spread` of the degrader.
 
     Returns:
         uint8 "H W 3"; three rows per scene: its most detailed patch, its flattest dark and its flattest bright one.
@@ -112,7 +114,8 @@ def closeups(
     for n in chosen:
         real = images.to_tensor(central(scenes.pixels[n], crop))
         hr = real[:1].to(device)
-        whole = torch.cat((real[[0, level]], *(degrader(hr, at, spread=spread).cpu() for spread in (1.0, 0.0))))
+        kinds = ({"spread": 1.0, **options}, {**options, "spread": 0.0})
+        whole = torch.cat((real[[0, level]], *(degrader(hr, at, **kind).cpu() for kind in kinds)))  # type: ignore[arg-type]
         for top, left in (most_detailed(real[:1], side), *(flattest(real[:1], side, *b) for b in ((0, 0.4), (0.6, 1)))):
             patch = whole[..., top : top + side, left : left + side]
             rows.append(patch.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2))

@@ -71,6 +71,7 @@ class EvaluateConfig:
     )
     figure: int = option(3, "number of scenes in figure.png, and in closeups.png if the model draws; 0: no pictures")
     draws: int = option(8, "number of LR images of each photograph and level, to measure their distribution; 0: none")
+    spread: float = option(1.0, "1: measure draws, 0: their mean; or between", common=True)
     steps: int = option(0, "solver steps; 0: the model's own number")
     solver: str = option("", "solver; empty: the model's own")
     device: str = option("auto", "auto (cuda when there is one), cpu, cuda or cuda:N")
@@ -84,6 +85,7 @@ class EvaluateConfig:
             ("optical", set(self.optical) <= set(levels), f"its labels must be of {levels}"),
             ("sweep", self.sweep == 0 or self.sweep >= 3, "must be 0 (none) or at least 3"),
             ("figure", self.figure >= 0, "must not be negative"),
+            ("spread", 0 <= self.spread <= 1, "must lie in [0, 1]"),
             ("draws", self.draws == 0 or self.draws >= 2, "must be 0 (none) or at least 2"),
         )
         for name, kept, rule in rules:
@@ -102,34 +104,35 @@ def _evaluate(config: EvaluateConfig, device: str) -> None:
     degrader = Degrader.load(config.model, device)
     degrader.check_scales(min(config.levels.values()), max(config.levels.values()))
     scenes = _scenes(config, config.data)
-    place, solver = Place(config.output), {"steps": config.steps, "solver": config.solver}
+    place, options = Place(config.output), {"steps": config.steps, "solver": config.solver, "spread": config.spread}
+    draws = degrader.draws and config.spread > 0
     place.write("config.yaml", dump(config).encode())
     texts = [
         f"# How close generated LR images come to captured ones\n\nMeans of {len(scenes)} scenes of {config.data}, "
         f"{f'central {config.crop} x {config.crop} pixels' if config.crop else 'whole images'}; degrader "
-        f"{config.model}."
+        f"{config.model}{'' if config.spread == 1 else f', spread {config.spread:g}'}."
     ]
-    measurements, distances, text = _measured(config, degrader, scenes, solver)
+    measurements, distances, text = _measured(config, degrader, scenes, options)
     place.write("measurements.parquet", tables.parquet(measurements))
     if distances:
         place.write("frechet.parquet", tables.parquet(distances))
     texts.append(text)
-    if config.draws and degrader.draws:
-        rows = tqdm(distribution(degrader, scenes, config.levels, config.draws, config.crop), "drawing", unit="LR")
-        scores = list(rows)
+    if config.draws and draws:
+        rows = distribution(degrader, scenes, config.levels, config.draws, config.crop, **options)
+        scores = list(tqdm(rows, "drawing", unit="LR"))
         place.write("draws.parquet", tables.parquet(scores))
         texts += [f"## Draws\n\n{DRAWS}", tables.draws_table(scores)]
     if config.sweep:
-        points, best, text = _swept(config, degrader, scenes, solver)
+        points, best, text = _swept(config, degrader, scenes, options)
         place.write("sweep.parquet", tables.parquet(points))
         place.write("best_times.parquet", tables.parquet(best))
         texts.append(text)
     if config.figure:
-        shown = continuum(degrader, scenes, config.levels, config.crop, count=config.figure, **solver)
+        shown = continuum(degrader, scenes, config.levels, config.crop, count=config.figure, **options)
         place.write("figure.png", encode_png(shown))
-        if degrader.draws:
+        if draws:
             label = min(config.levels, key=lambda name: abs(config.levels[name] - 3))
-            shown = closeups(degrader, scenes, config.levels, label, config.crop, count=config.figure)
+            shown = closeups(degrader, scenes, config.levels, label, config.crop, count=config.figure, **options)
             place.write("closeups.png", encode_png(shown))
     place.write("table.md", ("\n\n".join(texts) + "\n").encode())
     print("\n" + "\n\n".join(texts) + f"\n\ntables: {config.output}")
@@ -142,7 +145,7 @@ def _scenes(config: EvaluateConfig, data: str) -> SceneImages:
 
 
 def _measured(
-    config: EvaluateConfig, degrader: Degrader, scenes: SceneImages, solver: dict[str, Any]
+    config: EvaluateConfig, degrader: Degrader, scenes: SceneImages, options: dict[str, Any]
 ) -> tuple[list[Measurement], list[Distance], str]:
     """Every LR image's scores, where there is LPIPS the distances of patches, and the tables of both."""
     perceptual = Perceptual(config.lpips, config.lpips_weights) if config.lpips != "none" else None
@@ -152,7 +155,7 @@ def _measured(
     sigmas = fit_sigmas(fit_on, config.levels, config.crop) if "gaussian" in config.baselines else {}
     baselines = Baselines(degrader, config.levels, sigmas, config.baselines)
     frechet = Frechet(perceptual) if perceptual else None
-    rows = measure(degrader, scenes, config.levels, perceptual, config.crop, baselines, frechet, **solver)
+    rows = measure(degrader, scenes, config.levels, perceptual, config.crop, baselines, frechet, **options)
     measurements = list(tqdm(rows, "measuring", count(scenes, config.levels, baselines), unit="LR"))
     texts = [
         f"## Fidelity\n\nPSNR-Y in dB / SSIM / LPIPS ({config.lpips}) against the captured LR; the last two columns "
@@ -184,10 +187,10 @@ def _about(config: EvaluateConfig, baselines: Baselines) -> str:
 
 
 def _swept(
-    config: EvaluateConfig, degrader: Degrader, scenes: SceneImages, solver: dict[str, Any]
+    config: EvaluateConfig, degrader: Degrader, scenes: SceneImages, options: dict[str, Any]
 ) -> tuple[list[SweepPoint], list[BestTime], str]:
     """The curve over s, and where along it the captured levels lie."""
-    parts = sweep(degrader, scenes, config.levels, config.sweep, config.crop, **solver)
+    parts = sweep(degrader, scenes, config.levels, config.sweep, config.crop, **options)
     points = [point for part in tqdm(parts, "sweeping", len(scenes), unit="scene") for point in part]
     best = best_times(points, config.levels, degrader.timeline)
     curves = {label: mean_curve(points, label) for label in config.levels}

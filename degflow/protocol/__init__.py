@@ -1,4 +1,4 @@
-"""The paper's experiment: the cells (`plan`), running them (`cells`, `run`), and the results (`tables`)."""
+"""The paper's experiment: the cells (`plan`), `checks` before them, running them (`cells`, `run`), and `tables`."""
 
 from degflow.protocol.cells import finished, perform
 from degflow.protocol.plan import Cell, ProtocolConfig, cells

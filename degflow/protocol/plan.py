@@ -10,7 +10,8 @@ from degflow.config import option, required
 from degflow.evaluation.baseline_scenes import BETWEEN
 
 TEST_LEVEL = "3"  # label and scale of the test images
-SYNTHESIS = ("scale.", "spread=", "solver.")  # what a degrader's words say to synthesize
+DRAWING = ("spread=", "solver.")  # what a degrader's words say to synthesize, and to evaluate
+SYNTHESIS = ("scale.", *DRAWING)
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class ProtocolConfig:
         {"draws": [], "published": ["stage2=train_lfm", "skips=hr"]},
         "name -> its own arguments: model=FILE or model=shipped in place of a training; stage2=train_lfm or "
         "train_residual (the default); skips=..., autoencoder.* for train-rae; scenes.* for both trainings; levels=... "
-        "for evaluate; scale.*, spread=... for synthesize; all others for stage 2",
+        "for evaluate; scale.* for synthesize; spread=..., solver.* for both; all others for stage 2",
         common=True,
     )
     rae: list[str] = option(["config=paper_rae", "skips=optics"], "arguments for train-rae")
@@ -45,7 +46,7 @@ class ProtocolConfig:
         BETWEEN, "of baselines and trees: folder label -> scale of the LR images; must not contain the test level"
     )
     rows: dict[str, list[str]] = option(
-        {"real x3": ["3"], "real x2, x4": ["2", "4"], "generated x2..x4": ["draws"]},
+        {"real x3": ["3"], "real x2, x4": ["2", "4"], "generated x2..x4, draws": ["draws"]},
         "label -> training set of the SR networks: levels of real pairs, or names of degraders, baselines and trees; "
         "{} trains none",
         common=True,
@@ -74,6 +75,11 @@ class ProtocolConfig:
             for word in words:
                 if word.startswith("stage2=") and word not in ("stage2=train_lfm", "stage2=train_residual"):
                     raise ValueError(f"degraders: {name}: {word}: must be stage2=train_lfm or stage2=train_residual")
+            used = ("model=", "levels=", *SYNTHESIS)
+            if any(word.startswith("model=") for word in words):
+                for word in words:
+                    if not word.startswith(used):
+                        raise ValueError(f"degraders: {name}: {word}: does nothing beside model=, which is not trained")
         if not self.networks:
             raise ValueError("networks={}: needs at least one entry")
         if not self.between or {float(TEST_LEVEL), 1.0} & set(self.between.values()):
@@ -161,12 +167,13 @@ def degrader_cells(
 
 def use_cells(config: ProtocolConfig, name: str, own: list[str], model: str) -> Iterator[Cell]:
     """Compare the degrader with captured LR of both cameras; degrade B's HR images with it, if a row needs them."""
-    levels = [word for word in own if word.startswith("levels=")]
+    how = [word for word in own if word.startswith("levels=")]
+    how += [word.removeprefix("solver.") for word in own if word.startswith(DRAWING)]
     resize = ["resize_lr=true"] if config.resize_lr else []
     for camera in config.cameras:
         output = f"fidelity/{name}/{camera}"
         data = [f"model={model}", f"data={root(config)}/{camera}/Test", f"output={config.output}/{output}"]
-        yield Cell(output, "evaluate", [*data, *resize, *config.evaluate, *levels])
+        yield Cell(output, "evaluate", [*data, *resize, *config.evaluate, *how])
     if any(name in parts for parts in config.rows.values()):
         label = first_level(config)
         output, scales = f"generated/{name}", [word for word in own if word.startswith(SYNTHESIS)]

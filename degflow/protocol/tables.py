@@ -12,7 +12,7 @@ from degflow.protocol.plan import TEST_LEVEL, ProtocolConfig, sr_name
 from degflow.storage import Place
 
 SOURCE = "DegFlow, AAAI 2026, table 1 (RealSR x3)"
-PUBLISHED = {  # PSNR, SSIM, LPIPS
+PUBLISHED = {  # row -> network -> PSNR, SSIM, LPIPS; "generated" is by the published method
     "real x3": {
         "swinir": (30.69, 0.8647, 0.3217),
         "hat": (30.71, 0.8645, 0.3221),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from degflow import images
 from degflow.evaluation.draws import (
     BRIGHTNESS,
     DrawScore,
@@ -17,7 +18,7 @@ from degflow.evaluation.draws import (
     rank_error,
     ranks,
 )
-from degflow.evaluation.metrics import luma
+from degflow.evaluation.metrics import luma, psnr
 from degflow.evaluation.tables import draws_table
 from tests.captures import scenes_of, small_degrader
 
@@ -129,6 +130,21 @@ def test_captured_and_drawn_images_are_measured_by_the_same_rule():
         assert len({score.dark_drawn, score.middle_drawn, score.bright_drawn}) == 3
         assert score.psnr < score.mean_psnr
         assert 0 <= score.rank_error <= 1
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("options", [{"steps": 1, "solver": "euler"}, {"spread": 0.5}])
+def test_draws_are_made_as_the_options_say(options):
+    levels = {"1": 1.0, "4": 4.0}
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    degrader = small_degrader(levels, draws=True)
+    found = [next(distribution(degrader, scenes_of(a=pixels), levels, 2, **with_)) for with_ in ({}, options)]
+    hr, lr = images.to_tensor(pixels).split(1)
+    made = degrader(hr, torch.full((1, 2), 4.0, dtype=torch.float64), **options)[0]
+    rounded = images.to_tensor(images.to_pixels(made))
+    assert found[1].psnr == pytest.approx(float(psnr(rounded, lr.expand(2, -1, -1, -1)).mean()), abs=1e-9)
+    assert abs(found[1].psnr - found[0].psnr) > 1e-3
+    assert found[1].energy != found[0].energy
 
 
 def test_the_table_of_draws_holds_medians_of_noise_and_of_its_ratios_and_means_of_the_rest():

@@ -6,6 +6,8 @@ import pytest
 from PIL import Image
 
 from degflow import images
+from degflow.evaluation.crops import central
+from degflow.evaluation.metrics import psnr
 from tests.captures import save_scenes, small_degrader
 from tests.jobs import run_job
 
@@ -124,6 +126,23 @@ def test_a_model_that_draws_is_shown_beside_captured_images(evaluate, tree, tmp_
     with Image.open(tree.parent / "out/closeups.png") as picture:
         assert picture.size == (4 * (64 * 3 + 4) + 4, 16 + 6 * (64 * 3 + 4) + 4)
     assert len(rows_of(tree.parent / "out/draws.parquet")) == 2 * 3
+
+
+def test_the_mean_of_a_model_that_draws_is_measured_with_spread_0(evaluate, tree, tmp_path):
+    degrader, file = small_degrader({"1": 1.0, "2": 2.0, "4": 4.0}, draws=True), tmp_path / "draws.safetensors"
+    degrader.save(str(file), {})
+    said = evaluate(f"model={file}", "crop=64", "sweep=0", "figure=1", "baselines=[]", "spread=0")
+    assert "draws.safetensors, spread 0." in said
+    assert not (tree.parent / "out/draws.parquet").exists()
+    assert not (tree.parent / "out/closeups.png").exists()
+    row = next(row for row in rows_of(tree.parent / "out/measurements.parquet") if row["method"] == "generated")
+    hr, lr = (
+        images.decode((tree / row["label"] / f"{row['scene']}_{kind}.png").read_bytes())
+        for kind in ("HR", f"LR{row['label']}")
+    )
+    hr, lr = (images.to_tensor(central(pixels[None], 64)) for pixels in (hr, lr))
+    mean = images.to_tensor(images.to_pixels(degrader(hr, row["scale"], spread=0.0)))
+    assert row["psnr"] == pytest.approx(float(psnr(mean, lr)), abs=1e-6)
 
 
 def test_parts_can_be_left_out(evaluate, tree):

@@ -15,35 +15,19 @@ import pytest
 from PIL import Image
 
 from degflow import config, protocol
-from degflow.capture.simulate import SimulateConfig
 from degflow.config import Unfinished
 from degflow.evaluation import Measurement, parquet
-from degflow.evaluation.baseline_scenes import BaselineScenesConfig
 from degflow.evaluation.draws import DrawScore
-from degflow.evaluation.run import EvaluateConfig
 from degflow.protocol import Cell, ProtocolConfig, cells
+from degflow.protocol.checks import SCHEMAS, check
+from degflow.protocol.run import run_protocol
 from degflow.protocol.tables import PUBLISHED
-from degflow.restoration.settings import TrainSRConfig
 from degflow.storage import Place
-from degflow.synthesis.settings import SynthesizeConfig
-from degflow.training.lfm import TrainLFMConfig
-from degflow.training.rae import TrainRAEConfig
-from degflow.training.residual import TrainResidualConfig
 from degflow.training.stopping import Stopped
 from tests import ROOT
+from tests.captures import save_scenes
 from tests.jobs import run_job
 from tests.sources import save_model
-
-SCHEMAS = {
-    "simulate_scenes": SimulateConfig,
-    "train_rae": TrainRAEConfig,
-    "train_lfm": TrainLFMConfig,
-    "train_residual": TrainResidualConfig,
-    "evaluate": EvaluateConfig,
-    "synthesize": SynthesizeConfig,
-    "baseline_scenes": BaselineScenesConfig,
-    "train_sr": TrainSRConfig,
-}
 
 
 def loaded(*words):
@@ -74,6 +58,14 @@ def test_every_cell_of_the_configurations_that_ship_is_one_that_its_job_accepts(
         if "resize_lr=true" in words and cell.job != "synthesize":
             trained = cell.job in ("train_rae", "train_lfm", "train_residual")
             assert (settings.scenes if trained else settings).resize_lr
+
+
+@pytest.mark.parametrize("name", ["paper_protocol", "realsr_protocol"])
+def test_published_numbers_stand_beside_the_rows_that_repeat_them(name):
+    settings = loaded("data=R", f"config={name}")
+    assert set(PUBLISHED) <= set(settings.rows)
+    (degrader,) = settings.rows["generated x2..x4"]
+    assert "stage2=train_lfm" in settings.degraders[degrader]
 
 
 def test_the_plan_is_the_papers():
@@ -115,6 +107,7 @@ def test_a_degrader_says_how_both_stages_train_and_what_synthesize_does():
     assert planned["rae/published"].words[-1] == "skips=hr"
     assert planned["stage2/published"].words[-1] == "path=linear"
     assert planned["generated/draws"].words[-2:] == ["spread=0.5", "solver.steps=2"]
+    assert planned["fidelity/draws/Canon"].words[-2:] == ["spread=0.5", "steps=2"]  # what its SR networks train on
     assert planned["generated/ready"].words[0] == "model=shipped"
     assert "input=out/scenes/Nikon/Train/2/*_HR.png" in planned["generated/ready"].words
     assert planned["sr/hat/all/1"].words[-1] == "crop=32"
@@ -170,6 +163,7 @@ def test_the_first_seed_of_every_network_comes_first():
         (["rows={real x3: ['3'], real-x3: ['3']}"], "rows: .*must differ in letters and digits"),
         (["networks={../x: []}"], "networks: '../x' must be of letters"),
         (["degraders={a: [stage2=train_sr]}"], "degraders: a: stage2=train_sr: must be stage2=train_lfm or"),
+        (["degraders={a: [model=shipped, fit.steps=9]}"], "degraders: a: fit.steps=9: does nothing beside model="),
         (["row_words={b: ['noise={draws: 3}']}"], "row_words: 'b' must be one of rows="),
         (["seeds={edsr: 2}"], "seeds=.*: 'edsr' must be one of networks"),
         (["networks={}"], "networks={}: needs at least one entry"),
@@ -185,6 +179,66 @@ def test_the_first_seed_of_every_network_comes_first():
 def test_a_configuration_that_cannot_be_is_named(words, said):
     with pytest.raises(ValueError, match=said):
         loaded(*words)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Both cameras' Train and Test at levels 2, 3 and 4."""
+    for camera in ("Canon", "Nikon"):
+        for split in ("Train", "Test"):
+            save_scenes(tmp_path / "tree" / camera / split, [np.zeros((48, 48, 3), np.uint8)], ("2", "3", "4"))
+    return tmp_path / "tree"
+
+
+def experiment(tmp_path, tree, **changes):
+    keys = {
+        "data": tree,
+        "degraders": "{draws: [model=shipped], ours: [fit.steps=9]}",
+        "networks": "{rcan: [network.name=rcan]}",
+        "evaluate": "[lpips=none, 'levels={1: 1.0, 2: 2.0, 3: 3.0}']",
+        "sr": "[test_lpips=none]",
+    }
+    words = [f"{key}={value}" for key, value in (keys | changes).items()]
+    return config.load(ProtocolConfig, [f"output={tmp_path / 'out'}", *words])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"networks": "{rcan: [network.nam=rcan]}"},
+            "sr/rcan/real-x3/0: train_sr: network.nam: .*Did you mean: 'name'",
+        ),
+        ({"evaluate": "[lpips=none, levls=3]"}, "fidelity/draws/Canon: evaluate: levls: "),
+        (
+            {"evaluate": "[lpips=none]"},
+            "fidelity/draws/Canon: evaluate: data=.*Canon/Test: no scene has every level of",
+        ),
+        ({"sr": "[test_level=5, test_lpips=none]"}, "sr/rcan/real-x3/0: train_sr: .*no scene has every level"),
+        ({"cameras": "[Canon, Sony]"}, "fidelity/draws/Sony: evaluate: .*Sony/Test"),
+        ({"trees": "{far: nowhere}", "rows": "{a: [far]}"}, "sr/rcan/a/0: train_sr: .*nowhere"),
+        ({"degraders": "{draws: [model=none.safetensors]}"}, "none.safetensors"),
+        ({"sr": "[test_lpips_weights=none.pth]"}, "sr/rcan/real-x3/0: train_sr: .*none.pth"),
+    ],
+)
+def test_what_would_end_a_later_cell_is_told_before_the_first_one(changes, said, tree, tmp_path):
+    with pytest.raises((ValueError, OSError), match=said):
+        run_protocol(experiment(tmp_path, tree, **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cell_that_was_finished_with_other_words_is_told_before_the_others_run(tree, tmp_path):
+    settings = experiment(tmp_path, tree)
+    last, place = cells(settings)[-1], Place(settings.output)
+    place.write(f"cells/{last.name}.json", json.dumps({"job": last.job, "words": ["other"]}).encode())
+    with pytest.raises(ValueError, match="finished with another"):
+        run_protocol(settings)
+    assert [file.name for file in (tmp_path / "out/cells").rglob("*") if file.is_file()] == ["0.json"]
+
+
+def test_what_earlier_cells_make_is_not_looked_for(tree, tmp_path):
+    settings = experiment(tmp_path, tree)
+    check(cells(settings), settings.output)
 
 
 @pytest.fixture
@@ -284,9 +338,9 @@ def test_the_tables_hold_means_spread_and_the_published_numbers(place):
     protocol.write_tables(settings, place)
     assert "| real x3 | – | 30.69 / 0.8647 / 0.3217 | – | 30.71" in place.read("table.md").decode()
     result(place, "sr/hat/real-x2-x4/0", {"Canon": (27, 0.7, 0.3), "Nikon": (29, 0.8, 0.4)})
-    result(place, "sr/hat/generated-x2-x4/0", {"Canon": (28, 0.7, 0.3), "Nikon": (30, 0.8, 0.4)})
+    result(place, "sr/hat/generated-x2-x4-draws/0", {"Canon": (28, 0.7, 0.3), "Nikon": (30, 0.8, 0.4)})
     result(place, "sr/hat/real-x2-x4/1", {"Canon": (28, 0.7, 0.3), "Nikon": (30, 0.8, 0.4)})
-    result(place, "sr/hat/generated-x2-x4/1", {"Canon": (28.5, 0.7, 0.3), "Nikon": (30.5, 0.8, 0.4)})
+    result(place, "sr/hat/generated-x2-x4-draws/1", {"Canon": (28.5, 0.7, 0.3), "Nikon": (30.5, 0.8, 0.4)})
     place.write("cells/fidelity/draws/Canon.json", b"{}")
     scored = [
         Measurement(scene, label, float(label), method, psnr, 0.5, 0.25, *[math.nan] * 7)
@@ -311,11 +365,10 @@ def test_the_tables_hold_means_spread_and_the_published_numbers(place):
         in text
     )
     assert "| 29.25 ± 0.35 / 0.7500" in text
-    assert f"| generated x2..x4 over real x2, x4 | – | +0.75 ± {np.std([1, 0.5], ddof=1):.2f} | – |" in text
+    assert f"| generated x2..x4, draws over real x2, x4 | – | +0.75 ± {np.std([1, 0.5], ddof=1):.2f} | – |" in text
     assert "| draws | 30.00 / 0.5000 / 0.2500 | 25.00 / 0.5000 / 0.2500 |" in text
     rows = list(csv.DictReader(place.read("results.csv").decode().splitlines()))
     assert len(rows) == 4 * 2 * 2
-    assert set(PUBLISHED) == set(settings.rows)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,84 @@
+"""What is checked before the first cell, so that no mistake ends the experiment after days of training."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from degflow.capture.scenes import HR_LABEL, find_scenes
+from degflow.capture.simulate import SimulateConfig
+from degflow.config import load
+from degflow.degrader import Degrader
+from degflow.evaluation.baseline_scenes import BaselineScenesConfig
+from degflow.evaluation.run import EvaluateConfig
+from degflow.perceptual import Perceptual
+from degflow.protocol.plan import Cell
+from degflow.restoration.settings import TrainSRConfig
+from degflow.synthesis.settings import SynthesizeConfig
+from degflow.training.lfm import TrainLFMConfig
+from degflow.training.rae import TrainRAEConfig
+from degflow.training.residual import TrainResidualConfig
+
+SCHEMAS: dict[str, type] = {
+    "simulate_scenes": SimulateConfig,
+    "train_rae": TrainRAEConfig,
+    "train_lfm": TrainLFMConfig,
+    "train_residual": TrainResidualConfig,
+    "evaluate": EvaluateConfig,
+    "synthesize": SynthesizeConfig,
+    "baseline_scenes": BaselineScenesConfig,
+    "train_sr": TrainSRConfig,
+}
+
+
+def check(cells: Sequence[Cell], output: str) -> None:
+    """Check the keys of cells, and what they name outside the experiment's folder: scenes, degraders, LPIPS weights.
+
+    Args:
+        cells: those that have yet to run.
+        output: the experiment's folder. What lies there is made by an earlier cell.
+
+    Raises:
+        ValueError: something will not do; the message names the cell.
+        OSError: a file cannot be read.
+    """
+    known: set[Any] = set()
+    for cell in cells:
+        try:
+            settings = load(SCHEMAS[cell.job], cell.words)
+            for uri, labels in _trees(settings):
+                if not uri.startswith(f"{output}/") and (uri, labels) not in known:
+                    find_scenes(uri, labels)
+                    known.add((uri, labels))
+            model = getattr(settings, "model", "")
+            if model and not model.startswith(f"{output}/") and model not in known:
+                Degrader.load(model)
+                known.add(model)
+            backbone = _backbone(settings)
+            if backbone and backbone not in known:
+                Perceptual(*backbone)
+                known.add(backbone)
+        except ValueError as error:
+            raise ValueError(f"{cell.name}: {cell.job}: {error}") from None
+
+
+def _trees(settings: Any) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The trees of scenes that a job needs, each with its levels."""
+    if isinstance(settings, TrainRAEConfig | TrainLFMConfig | TrainResidualConfig):
+        yield settings.scenes.data, tuple(settings.scenes.levels)
+    elif isinstance(settings, EvaluateConfig):
+        yield from ((uri, tuple(settings.levels)) for uri in (settings.data, settings.fit_data) if uri)
+    elif isinstance(settings, TrainSRConfig):
+        yield from ((uri, (HR_LABEL, *settings.levels)) for uri in settings.train.values())
+        yield from ((uri, (HR_LABEL, settings.test_level)) for uri in settings.test.values())
+
+
+def _backbone(settings: Any) -> tuple[Any, str] | None:
+    """Kind and file of the LPIPS backbone that a job measures with."""
+    if isinstance(settings, EvaluateConfig):
+        kind, file = settings.lpips, settings.lpips_weights
+    elif isinstance(settings, TrainSRConfig) and settings.test:
+        kind, file = settings.test_lpips, settings.test_lpips_weights
+    elif isinstance(settings, TrainLFMConfig) and settings.lpips_weight:
+        kind, file = "vgg", settings.lpips_weights
+    else:
+        return None
+    return None if kind == "none" else (kind, file)
