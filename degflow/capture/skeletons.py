@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from degflow import images
 from degflow.capture.optics import Optics
-from degflow.capture.scenes import SceneImages, kept
+from degflow.capture.scenes import SceneImages, in_turn, kept
 
 
 class Stack(NamedTuple):
@@ -36,26 +36,37 @@ def reduced(pixels: np.ndarray, factor: float) -> np.ndarray:
     return np.stack([images.resize(level, height, width) for level in pixels])
 
 
-def stacks_of(scenes: SceneImages, optics: Optics, factors: Sequence[float], quiet: bool = False) -> list[Stack]:
+def stacks_of(
+    scenes: SceneImages,
+    optics: Optics,
+    factors: Sequence[float],
+    quiet: bool = False,
+    share: tuple[int, int] = (0, 1),
+) -> list[Stack]:
     """Every scene at every reduction at which it is no smaller than the crop.
 
-    With a cache (`scenes.config.cache`) the arrays are memory-mapped files that all processes of a machine share.
+    With a cache (`scenes.config.cache`) the arrays are memory-mapped files that all processes of a machine share, and
+    make together: see `in_turn` for `share`.
 
     Raises:
         ValueError: a factor that leaves no scene, or that brings a level to HR's scale or below.
     """
     levels = list(scenes.config.levels.values())
-    stacks = []
+    usable = []
     for factor in factors:
-        usable = [n for n, pixels in enumerate(scenes.pixels) if min(pixels.shape[1:3]) / factor >= scenes.config.crop]
-        if not usable or levels[1] / factor <= levels[0]:
+        chosen = [n for n, pixels in enumerate(scenes.pixels) if min(pixels.shape[1:3]) / factor >= scenes.config.crop]
+        if not chosen or levels[1] / factor <= levels[0]:
             raise ValueError(
                 f"scenes.reductions={list(factors)}: reduced by {factor}, no scene is left that is at least "
                 f"scenes.crop={scenes.config.crop} pixels and has all levels above scale {levels[0]:g}"
             )
-        for n in tqdm(usable, f"optics of scenes reduced by {factor:.3g}", disable=quiet):
-            scales = tuple(scale / factor for scale in levels[1:])
-            stacks.append(Stack(_stack(scenes, n, optics, factor, scales), scales))
+        usable.append((factor, chosen))
+    stacks = []
+    for factor, chosen in usable:
+        scales = tuple(scale / factor for scale in levels[1:])
+        turns = tqdm(in_turn(len(chosen), share), f"optics of scenes reduced by {factor:.3g}", disable=quiet)
+        made = {place: _stack(scenes, chosen[place], optics, factor, scales) for place in turns}
+        stacks += [Stack(made[place], scales) for place in range(len(chosen))]
     return stacks
 
 

@@ -10,12 +10,13 @@ from degflow.restoration.crops import PairCrops, find_pairs
 from degflow.restoration.networks import RestorationObjective, build, save
 from degflow.restoration.settings import TrainSRConfig
 from degflow.restoration.testing import Network, NetworkTest
-from degflow.training.loop import Validation, fit
+from degflow.training.loop import Progress, Validation, check_start, fit
 from degflow.training.processes import is_main_process, local_share
 
 
 def train_sr(config: TrainSRConfig) -> None:
     """Train, write network.safetensors, and test it."""
+    check_start(config.fit, config.output, config)
     torch.manual_seed(config.fit.seed)
     objective = RestorationObjective(build(config.network))
     test = NetworkTest(config) if config.test and is_main_process() else None
@@ -25,13 +26,14 @@ def train_sr(config: TrainSRConfig) -> None:
         assert test
         return test.preview(cast(Network, network))
 
-    result = fit(objective, samples, config.fit, config.output, config, validate if test else None)
-    if result:
+    def finish(result: Progress) -> None:
         network = cast(Network, result.network)
         save(network, f"{config.output}/network.safetensors", {"config": plain(config)})
         print(f"network: {config.output}/network.safetensors")
         if test:
             test.report(network)
+
+    fit(objective, samples, config.fit, config.output, config, validate if test else None, finish)
 
 
 def training_crops(config: TrainSRConfig) -> PairCrops:

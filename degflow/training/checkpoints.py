@@ -55,13 +55,13 @@ class Checkpoints:
             self.place.delete(name)
         return len(names)
 
-    def read(self, name: str, settings: dict[str, Any], frozen: str) -> dict[str, Any]:
+    def read(self, name: str, settings: dict[str, Any], frozen: str = "") -> dict[str, Any]:
         """Read a checkpoint of the same run.
 
         Args:
             name: one of `names`.
             settings: the run's configuration, as plain values. Keys that do not change the result may differ.
-            frozen: fingerprint of the weights that are not trained.
+            frozen: fingerprint of the weights that are not trained; "": any.
 
         Raises:
             ValueError: it is unreadable, or was made with another configuration or other frozen weights.
@@ -70,7 +70,7 @@ class Checkpoints:
         advice = "use the same configuration, another output, or fit.resume=never"
         if differing := sorted(_differences(state["settings"], settings)):
             raise ValueError(f"{uri}: was made with another {', '.join(differing)}; {advice}")
-        if state["frozen"] != frozen:
+        if frozen and state["frozen"] != frozen:
             raise ValueError(f"{uri}: was made with other frozen weights under the same file names; {advice}")
         return state
 

@@ -14,7 +14,7 @@ from degflow.flow import PathFlow
 from degflow.models import VelocityConfig, VelocityNetwork
 from degflow.objectives import LFMObjective
 from degflow.perceptual import Perceptual
-from degflow.training.loop import Validation, fit
+from degflow.training.loop import Progress, Validation, check_start, fit
 from degflow.training.processes import is_main_process, local_share
 from degflow.training.rae import load_stage1, watched_crops
 from degflow.training.settings import FitConfig
@@ -65,6 +65,7 @@ def train_lfm(config: TrainLFMConfig) -> None:
     if config.scenes.crop % multiple:
         raise ValueError(f"scenes.crop={config.scenes.crop}: must be a multiple of {multiple} for these two networks")
     perceptual = Perceptual("vgg", config.lpips_weights) if config.lpips_weight else None
+    check_start(config.fit, config.output, config)
     main = is_main_process()
     scenes = SceneImages(config.scenes, quiet=not main, share=local_share())
     if main:
@@ -84,12 +85,13 @@ def train_lfm(config: TrainLFMConfig) -> None:
         assert crops is not None
         return Validation(*evaluation.generation(degrader(network), crops, list(config.scenes.levels)))
 
-    samples = PathCrops(scenes.pixels, config.scenes.crop, config.fit.seed, config.points)
-    result = fit(objective, samples, config.fit, config.output, config, validate)
-    if result:
+    def finish(result: Progress) -> None:
         file = f"{config.output}/degrader.safetensors"
         degrader(result.network).save(file, provenance(config, scenes), half=config.half)
         print(f"degrader: {file}")
+
+    samples = PathCrops(scenes.pixels, config.scenes.crop, config.fit.seed, config.points)
+    fit(objective, samples, config.fit, config.output, config, validate, finish)
 
 
 def provenance(config: Any, scenes: SceneImages) -> dict[str, Any]:

@@ -8,6 +8,7 @@ state, EMA and the step are all that a checkpoint needs, and a resumed training 
 import copy
 import hashlib
 import math
+import os
 import signal
 import sys
 import time
@@ -29,7 +30,7 @@ from degflow.storage import Place, split_uri
 from degflow.training.average import Average
 from degflow.training.checkpoints import Checkpoints, read_checkpoint
 from degflow.training.logs import Logs, Means
-from degflow.training.processes import Hosts, gathered, join, lost
+from degflow.training.processes import FINISH, Hosts, gathered, is_main_process, join, lost, own_device
 from degflow.training.settings import FitConfig
 from degflow.training.stopping import Notice, Shield, Stopped
 
@@ -51,6 +52,39 @@ class Progress(NamedTuple):
     network: nn.Module
 
 
+def check_start(config: FitConfig, output: str, settings: Any) -> None:
+    """Tell at once what `fit` would refuse after the samples are prepared, which may take hours.
+
+    The arguments are those of `fit`. What only the networks show, other shapes or other frozen weights, `fit` tells.
+
+    Raises:
+        ValueError: a batch that the processes cannot share, a precision that needs a GPU, a checkpoint of another
+            configuration, or no file to start from.
+        OSError: the output cannot be read.
+    """
+    _check_batch(config, int(os.environ.get("WORLD_SIZE", "1")))
+    if config.precision == "float16" and own_device().type == "cpu":
+        raise ValueError(f"fit.precision={config.precision}: needs a GPU")
+    if is_main_process():
+        checkpoints = Checkpoints(Place(output), config.keep)
+        found = checkpoints.names()
+        if found and config.resume == "auto":
+            checkpoints.read(found[-1], configuration.plain(settings))
+        elif config.start_from:
+            _weights(config.start_from)
+
+
+def _check_batch(config: FitConfig, processes: int) -> None:
+    if config.batch % (processes * config.accumulate):
+        rule = f"must be a multiple of processes x fit.accumulate = {processes} x {config.accumulate}"
+        raise ValueError(f"fit.batch={config.batch}: {rule}")
+
+
+def _weights(uri: str) -> dict[str, Tensor]:
+    """The averaged weights of a training checkpoint, or the tensors of a file that may hold several networks."""
+    return read_checkpoint(*split_uri(uri))["ema"] if uri.endswith(".pt") else load_checkpoint(uri)[0]
+
+
 def fit(
     objective: nn.Module,
     samples: Dataset[dict[str, Tensor]],
@@ -58,6 +92,7 @@ def fit(
     output: str,
     settings: Any,
     validate: Callable[[nn.Module], Validation] | None = None,
+    finish: Callable[[Progress], None] | None = None,
 ) -> Progress | None:
     """Train `objective.network`.
 
@@ -68,6 +103,9 @@ def fit(
         output: folder or URI for config.yaml, checkpoints, previews and TensorBoard logs.
         settings: the job's resolved configuration, saved as config.yaml; a resume with another one is refused.
         validate: called with the averaged network.
+        finish: called with the result on the main process, to write the files of the training. The other processes
+            wait for its end, and fail if it fails: so a launcher starts all of them again. One that had ended well
+            would not come back.
 
     Returns:
         On the main process the averaged network, in eval mode on the CPU; None on the others.
@@ -79,12 +117,8 @@ def fit(
         OSError: the output cannot be read or written.
     """
     accelerator = join(config.precision, config.timeout)
-    if config.batch % (accelerator.num_processes * config.accumulate):
-        raise ValueError(
-            f"fit.batch={config.batch}: must be a multiple of processes x fit.accumulate = "
-            f"{accelerator.num_processes} x {config.accumulate}"
-        )
-    with Notice() as notice, lost(config.timeout):
+    _check_batch(config, accelerator.num_processes)
+    with Notice() as notice, lost(f"fit.timeout={config.timeout}"):
         run = _Run(accelerator, objective, config, Place(output), settings)
         run.open()
         try:
@@ -93,6 +127,11 @@ def fit(
             run.close()
         accelerator.wait_for_everyone()
     result = Progress(run.step, run.averaged().cpu()) if accelerator.is_main_process else None
+    if finish:
+        if result:
+            finish(result)
+        with lost(str(FINISH)):
+            run.hosts.meet()
     accelerator.end_training()
     return result
 
@@ -327,10 +366,7 @@ class _Run:
         self.accelerator.print(f"resuming after step {self.step} ({self.place.uri_of(name)})")
 
     def _start_from(self, uri: str) -> None:
-        if uri.endswith(".pt"):
-            weights = read_checkpoint(*split_uri(uri))["ema"]
-        else:
-            weights = _part_for(self.network, load_checkpoint(uri)[0])
+        weights = _weights(uri) if uri.endswith(".pt") else _part_for(self.network, _weights(uri))
         try:
             self.network.load_state_dict(weights)
         except RuntimeError as error:

@@ -11,6 +11,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, parse_flag_from_env
 from torch import Tensor, distributed
 
+FINISH = 3600  # seconds that the main process may take for what comes after the last step
+
 
 def is_main_process() -> bool:
     """Whether this process prints and writes; known before `fit`, from the launcher's environment."""
@@ -40,7 +42,7 @@ def join(precision: str, timeout: int) -> Accelerator:
         ValueError: a kind of launch that `fit` does not support.
     """
     patience = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))
-    with lost(timeout):
+    with lost(f"fit.timeout={timeout}"):
         scaled = "fp16" if precision == "float16" else "no"
         accelerator = Accelerator(mixed_precision=scaled, kwargs_handlers=[patience])
     if accelerator.gradient_accumulation_steps != 1:
@@ -65,8 +67,7 @@ class Hosts:
 
     def __init__(self, accelerator: Accelerator, timeout: int):
         self.alone = accelerator.num_processes == 1
-        patience = timedelta(seconds=timeout)
-        self.group = None if self.alone else distributed.new_group(backend="gloo", timeout=patience)
+        self.group, self.last = (None, None) if self.alone else (_group(timeout), _group(FINISH))
 
     def largest(self, number: int) -> int:
         """The largest of the processes' numbers, the same in all of them."""
@@ -76,14 +77,24 @@ class Hosts:
         distributed.all_reduce(found, distributed.ReduceOp.MAX, self.group)
         return int(found)
 
+    def meet(self) -> None:
+        """Wait until all processes have come here, for at most `FINISH` seconds."""
+        if not self.alone:
+            distributed.barrier(self.last)
+
 
 def gathered(accelerator: Accelerator, number: int) -> list[int]:
     """The number that each process has."""
     return cast(Tensor, accelerator.gather(torch.tensor([number], device=accelerator.device))).tolist()
 
 
+def _group(timeout: int) -> distributed.ProcessGroup:
+    """All processes, which may wait so many seconds for each other."""
+    return cast(distributed.ProcessGroup, distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout)))
+
+
 @contextlib.contextmanager
-def lost(timeout: int) -> Iterator[None]:
+def lost(patience: str) -> Iterator[None]:
     """Turn the RuntimeError of a broken connection into a ConnectionError that says what it means."""
     try:
         yield
@@ -92,6 +103,6 @@ def lost(timeout: int) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:300]
         raise ConnectionError(
-            f"another process of this training ended, or did not answer within fit.timeout={timeout} s; "
+            f"another process of this training ended, or did not answer within {patience} s; "
             f"its own message says why ({type(error).__name__}: {reason})"
         ) from error

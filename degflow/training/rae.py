@@ -14,7 +14,7 @@ from degflow.config import option, parse, plain, required
 from degflow.models import AutoencoderConfig, ResidualAutoencoder
 from degflow.models.files import load_checkpoint, save_checkpoint
 from degflow.objectives import RAEObjective, to_float
-from degflow.training.loop import Validation, fit
+from degflow.training.loop import Progress, Validation, check_start, fit
 from degflow.training.processes import is_main_process, local_share
 from degflow.training.settings import FitConfig
 
@@ -51,6 +51,7 @@ def train_rae(config: TrainRAEConfig) -> None:
     Raises:
         ValueError, OSError: scenes, configuration or storage that will not do; the message says which.
     """
+    check_start(config.fit, config.output, config)
     main = is_main_process()
     scenes = SceneImages(config.scenes, quiet=not main, share=local_share())
     if main:
@@ -58,7 +59,8 @@ def train_rae(config: TrainRAEConfig) -> None:
     optics, stacks = None, scenes.pixels
     if config.skips == "optics":
         optics = Optics.fit(scenes)
-        stacks = [stack.pixels for stack in stacks_of(scenes, optics, config.scenes.reductions, quiet=not main)]
+        made = stacks_of(scenes, optics, config.scenes.reductions, quiet=not main, share=local_share())
+        stacks = [stack.pixels for stack in made]
     crops = watched_crops(scenes, config.validation) if main else None
     torch.manual_seed(config.fit.seed)
     objective = RAEObjective(ResidualAutoencoder(config.autoencoder))
@@ -69,8 +71,7 @@ def train_rae(config: TrainRAEConfig) -> None:
         autoencoder = cast(ResidualAutoencoder, network)
         return Validation(*evaluation.reconstruction(autoencoder, crops, config.scenes.levels, optics))
 
-    result = fit(objective, samples, config.fit, config.output, config, validate)
-    if result:
+    def finish(result: Progress) -> None:
         network = cast(ResidualAutoencoder, result.network)
         network.rescale_latent(1 / latent_spread(network, evaluation.validation_crops(scenes, count=32)))
         description = {"kind": "autoencoder", "autoencoder": plain(config.autoencoder), "levels": config.scenes.levels}
@@ -80,6 +81,8 @@ def train_rae(config: TrainRAEConfig) -> None:
             tensors |= {f"optics.{name}": tensor for name, tensor in optics.state_dict().items()}
         save_checkpoint(f"{config.output}/rae.safetensors", tensors, description)
         print(f"autoencoder: {config.output}/rae.safetensors")
+
+    fit(objective, samples, config.fit, config.output, config, validate, finish)
 
 
 def watched_crops(scenes: SceneImages, validation: str) -> Tensor:

@@ -21,7 +21,7 @@ from degflow.models.precision import computing
 from degflow.objectives import LatentObjective, ResidualObjective, residuals, to_float
 from degflow.training.latents import LatentCrops, latents_of
 from degflow.training.lfm import provenance
-from degflow.training.loop import Validation, fit
+from degflow.training.loop import Progress, Validation, check_start, fit
 from degflow.training.processes import is_main_process, local_share, own_device
 from degflow.training.rae import load_stage1, watched_crops
 from degflow.training.settings import FitConfig
@@ -62,12 +62,14 @@ def train_residual(config: TrainResidualConfig) -> None:
     r = autoencoder.config.compression
     if config.scenes.crop % r:
         raise ValueError(f"scenes.crop={config.scenes.crop}: must be a multiple of the autoencoder's r = {r}")
+    if config.residual.blocks:
+        check_start(config.fit, config.output, config)
     main = is_main_process()
     scenes = SceneImages(config.scenes, quiet=not main, share=local_share())
     if main:
         print(scenes.describe())
     crops = watched_crops(scenes, config.validation) if main else None
-    stacks = stacks_of(scenes, optics, config.scenes.reductions, quiet=not main)
+    stacks = stacks_of(scenes, optics, config.scenes.reductions, quiet=not main, share=local_share())
     timeline = Timeline(tuple(config.scenes.levels.values()))
     times = [tuple(timeline.time(scale) for scale in stack.scales) for stack in stacks]
     torch.manual_seed(config.fit.seed)
@@ -87,20 +89,21 @@ def train_residual(config: TrainResidualConfig) -> None:
         assert crops is not None
         return Validation(*evaluation.generation(degrader(network), crops, list(config.scenes.levels)))
 
-    trained: nn.Module | None = network if main else None
+    def finish(result: Progress) -> None:
+        file, made = f"{config.output}/degrader.safetensors", degrader(result.network).to(own_device())
+        fit_finish(made, stacks, times)
+        made.cpu().save(file, provenance(config, scenes), half=config.half)
+        print(f"degrader: {file}")
+
     if config.residual.blocks:
         if config.encode_once:
             latents = latents_of(autoencoder, stacks, config.scenes.cache, quiet=not main, share=local_share())
             samples = LatentCrops(latents, times, config.scenes.crop // r, config.fit.seed)
         else:
             samples = ResidualCrops([stack.pixels for stack in stacks], times, config.scenes.crop, config.fit.seed)
-        result = fit(objective, samples, config.fit, config.output, config, validate)
-        trained = result.network if result else None
-    if trained:
-        file, made = f"{config.output}/degrader.safetensors", degrader(trained).to(own_device())
-        fit_finish(made, stacks, times)
-        made.cpu().save(file, provenance(config, scenes), half=config.half)
-        print(f"degrader: {file}")
+        fit(objective, samples, config.fit, config.output, config, validate, finish)
+    elif main:
+        finish(Progress(0, network))
 
 
 @torch.no_grad()

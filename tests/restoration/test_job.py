@@ -134,6 +134,7 @@ def test_liif_trains_and_is_told_the_test_scale(tree, dataset, tmp_path):
         ({"network.name": "edsr"}, 2, "network.name: .*edsr"),
         ({"levels": "{2: 2.0, 5: 5.0}"}, 2, r"no scene has every level of \['1', '2', '5'\]"),
         ({"crop": 68}, 2, r"2/Canon_001_HR.png: 70 x 66 pixels, smaller than crop=68"),
+        ({"fit.start_from": "other.safetensors", "train": "{real: none}"}, 2, "other.safetensors: no such file"),
         ({"test": "{a: TMP/none}"}, 2, "data=.*none: no scene has every level"),
     ],
 )

@@ -300,6 +300,7 @@ def test_every_configuration_that_ships_is_one_of_its_job(file, schema):
             2,
             r"^error: scenes.reductions=\[1.0, 1.6\]: must be \[1\]",
         ),
+        ({"fit.start_from": "other.safetensors", "scenes.data": "none"}, 2, "other.safetensors: no such file"),
         ({"fit.batch": 4, "fit.accumulate": 3}, 2, "fit.batch=4: must be a multiple of fit.accumulate=3"),
     ],
 )
@@ -318,7 +319,7 @@ def test_what_does_not_fit_stage_1_is_named(tree, rae, tmp_path):
     assert (code, words) == (2, "error: scenes.crop=17: must be a multiple of the autoencoder's r = 2")
     code, words = fails("train_rae", **{**keys, "scenes.reductions": "[1.0,1.6]"})
     assert (code, words) == (2, "error: scenes.reductions=[1.0, 1.6]: must be [1] with skips=hr")
-    code, words = fails("train_rae", **{**keys, "output": rae[0], "fit.learning_rate": 1e-3})
+    code, words = fails("train_rae", **{**keys, "output": rae[0], "fit.learning_rate": 1e-3, "scenes.data": "none"})
     assert re.search(r"step-00000024.pt: was made with another fit.learning_rate \(0.003 then, 0.001 now\)", words)
     assert code == 2
     assert not (tmp_path / "none").exists()

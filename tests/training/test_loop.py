@@ -105,9 +105,9 @@ PROBLEMS = {"toy": (lambda: ToyObjective(dropout=0.3), ToySamples), "rae": (rae_
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def train(folder, config=BASE, objective=None, samples=None, validate=None, **extra):
-    objective = objective or ToyObjective()
-    return fit(objective, samples or ToySamples(), config, str(folder), {"fit": asdict(config), **extra}, validate)
+def train(folder, config=BASE, objective=None, samples=None, validate=None, finish=None, **extra):
+    objective, settings = objective or ToyObjective(), {"fit": asdict(config), **extra}
+    return fit(objective, samples or ToySamples(), config, str(folder), settings, validate, finish)
 
 
 def checkpoint(output, step):
@@ -145,14 +145,20 @@ def assert_same(a, b):
 def toy_job(output, **changes):
     """The toy's training as its own process, from the environment's launcher; `delay` slows the samples down."""
     delay = float(changes.pop("delay", 0))
-    dropout = float(changes.pop("dropout", 0))
+    dropout, fails = float(changes.pop("dropout", 0)), bool(changes.pop("fails", False))
     config = replace(BASE, **{name: type(getattr(BASE, name))(value) for name, value in changes.items()})
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         try:
             train(f"{output}-refused", replace(config, batch=6, accumulate=2))
         except ValueError as error:
             print(f"refused: {error}", flush=True)
-    train(output, config, ToyObjective(dropout), ToySamples(delay=delay))
+    train(output, config, ToyObjective(dropout), ToySamples(delay=delay), finish=failing if fails else None)
+    print(f"ended well: {os.environ.get('RANK')}", flush=True)
+
+
+def failing(result):
+    time.sleep(3)
+    raise OSError(f"no room for the result of step {result.step}")
 
 
 def start_toy(output, *launcher, stderr=None, **changes):
@@ -373,6 +379,16 @@ def test_two_processes_give_the_curve_of_one(tmp_path):
     assert int(two["network"].pop("seen")) * 2 == int(one["network"].pop("seen"))
     torch.testing.assert_close(two["network"], one["network"], rtol=1e-3, atol=2e-5)
     np.testing.assert_allclose(curve(tmp_path / "two")[1], curve(tmp_path / "one")[1], rtol=2e-5)
+
+
+def test_no_process_ends_well_before_the_main_one_has_written_its_files(tmp_path):
+    """Else Kubernetes counts its machine as done, and does not start it again for the next attempt."""
+    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
+    process = start_toy(tmp_path / "two", *launcher, stderr=subprocess.STDOUT, fails=True)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "OSError: no room for the result of step 12" in said
+    assert "ended well" not in said
 
 
 def test_the_ranks_share_every_step_between_them():

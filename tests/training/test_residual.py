@@ -237,6 +237,9 @@ def test_each_stage_2_takes_its_own_kind_of_stage_1_alone(tree, rae, residual, t
         ({"scenes.crop": 98}, 2, r"Canon_001_HR.png: 120 x 96 pixels, smaller than crop=98"),
         ({"scenes.crop": 64}, 2, r"scenes.reductions=\[1.0, 1.6\]: reduced by 1.6, no scene is left .*scenes.crop=64"),
         ({"scenes.reductions": "[2.0]"}, 2, r"scenes.reductions=\[2.0\]: .*has all levels above scale 1"),
+        # before the scenes are read:
+        ({"fit.start_from": "other.safetensors", "scenes.data": "none"}, 2, r"other.safetensors: no such file"),
+        ({"fit.precision": "float16", "scenes.data": "none"}, 2, r"fit.precision=float16: needs a GPU"),
         ({"residual.width": 9}, 2, r"residual.width=9: must be even"),
     ],
 )
