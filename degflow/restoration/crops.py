@@ -72,6 +72,8 @@ def find_pairs(
         )
     config = SceneConfig(uri, {HR_LABEL: 1.0, **levels}, resize_lr, crop, cache)
     scenes, scales = SceneImages(config, quiet, share), list(levels.values())
+    if not quiet:
+        print(scenes.describe())
     return [
         Pair(f"{scene.name} x{label}", scale, pixels[1 + n], pixels[0])
         for scene, pixels in zip(scenes.scenes, scenes.pixels, strict=True)
@@ -139,6 +141,9 @@ class PairCrops(Dataset[dict[str, Tensor]]):
             crop of crop / 4 * scale pixels, shrunk by antialiased bicubic.
         noise: standard deviation, in 8-bit levels, of the noise added to each source's LR images; empty: none. It is
             white on the sensor grid of the pair's scale, then enlarged to HR's grid by bicubic.
+
+    Raises:
+        ValueError: an image is smaller than a crop of it; the message names it.
     """
 
     def __init__(
@@ -153,6 +158,10 @@ class PairCrops(Dataset[dict[str, Tensor]]):
         self.sources, self.crop, self.seed, self.queries = sources, crop, seed, queries
         self.noise = list(noise) or [0.0] * len(sources)
         self.bounds = np.cumsum(weights) / np.sum(weights)
+        for pair in (pair for source in sources for pair in source):
+            if min(pair.hr.shape[:2]) < (side := self._side(pair)):
+                size = f"{pair.hr.shape[1]} x {pair.hr.shape[0]} pixels"
+                raise ValueError(f"{pair.name}: {size}, smaller than the {side} that crop={crop} takes of it")
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Sample `index` of an endless sequence.
@@ -165,8 +174,7 @@ class PairCrops(Dataset[dict[str, Tensor]]):
         number = int(np.searchsorted(self.bounds, random.random(), side="right").clip(0, len(self.sources) - 1))
         source, noise = self.sources[number], self.noise[number]
         pair = source[int(random.integers(len(source)))]
-        small = self.crop // SHRINK
-        side = round(small * pair.scale) if self.queries else self.crop
+        small, side = self.crop // SHRINK, self._side(pair)
         lr, hr = _same_place(pair, side, random)
         if noise:
             lr = _noisy(lr, noise, pair.scale, random)
@@ -180,6 +188,10 @@ class PairCrops(Dataset[dict[str, Tensor]]):
             "coordinates": pixel_centres(side, side)[chosen],
             "cell": torch.full((2,), 2 / side),
         }
+
+    def _side(self, pair: Pair) -> int:
+        """Of the crop of a pair, in pixels of HR."""
+        return round(self.crop // SHRINK * pair.scale) if self.queries else self.crop
 
 
 def _same_place(pair: Pair, side: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -49,6 +49,8 @@ class NetworkTest:
             name: SceneImages(SceneConfig(uri, levels, config.resize_lr, 32, config.cache), quiet=True)
             for name, uri in config.test.items()
         }
+        for name, scenes in self.trees.items():
+            print(f"test on {name}: {scenes.describe()}")
         self.perceptual = (
             None if config.test_lpips == "none" else Perceptual(config.test_lpips, config.test_lpips_weights)
         )

@@ -165,12 +165,18 @@ def test_the_first_offending_file_is_the_one_named(tree):
 
 
 def test_smaller_lr_images_are_brought_to_hrs_grid_when_asked(tree):
-    small = {"2": coordinates(0, height=12, width=20), "4": coordinates(0, height=8, width=10)}
+    small = {"2": coordinates(0, height=12, width=20), "4": coordinates(0, height=8, width=14)}
     for label in ("2", "4"):
         add(tree, label, f"Canon_002_LR{label}.png", small[label])
     pixels = opened(tree, resize_lr=True, crop=8).pixels[1]
     for level, label in enumerate(("2", "4"), 1):
         np.testing.assert_array_equal(pixels[level], images.resize(small[label], HEIGHT, WIDTH))
+
+
+def test_a_smaller_lr_image_of_another_shape_is_named(tree):
+    add(tree, "4", "Canon_002_LR4.png", coordinates(2, height=8, width=15))  # 13 or 14 would be right
+    with pytest.raises(ValueError, match=r"4/Canon_002_LR4\.png: 15 x 8 pixels, its HR image 40 x 24; both sides must"):
+        opened(tree, resize_lr=True, crop=8)
 
 
 def test_a_damaged_file_is_named(tree):

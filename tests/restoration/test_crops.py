@@ -159,6 +159,12 @@ def test_noise_is_white_at_the_cameras_sampling_and_of_its_own_source_alone():
     assert all(torch.equal(sample["lr"][:2], sample["hr"][:2]) for sample in clean)
 
 
+def test_a_pair_smaller_than_its_crop_is_named_at_once():
+    PairCrops([[pair(1, 8.0, (128, 128))]], [1.0], 64, seed=1, queries=100)
+    with pytest.raises(ValueError, match=r"127 x 128 pixels, smaller than the 128 that crop=64 takes of it"):
+        PairCrops([[pair(1), pair(1, 8.0, (128, 127))]], [1.0], 64, seed=1, queries=100)
+
+
 def test_liif_samples_hold_the_colours_at_their_coordinates():
     samples = PairCrops([[pair(1, 2.6, (80, 90))]], [1.0], 64, seed=1, queries=100)
     for n in range(20):
