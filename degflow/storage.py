@@ -141,9 +141,19 @@ class Place:
 
         return self._try(name, ask)
 
-    def open(self, name: str) -> BinaryIO:
-        """Open a file, to read parts of it."""
-        return self._try(name, lambda: self.fs.open(self.path(name), "rb"))
+    def using(self, name: str, operation: Callable[[BinaryIO], T]) -> T:
+        """What an operation returns that reads parts of a file; after a failure that may pass, it begins again.
+
+        Args:
+            name: the file.
+            operation: gets the open file. A ValueError that it raises is not tried again.
+        """
+
+        def attempt() -> T:
+            with self.fs.open(self.path(name), "rb") as file:
+                return operation(cast(BinaryIO, file))
+
+        return self._try(name, attempt)
 
     def write(self, name: str, data: bytes, *, new: bool = False) -> bool:
         """Write a file as a whole: a local file is written under a hidden name and renamed; an object is put at once.

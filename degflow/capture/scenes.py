@@ -218,8 +218,8 @@ class SceneImages:
             )
         if pixels.shape[0] > height or pixels.shape[1] > width:
             raise ValueError(f"{self.place.uri_of(key)}: {size}; resize_lr=true takes smaller LR images only")
-        factor = height / pixels.shape[0]
-        if abs(pixels.shape[1] * factor - width) > max(factor, width / pixels.shape[1]):  # more than one LR pixel
+        sides = [(height, pixels.shape[0]), (width, pixels.shape[1])]
+        if max(hr / (lr + 1) for hr, lr in sides) > min(hr / (lr - 1) for hr, lr in sides):  # a pixel for rounding
             raise ValueError(f"{self.place.uri_of(key)}: {size}; both sides must be HR's divided by the same factor")
         return images.resize(pixels, height, width)
 

@@ -5,7 +5,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -252,7 +252,8 @@ def read_rows(
     output: Place, part: str, columns: Sequence[str], keys: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
     """Columns of the rows of a data part, or of those with these keys; reads no other row groups."""
-    with output.open(part) as file:
+
+    def read(file: BinaryIO) -> list[dict[str, Any]]:
         parquet = pq.ParquetFile(file)
         rows: list[dict[str, Any]] = []
         for group in range(parquet.num_row_groups):
@@ -260,7 +261,9 @@ def read_rows(
             picked = [n for n, key in enumerate(wanted) if keys is None or key in keys]
             if picked:
                 rows += parquet.read_row_group(group, list(columns)).take(picked).to_pylist()
-    return rows
+        return rows
+
+    return output.using(part, read)
 
 
 def sample_keys(output: Place, records: Mapping[int, Record], count: int) -> list[tuple[str, str]]:

@@ -125,7 +125,12 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
         self._resume: tuple[int, int] | None = None
 
     def __len__(self) -> int:
-        """Number of rows of this rank in one epoch."""
+        """Number of rows of this rank in one epoch; a TypeError with `repeat`, which never ends.
+
+        A trainer that counted its epochs by it would begin again after them, with the same rows in the same order.
+        """
+        if self.repeat:
+            raise TypeError("SynthesizedPairs(repeat=True) has no length, because it never ends")
         first, last = slice_of(self._total, self.rank, self.world)
         return last - first
 

@@ -13,15 +13,31 @@ def processes(rank: int | None, world: int | None) -> tuple[int, int]:
     """Rank and number of processes: as given, or else from torch.distributed, or else from the launcher.
 
     Raises:
-        ValueError: not 0 <= rank < world.
+        ValueError: not 0 <= rank < world; or a launcher of several processes that does not tell this one its rank.
     """
     if rank is None and world is None:
         if _in_group():
             rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         else:
-            rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+            rank, world = _launched()
     if rank is None or world is None or not 0 <= rank < world:
         raise ValueError(f"rank={rank}, world={world}: give both, with 0 <= rank < world")
+    return rank, world
+
+
+def _launched() -> tuple[int, int]:
+    """RANK and WORLD_SIZE of the environment; 0 and 1 where there is no launcher."""
+    found = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")]
+    signs = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    signs = [f"{name}={os.environ[name]}" for name in signs if name in os.environ]
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        signs.append(f"SLURM_STEP_NUM_TASKS={os.environ['SLURM_STEP_NUM_TASKS']}")
+    if signs and None in found:
+        raise ValueError(
+            f"{', '.join(signs)}: one of several processes, but RANK and WORLD_SIZE do not say which. Make this object "
+            "after torch.distributed has started (with Lightning, in train_dataloader), or give its rank"
+        )
+    rank, world = (int(value or default) for value, default in zip(found, (0, 1), strict=True))
     return rank, world
 
 

@@ -3,9 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +16,12 @@ from degflow.dataset.layout import CONFIG, MANIFEST, SUCCESS
 from degflow.dataset.manifest import data_files, whole
 from degflow.dataset.references import read_reference
 from degflow.storage import Place
+
+T = TypeVar("T")
+
+
+class _Damaged(ValueError):
+    """What Arrow says of a damaged part, sometimes as an OSError without a number."""
 
 
 class Part(NamedTuple):
@@ -97,36 +102,44 @@ class StoredDataset:
             ValueError: the part is missing, or differs from what `parts` says.
             OSError: the part cannot be read, or is damaged.
         """
-        with self._open(part) as parquet:
-            metadata = parquet.metadata
+        metadata = self._using(part, None, lambda parquet: parquet.metadata)
         first = 0
         for group in range(metadata.num_row_groups):
             count = metadata.row_group(group).num_rows
             chosen = np.arange(count) if wanted is None else np.flatnonzero(wanted[first : first + count])
             if len(chosen):
-                with self._open(part, metadata) as parquet:
-                    table = parquet.read_row_group(group)
+                table = self._using(part, metadata, lambda parquet, group=group: parquet.read_row_group(group))
                 rows = [(first + n, row) for n, row in zip(chosen.tolist(), _dicts(table, chosen), strict=True)]
-                del parquet, table
+                del table
                 rows.reverse()
                 while rows:
                     yield rows.pop()
             first += count
 
-    @contextmanager
-    def _open(self, part: Part, metadata: pq.FileMetaData | None = None) -> Iterator[pq.ParquetFile]:
+    def _using(self, part: Part, metadata: pq.FileMetaData | None, operation: Callable[[pq.ParquetFile], T]) -> T:
+        """What an operation returns on an open part; after a failure of the storage that may pass, it begins again."""
         place = Place(self.uri)
         where = place.uri_of(part.name)
-        try:
-            with place.open(part.name) as file:
+
+        def attempt(file: BinaryIO) -> T:
+            try:
                 self._check(file, where, part)
                 parquet = pq.ParquetFile(file, metadata=metadata, pre_buffer=True)
                 if (rows := parquet.metadata.num_rows) != part.rows:
                     raise ValueError(f"{where}: {rows} rows, but {self.said_by} says {part.rows}")
-                yield parquet
+                return operation(parquet)
+            except (pa.ArrowException, OSError) as error:
+                if isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None):
+                    raise _Damaged(f"{type(error).__name__}: {error}") from error
+                raise
+
+        try:
+            return place.using(part.name, attempt)
         except FileNotFoundError:
             raise ValueError(f"{where}: no such part, but {self.said_by} has it") from None
-        except (pa.ArrowException, OSError) as error:  # Arrow reports some damage as an OSError
+        except _Damaged as error:
+            raise OSError(f"{where}: cannot be read ({error})") from error
+        except OSError as error:
             raise OSError(f"{where}: cannot be read ({type(error).__name__}: {error})") from error
 
     def _check(self, file: BinaryIO, where: str, part: Part) -> None:

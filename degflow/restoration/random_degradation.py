@@ -4,7 +4,6 @@ A scale and a noise seed are pure functions of (seed, rank, call, place in the b
 same LR images, a longer batch begins with those of a shorter one, and every rank draws its own.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +13,7 @@ import torch.distributed
 from torch import Tensor
 
 from degflow.config import plain
+from degflow.dataset.ranks import processes
 from degflow.dataset.scales import ScaleConfig, noise_seed_of, scales_of
 from degflow.degrader import MEMORY, Degrader
 from degflow.images import SMALLEST_SIDE
@@ -41,7 +41,7 @@ class RandomDegradation:
         low: the smallest scale; None: that of the range that the degrader was trained on.
         high: the largest scale; None: that of the range.
         seed: decides scales and noise, with the rank and the number of the call.
-        rank: of this process; None: from torch.distributed, else from RANK, else 0.
+        rank: of this process; None: from torch.distributed, else from RANK and WORLD_SIZE, else 0.
         value_range: of HR and LR: (-1, 1) or (0, 1).
         margin: pixels that are cut off at each side of LR. A crop's edge is not the photograph's: there LR differs from
             the same place of the degraded photograph. 32 makes what is left almost equal; see docs/on_the_fly.md.
@@ -76,7 +76,7 @@ class RandomDegradation:
         precision: str = "float32",
         device: str | torch.device | None = None,
     ):
-        self.rank = _rank() if rank is None else rank
+        self.rank = processes(None, None)[0] if rank is None else rank
         check_arguments(seed=seed, rank=self.rank, margin=margin)
         self.seed, self.margin, self.rounded, self.device = seed, margin, rounded, device
         self.low_value = check_value_range(value_range)
@@ -215,9 +215,3 @@ def scale_config(
     found = ScaleConfig("list", low, high, tuple(map(float, scale)))
     degrader.check_scales(min(found.values), max(found.values))
     return found
-
-
-def _rank() -> int:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    return int(os.environ.get("RANK", "0"))

@@ -128,7 +128,9 @@ class WindowDegrader:
         seed = torch.tensor([self._noise_seeds(item) for item in batch])
         how = {"memory": memory, "precision": self.precision, "steps": self.steps, "solver": self.solver}
         lr = self.degrader(hr, scale, seed=seed, spread=self.spread, **how)
-        return images.to_pixels(lr), lr.isfinite().flatten(1).all(1).tolist()
+        finite = lr.isfinite().flatten(1).all(1).tolist()
+        # One draw at a time: as floats, each takes 24 bytes for a pixel while it is rounded.
+        return np.stack([images.to_pixels(draw) for draw in lr.unbind(1)], 1), finite
 
     @property
     def _device(self) -> torch.device:

@@ -1,3 +1,4 @@
+import errno
 import itertools
 import json
 import re
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -120,6 +122,62 @@ def test_rank_and_world_come_from_torch_distributed_or_the_launcher(grid, monkey
     assert (joined.rank, joined.world) == (2, 3)
     given = SynthesizedPairs(grid, rank=0, world=1)
     assert (given.rank, given.world) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"WORLD_SIZE": "4", "LOCAL_RANK": "2"}, {"LOCAL_RANK": "0"}, {"RANK": "1"}, {"SLURM_STEP_NUM_TASKS": "8"}],
+)
+def test_a_process_that_does_not_know_its_rank_is_refused(grid, environment, monkeypatch):
+    """Else it would read the rows of another one, or all."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    name, value = next(iter(environment.items()))
+    with pytest.raises(ValueError, match=f"{name}={value}.*: one of several processes, but RANK and WORLD_SIZE do not"):
+        SynthesizedPairs(grid)
+    assert SynthesizedPairs(grid, rank=1, world=8).rank == 1
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # as in a job's own script
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert SynthesizedPairs(grid).world == 1
+
+
+class Flaky:
+    """A file whose first reads fail, as on a shared folder whose server starts again."""
+
+    def __init__(self, file, failing):
+        self.file, self.failing = file, failing
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def read(self, *size):
+        if self.failing and self.file.tell() < 1000:  # not of the footer
+            raise self.failing.pop()
+        return self.file.read(*size)
+
+
+def test_a_read_that_fails_for_a_moment_is_repeated(grid, monkeypatch):
+    failing, opened = [OSError(errno.EIO, "Input/output error"), OSError(errno.ESTALE, "Stale file handle")], []
+    whole, open_file = names(SynthesizedPairs(grid)), LocalFileSystem.open
+
+    def flaky(self, path, *args, **words):
+        file = open_file(self, path, *args, **words)
+        if "data/part" not in path:
+            return file
+        opened.append(path)
+        return Flaky(file, failing)
+
+    monkeypatch.setattr(LocalFileSystem, "open", flaky)
+    assert names(SynthesizedPairs(grid)) == whole
+    assert not failing
+    assert opened
 
 
 def test_order_follows_from_seed_and_epoch(grid):
@@ -234,6 +292,8 @@ def test_repeat_goes_on_with_the_next_epoch(grid):
         pairs.set_epoch(epoch)
         assert all(same(sample, next(endless)) for sample in pairs)
     assert list(SynthesizedPairs(grid, repeat=True, rank=0, world=50)) == []  # it has no row to repeat
+    with pytest.raises(TypeError, match="no length, because it never ends"):
+        len(DataLoader(SynthesizedPairs(grid, crop=8, repeat=True), batch_size=4))
 
 
 @pytest.mark.parametrize(("words", "crop"), [({}, 9), ({"flips": True}, 24), ({"flips": True, "rotations": True}, 16)])
