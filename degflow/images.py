@@ -53,6 +53,7 @@ CODECS = ("png", "webp")  # of what `encode` makes
 MAX_PIXELS = 200_000_000
 GRAY = ("camera", "keep")  # what an LR image of a gray photograph has: a colour camera's slight colour, or none
 _PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_BITS = 24  # place of the byte with the bits of a sample
 _WEBP_SIDE = 16383  # pixels of a WebP's longest side, by its format
 _MAX_SCANS = 100  # as libtiff
 _MAX_EXIF_PARTS = 64  # of 64 KiB; Pillow joins them in quadratic time
@@ -181,7 +182,14 @@ def _reader(start: bytes) -> Callable[[bytes, int], ImageFile.ImageFile]:
 
 
 def _open_png(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
-    return PngImageFile(io.BytesIO(data))
+    image = PngImageFile(io.BytesIO(data))
+    # A transparent colour (tRNS) has the file's bits; Pillow brings the pixels to 8 bits, but not the colour.
+    bits, clear = data[_PNG_BITS], image.info.get("transparency")
+    if isinstance(clear, tuple) and bits == 16:
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+    elif isinstance(clear, int) and image.mode == "L" and bits < 8:
+        image.info["transparency"] = clear * 255 // (2**bits - 1)
+    return image
 
 
 def _open_jpeg(data: bytes, max_pixels: int) -> ImageFile.ImageFile:

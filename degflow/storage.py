@@ -33,6 +33,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 8.0  # seconds
 _FINAL = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
 # Of a local path, which may be a shared file system whose server starts again.
 _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENFILE, errno.EMFILE}
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _REFUSED = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"}
 _WRONG = {"ParamValidationError", "InvalidConfigError", "ValueError", "TypeError", "ImportError", "NotImplementedError"}
 _S3 = {"connect_timeout": 10, "read_timeout": 60, "retries": {"mode": "standard", "max_attempts": 2}}
@@ -432,10 +433,17 @@ def _place_once(path: str, new: bool, fill: Callable[[BinaryIO], Any]) -> bool:
             file.flush()
             os.fsync(file.fileno())
         if new:
-            with contextlib.suppress(FileExistsError):
+            try:
                 os.link(temporary, path)
-                return True
-            return False
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                reason = "this file system has no hard links, which keep a part from being stored twice"
+                reason += " (SMB, exFAT and buckets that are mounted as folders have none)"
+                raise OSError(error.errno, f"{folder}: {reason}") from error
+            return True
         os.replace(temporary, path)
         return True
     finally:

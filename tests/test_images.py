@@ -156,6 +156,25 @@ def test_16_bit_gray_keeps_its_transparent_colour():
     np.testing.assert_array_equal(decoded[..., 0], expected)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_a_transparent_gray_of_few_bits_is_composited_over_white(bits):
+    levels = np.arange(64).reshape(8, 8) % 2**bits
+    packed = np.packbits((levels[..., None] >> np.arange(bits)[::-1] & 1).astype(np.uint8).reshape(8, -1), 1)
+    expected = levels * 255 // (2**bits - 1)
+    np.testing.assert_array_equal(decode(png(8, 8, bits, 0, packed))[..., 0], expected)
+    clear = 1 if bits > 1 else 0
+    decoded = decode(png(8, 8, bits, 0, packed, chunk(b"tRNS", struct.pack(">H", clear))))
+    np.testing.assert_array_equal(decoded[..., 0], np.where(levels == clear, 255, expected))
+
+
+def test_16_bit_colours_keep_their_transparent_one():
+    wide = np.full((8, 8, 3), 0x1234, ">u2")
+    wide[:, 4:] = 0x3400  # its upper 8 bits are the lower ones of the transparent colour
+    decoded = decode(png(8, 8, 16, 2, wide, chunk(b"tRNS", struct.pack(">3H", *[0x1234] * 3))))
+    np.testing.assert_array_equal(decoded[:, :4], np.full((8, 4, 3), 255))
+    np.testing.assert_array_equal(decoded[:, 4:], np.full((8, 4, 3), 0x34))
+
+
 def test_16_bit_colour_and_16_bit_alpha_are_read_as_the_upper_8_bits():
     wide = np.random.default_rng(0).integers(0, 65536, (16, 16, 3), np.uint16)
     np.testing.assert_array_equal(decode(png(16, 16, 16, 2, wide.astype(">u2"))), wide >> 8)

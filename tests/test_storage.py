@@ -413,3 +413,17 @@ def test_pipes_and_devices_are_not_read(tmp_path):
         for read in (place.read, place.read_tagged):
             with pytest.raises(OSError, match="a pipe, socket or device, not a file"):
                 read(name)
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EPERM])
+def test_a_folder_without_hard_links_is_named_with_the_reason(tmp_path, monkeypatch, number):
+    def link(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", link)
+    place = Place(str(tmp_path))
+    with pytest.raises(OSError, match=rf"{tmp_path}: this file system has no hard links") as error:
+        place.write("a", b"1", new=True)
+    assert error.value.errno == number
+    assert place.write("b", b"2")
+    assert [file.name for file in tmp_path.iterdir()] == ["b"]

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from degflow import images
@@ -29,14 +29,10 @@ class Pair(NamedTuple):
 
 
 class Layout(Protocol):
-    """How the rows of a photograph become files, and which files list all pairs."""
+    """How the rows of a photograph become files."""
 
     def pairs(self, rows: Sequence[dict[str, Any]]) -> list[Pair]:
         """The pairs of one photograph's rows, without the rows that do not fit the layout."""
-        ...
-
-    def listings(self, index: Iterable[dict[str, Any]]) -> dict[str, str]:
-        """Name -> text of the files that list all pairs, from their entries in the index."""
         ...
 
 
@@ -89,14 +85,13 @@ class Paired:
         gt = self.source.hr_of(row | {"hr": {"bytes": hr}})[: scale * height, : scale * width]
         return images.encode_png(gt), images.encode_png(self.source.lr_of(row)[:height, :width]), off
 
-    def listings(self, index: Iterable[dict[str, Any]]) -> dict[str, str]:
+    def listings(self, pair: dict[str, Any]) -> dict[str, str]:
         """BasicSR's two forms: lines `NAME (height,width,3)` of gt, and lines `gt/NAME, lq/NAME`."""
-        lines: dict[str, list[str]] = {}
-        for pair in index:
-            file, folder = f"{pair['name']}.png", pair["folder"]
-            lines.setdefault(f"{folder}meta_info.txt", []).append(f"{file} ({pair['height']},{pair['width']},3)\n")
-            lines.setdefault(f"{folder}meta_info_pair.txt", []).append(f"gt/{file}, lq/{file}\n")
-        return {name: "".join(found) for name, found in lines.items()}
+        file, folder = f"{pair['name']}.png", pair["folder"]
+        return {
+            f"{folder}meta_info.txt": f"{file} ({pair['height']},{pair['width']},3)\n",
+            f"{folder}meta_info_pair.txt": f"gt/{file}, lq/{file}\n",
+        }
 
 
 class RealSR:
@@ -136,10 +131,6 @@ class RealSR:
                 pairs.append(Pair(_info(row, name) | {"label": label}, files))
         return pairs
 
-    def listings(self, index: Iterable[dict[str, Any]]) -> dict[str, str]:
-        """No file."""
-        return {}
-
 
 class WebDataset:
     """Members of a tar, NAME.hr.png, NAME.lr.png and NAME.json."""
@@ -156,10 +147,6 @@ class WebDataset:
             files = {"hr.png": hr, "lr.png": _lr_png(self.source, row), "json": json.dumps(about).encode()}
             pairs.append(Pair(_info(row, name), {f"{name}.{suffix}": data for suffix, data in files.items()}))
         return pairs
-
-    def listings(self, index: Iterable[dict[str, Any]]) -> dict[str, str]:
-        """No file."""
-        return {}
 
 
 def file_name(key: str, number: int) -> str:

@@ -11,17 +11,20 @@ Every layout also has `export.yaml`, `index/part-000000.json` ... and `_SUCCESS`
 2. A part is done when its index exists. The index has the part's sha256, and the row of every pair. So a second run
    continues where the first one stopped, and exports the parts that were added to the dataset meanwhile.
 3. A file's name depends on the row's key and draw alone, and cannot lead out of its folder (`file_name`).
-4. `index/` says which parts are done. The pairs' files, which may be millions, are listed only to be deleted.
+4. `index/` says which parts are done. In an object store the pairs' files, which may be millions, are listed only to be
+   deleted. In a folder they are, because a killed process may leave a hidden file.
 """
 
+import contextlib
 import math
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -102,11 +105,26 @@ def export(config: ExportConfig) -> None:
     exporter = PartExporter(source, layout, config.output, config.layout == "webdataset", config.threads)
     with tqdm(total=total, initial=total - sum(part.rows for part in pending), desc="exporting", unit="row") as bar:
         done |= export_parts(exporter, pending, config.workers, bar.update)
-    infos = (info for part in source.parts for info in read_index(output, index_name(part.name))["pairs"])
-    for name, text in layout.listings(infos).items():
-        output.write(name, text.encode())
+    if isinstance(layout, Paired):
+        _list(layout, source, output)
     output.write(SUCCESS, source.sha256.encode())
     _summarise(config, total, list(done.values()))
+
+
+def _list(layout: Paired, source: FinishedDataset, output: Place) -> None:
+    """Write the files that list all pairs, which may be too many for the memory."""
+    names = [index_name(part.name) for part in source.parts]
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as closing, ThreadPoolExecutor(16) as pool:
+        files: dict[str, TextIO] = {}
+        for first in range(0, len(names), 64):
+            for index in pool.map(lambda name: read_index(output, name), names[first : first + 64]):
+                for name, line in (found for pair in index["pairs"] for found in layout.listings(pair).items()):
+                    if name not in files:
+                        files[name] = closing.enter_context(open(f"{folder}/{len(files)}", "w", encoding="utf-8"))
+                    files[name].write(line)
+        for name, file in files.items():
+            file.close()
+            output.upload(file.name, name)
 
 
 def _layout(config: ExportConfig, source: FinishedDataset) -> Layout:

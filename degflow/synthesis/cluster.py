@@ -97,19 +97,30 @@ def lack(gpus: int, threads: int) -> str:
     return f"{what}. Waiting for one: a cluster that adds nodes by itself may need minutes; in another, {otherwise}"
 
 
-def unstarted(gpus: int, threads: int) -> str:
-    """Why no actor of this job runs, and what to do; "" if one runs."""
+def unstarted(gpus: int, threads: int, stuck: bool = False) -> str:
+    """Why no actor of this job runs, or no image is made, and what to do; "" if one runs.
+
+    Args:
+        gpus, threads: of an actor.
+        stuck: no image was made since the last question.
+    """
     if missing := lack(gpus, threads):
         return missing
     job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
     running = state.state.actor_table(None, job, "ALIVE")
+    free = state.available_resources_per_node().values()
     if any(actor["ActorClassName"].startswith("MapWorker") for actor in running.values()):  # as Ray Data calls them
+        if gpus and stuck and not any(node.get("CPU", 0) >= 1 for node in free):
+            return (
+                "no image was made since the last line, and no node has a free CPU for decoding and encoding. If other "
+                "jobs hold them (`ray status` shows it), this one waits"
+            )
         return ""
-    kind, count = ("GPU", 1) if gpus else ("CPU", threads)
-    if not any(node.get(kind, 0) >= count for node in state.available_resources_per_node().values()):
+    needs = {"GPU": 1, "CPU": 1} if gpus else {"CPU": threads}
+    if held := [kind for kind, count in needs.items() if not any(node.get(kind, 0) >= count for node in free)]:
         return (
-            f"no actor runs: one that is starting (on a busy machine for a minute), or other jobs hold the {kind}s of "
-            "the cluster (`ray status` shows them). Waiting for them"
+            f"no actor runs: one that is starting (on a busy machine for a minute), or other jobs hold the {held[0]}s "
+            "of the cluster (`ray status` shows them). Waiting for them"
         )
     return (
         "no actor runs, though a node has room for one. On a busy machine a start takes a minute; if it takes longer, "
@@ -118,15 +129,16 @@ def unstarted(gpus: int, threads: int) -> str:
 
 
 class Watch:
-    """Says, as long as no actor runs, why; a context manager.
+    """Says, as long as no actor runs or no image is made, why; a context manager.
 
     Args:
-        cause: gives the reason, or "".
+        cause: gives the reason, or "". It is told whether no image was made since the last question.
+        made: counts the images.
         say: takes a line.
     """
 
-    def __init__(self, cause: Callable[[], str], say: Callable[[str], Any]):
-        self.cause, self.say = cause, say
+    def __init__(self, cause: Callable[[bool], str], made: Callable[[], float], say: Callable[[str], Any]):
+        self.cause, self.made, self.say = cause, made, say
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -139,9 +151,11 @@ class Watch:
         self._thread.join()
 
     def _watch(self) -> None:
-        pause, started = FIRST_WORD, time.monotonic()
+        pause, started, before = FIRST_WORD, time.monotonic(), -1.0
         while not self._end.wait(pause):
             pause = NEXT_WORD
             with contextlib.suppress(Exception):  # Ray cannot say it, e.g. as it ends
-                if cause := self.cause():
+                made = self.made()
+                stuck, before = made == before, made
+                if cause := self.cause(stuck):
                     self.say(f"after {time.monotonic() - started:.0f} s: {cause}")

@@ -63,7 +63,8 @@ class Pool:
         """
         total, ray_maker = plan.images(pending), ray.put(maker)
         bar = tqdm(total=total, desc="degrading", unit="image", mininterval=_interval())
-        with _quiet_ray_data(), bar, Watch(partial(unstarted, self.gpus, self.threads), bar.write):
+        watch = Watch(partial(unstarted, self.gpus, self.threads), lambda: bar.n, bar.write)
+        with _quiet_ray_data(), bar, watch:
             count = Count(bar, len(pending), price, DriverMetrics(maker.output), self._machines)
             waiting, alone = pending, False
             while waiting:

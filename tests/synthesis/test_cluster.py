@@ -18,6 +18,7 @@ from degflow.synthesis.actor import ShardActor
 from degflow.synthesis.cluster import NoCompiler, check_address, check_compiler
 from tests import ROOT
 from tests.sources import rows_of
+from tests.synthesis.clusters import own_ray
 from tests.synthesis.test_pool import run
 
 
@@ -118,6 +119,37 @@ def test_a_run_says_again_and_again_what_it_waits_for_until_it_comes(shared_ray,
         until(lambda: not cluster.unstarted(0, 1))  # an actor runs
         made.result()
     assert len(rows_of(tmp_path / "out")) == 3
+
+
+@ray.remote(num_cpus=0, num_gpus=1)
+class MapWorkerLike:
+    """An actor with a GPU, named as Ray Data names its own."""
+
+    def answer(self):
+        return 1
+
+
+def test_a_run_says_that_other_jobs_hold_the_cpus_for_its_codecs():
+    """An actor with a GPU holds no CPU: decoding and encoding do."""
+    with own_ray(num_cpus=2, num_gpus=1):
+        other = Other.remote()
+        assert ray.get(other.answer.remote()) == 1
+        until(lambda: "other jobs hold the CPUs of the cluster" in cluster.unstarted(1, 1))
+        actor = MapWorkerLike.remote()
+        assert ray.get(actor.answer.remote()) == 1
+        assert cluster.unstarted(1, 1) == ""
+        assert "no node has a free CPU for decoding and encoding" in cluster.unstarted(1, 1, stuck=True)
+        ray.kill(other)
+        until(lambda: cluster.unstarted(1, 1, stuck=True) == "")
+
+
+def test_a_watch_tells_whether_an_image_was_made_since_its_last_question(monkeypatch):
+    monkeypatch.setattr(cluster, "FIRST_WORD", 0.05)
+    monkeypatch.setattr(cluster, "NEXT_WORD", 0.05)
+    made, asked = iter([0, 0, 0, 3, 3, *[9] * 1000]), []
+    with cluster.Watch(lambda stuck: asked.append(stuck) or "", lambda: next(made), print):
+        until(lambda: len(asked) >= 6)
+    assert asked[:6] == [False, True, True, False, True, False]
 
 
 def test_what_no_node_has_is_named_with_what_to_do(shared_ray):
