@@ -91,7 +91,13 @@ def _merged(schema: type[T], arguments: Sequence[str]) -> T:
 
 
 def parse(schema: type[T], values: dict[str, Any]) -> T:
-    """A configuration from plain values, e.g. those stored in a checkpoint; unknown keys are errors."""
+    """A configuration from plain values, e.g. those stored in a checkpoint; unknown keys are errors.
+
+    The values may come from others. So `${...}`, which OmegaConf would replace by a variable of the environment, is an
+    error. What `plain` and `dump` store has none.
+    """
+    if "${" in repr(values):
+        raise ValueError("a stored configuration must not hold ${...}")
     return _build(schema, [("", values)])
 
 

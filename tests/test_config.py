@@ -234,6 +234,13 @@ def test_dump_and_plain_come_back():
     assert config.dump(config.plain(saved)) == config.dump(saved)
 
 
+def test_a_stored_configuration_does_not_see_the_environment(monkeypatch):
+    monkeypatch.setenv("SECRET", "hidden")
+    with pytest.raises(ValueError, match="must not hold") as error:
+        config.parse(Outer, config.read("output: ${oc.env:SECRET}"))
+    assert "hidden" not in str(error.value)
+
+
 def test_parse_names_an_unknown_key():
     with pytest.raises(ValueError, match=r"inner\.depth: Key 'depth' not in 'Inner'"):
         config.parse(Outer, {"output": "x", "inner": {"depth": 3}})
