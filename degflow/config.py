@@ -96,9 +96,21 @@ def parse(schema: type[T], values: dict[str, Any]) -> T:
     The values may come from others. So `${...}`, which OmegaConf would replace by a variable of the environment, is an
     error. What `plain` and `dump` store has none.
     """
-    if "${" in repr(values):
-        raise ValueError("a stored configuration must not hold ${...}")
+    if wrong := next((part for part in _texts(values) if "${" in part), ""):
+        raise ValueError(f"{wrong}: a stored configuration must not hold ${{...}}")
     return _build(schema, [("", values)])
+
+
+def _texts(value: Any, name: str = "") -> Iterator[str]:
+    """`NAME=VALUE` of every value below this one."""
+    if isinstance(value, Mapping):
+        for key, below in value.items():
+            yield from _texts(below, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, (list, tuple)):
+        for below in value:
+            yield from _texts(below, name)
+    else:
+        yield f"{name}={value}"
 
 
 def plain(config: Any) -> dict[str, Any]:

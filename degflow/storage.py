@@ -36,6 +36,7 @@ _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOS
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _REFUSED = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"}
 _WRONG = {"ParamValidationError", "InvalidConfigError", "ValueError", "TypeError", "ImportError", "NotImplementedError"}
+_DAMAGED = {"Damaged", "ArrowInvalid"}  # what a parquet file is
 _S3 = {"connect_timeout": 10, "read_timeout": 60, "retries": {"mode": "standard", "max_attempts": 2}}
 _log = logging.getLogger(__name__)
 
@@ -49,6 +50,10 @@ class StorageError(OSError):
 
     def __reduce__(self):
         return type(self), (self.message, self.attempts, self.host)
+
+
+class Damaged(ValueError):
+    """A file whose contents are damaged, so that no other try helps."""
 
 
 class Source(NamedTuple):
@@ -147,7 +152,7 @@ class Place:
 
         Args:
             name: the file.
-            operation: gets the open file. A ValueError that it raises is not tried again.
+            operation: gets the open file. A ValueError or `Damaged` that it raises is not tried again.
         """
 
         def attempt() -> T:
@@ -344,7 +349,7 @@ class Place:
                 kind = type(error).__name__
                 if isinstance(error, _FINAL):
                     raise type(error)(f"{self.uri_of(name)}: {_line(error)}") from error
-                if kind in _WRONG:
+                if kind in _WRONG | _DAMAGED:
                     raise
                 message = f"{self.uri_of(name)}: {kind}: {_line(error)}"
                 if kind in _REFUSED:

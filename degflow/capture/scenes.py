@@ -239,13 +239,14 @@ def in_turn(count: int, share: tuple[int, int]) -> list[int]:
 def kept(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
     """The array of a cache's file, memory-mapped; made first where there is none, and never seen half written.
 
-    It holds no file open: NumPy's maps do, and RealSR has more arrays than the 1024 files that a process may open.
+    It holds no file open: NumPy's maps do, and RealSR has more arrays than the 1024 files that a process may open. But
+    where Linux counts all that is promised (vm.overcommit_memory=2), the arrays count as memory of every process.
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{uuid.uuid4().hex}.npy")
         try:
-            np.save(temporary, make())
+            np.save(temporary, np.ascontiguousarray(make()))
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ Every layout also has `export.yaml`, `index/part-000000.json` ... and `_SUCCESS`
    continues where the first one stopped, and exports the parts that were added to the dataset meanwhile.
 3. A file's name depends on the row's key and draw alone, and cannot lead out of its folder (`file_name`).
 4. `index/` says which parts are done. In an object store the pairs' files, which may be millions, are listed only to be
-   deleted. In a folder they are, because a killed process may leave a hidden file.
+   deleted. A continued export to a local folder also looks through them for hidden files that a killed process left.
 """
 
 import contextlib

@@ -66,8 +66,8 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
         buffer: number of rows in the buffer; None: as many as take some 256 MB on average, at most 1024.
         seed: decides order, crops, flips and rotations.
         repeat: continue with the next epoch, without end.
-        rank: of this process; None: from torch.distributed, else from RANK, else 0. Given with `world` or not at all.
-        world: number of processes; None: from torch.distributed, else from WORLD_SIZE, else 1.
+        rank: of this process; None: from torch.distributed, else RANK, else 0. Given with `world` or not at all.
+        world: number of processes; None: from torch.distributed, else WORLD_SIZE, else 1.
         verify: compare each part with its sha256 in the manifest or in its footer before its first use.
         unfinished: read the parts that are there now, also without `_SUCCESS`.
         parts: read these parts alone, also without `_SUCCESS`, e.g. the attribute `parts` of another SynthesizedPairs.
@@ -76,8 +76,8 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
         parts: names of the parts, e.g. "data/part-000000.parquet".
 
     Raises:
-        ValueError: no finished dataset, no row yet, or a bad argument; while reading, a part or a source that is
-            missing or has changed.
+        ValueError: no finished dataset, no row yet, a bad argument, or a launcher of several processes that does not
+            tell this one its rank; while reading, a part or a source that is missing or has changed.
         OSError: a part that cannot be read.
     """
 

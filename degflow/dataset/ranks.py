@@ -25,20 +25,29 @@ def processes(rank: int | None, world: int | None) -> tuple[int, int]:
     return rank, world
 
 
+def own_rank() -> int:
+    """The rank of this process: of torch.distributed, or else the launcher's.
+
+    Raises:
+        ValueError: a launcher of several processes that does not tell this one its rank.
+    """
+    if _in_group():
+        return torch.distributed.get_rank()
+    return int(os.environ["RANK"]) if "RANK" in os.environ else _launched()[0]
+
+
 def _launched() -> tuple[int, int]:
-    """RANK and WORLD_SIZE of the environment; 0 and 1 where there is no launcher."""
-    found = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")]
-    signs = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    signs = [f"{name}={os.environ[name]}" for name in signs if name in os.environ]
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        signs.append(f"SLURM_STEP_NUM_TASKS={os.environ['SLURM_STEP_NUM_TASKS']}")
-    if signs and None in found:
-        raise ValueError(
-            f"{', '.join(signs)}: one of several processes, but RANK and WORLD_SIZE do not say which. Make this object "
-            "after torch.distributed has started (with Lightning, in train_dataloader), or give its rank"
-        )
-    rank, world = (int(value or default) for value, default in zip(found, (0, 1), strict=True))
-    return rank, world
+    """RANK and WORLD_SIZE of the environment; 0 and 1 where no launcher started several processes."""
+    given = {name: int(os.environ[name]) for name in ("RANK", "WORLD_SIZE") if name in os.environ}
+    if len(given) < 2:
+        # Of Lightning's processes before they join, of srun, and of mpirun; LOCAL_RANK begins with 0.
+        least = {"WORLD_SIZE": 2, "LOCAL_RANK": 1, "SLURM_STEP_NUM_TASKS": 2, "OMPI_COMM_WORLD_SIZE": 2}
+        if signs := [f"{name}={os.environ[name]}" for name in least if int(os.environ.get(name, 0)) >= least[name]]:
+            raise ValueError(
+                f"{', '.join(signs)}: one of several processes, but RANK and WORLD_SIZE do not say which. Make this "
+                "object after torch.distributed has started, or give it the rank (SynthesizedPairs: and the world)"
+            )
+    return given.get("RANK", 0), given.get("WORLD_SIZE", 1)
 
 
 def agreed_parts(uri: str, names: Sequence[str] | None, world: int, *, given: bool) -> list[Part]:

@@ -15,13 +15,9 @@ from degflow.dataset.footer import body_sha256
 from degflow.dataset.layout import CONFIG, MANIFEST, SUCCESS
 from degflow.dataset.manifest import data_files, whole
 from degflow.dataset.references import read_reference
-from degflow.storage import Place
+from degflow.storage import Damaged, Place
 
 T = TypeVar("T")
-
-
-class _Damaged(ValueError):
-    """What Arrow says of a damaged part, sometimes as an OSError without a number."""
 
 
 class Part(NamedTuple):
@@ -128,16 +124,16 @@ class StoredDataset:
                 if (rows := parquet.metadata.num_rows) != part.rows:
                     raise ValueError(f"{where}: {rows} rows, but {self.said_by} says {part.rows}")
                 return operation(parquet)
-            except (pa.ArrowException, OSError) as error:
+            except (pa.ArrowException, OSError) as error:  # Arrow tells some damage as an OSError without a number
                 if isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None):
-                    raise _Damaged(f"{type(error).__name__}: {error}") from error
+                    raise Damaged(f"{type(error).__name__}: {error}") from error
                 raise
 
         try:
             return place.using(part.name, attempt)
         except FileNotFoundError:
             raise ValueError(f"{where}: no such part, but {self.said_by} has it") from None
-        except _Damaged as error:
+        except Damaged as error:
             raise OSError(f"{where}: cannot be read ({error})") from error
         except OSError as error:
             raise OSError(f"{where}: cannot be read ({type(error).__name__}: {error})") from error

@@ -1,4 +1,4 @@
-"""What is checked before the first cell, so that no mistake ends the experiment after days of training."""
+"""What is checked before the first cell, so that fewer mistakes end the experiment after days of training."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -6,12 +6,14 @@ from typing import Any
 from degflow.capture.scenes import HR_LABEL, find_scenes
 from degflow.capture.simulate import SimulateConfig
 from degflow.config import load
+from degflow.dataset.layout import SUCCESS
 from degflow.degrader import Degrader
 from degflow.evaluation.baseline_scenes import BaselineScenesConfig
 from degflow.evaluation.run import EvaluateConfig
 from degflow.perceptual import Perceptual
 from degflow.protocol.plan import Cell
 from degflow.restoration.settings import TrainSRConfig
+from degflow.storage import Place
 from degflow.synthesis.settings import SynthesizeConfig
 from degflow.training.lfm import TrainLFMConfig
 from degflow.training.rae import TrainRAEConfig
@@ -41,23 +43,41 @@ def check(cells: Sequence[Cell], output: str) -> None:
         OSError: a file cannot be read.
     """
     known: set[Any] = set()
+    degraders: dict[str, tuple[float, ...]] = {}  # file -> scales of its levels
     for cell in cells:
         try:
             settings = load(SCHEMAS[cell.job], cell.words)
             for uri, labels in _trees(settings):
-                if not uri.startswith(f"{output}/") and (uri, labels) not in known:
+                if not uri.startswith(f"{output}/") and (uri, labels) not in known and not Place(uri).exists(SUCCESS):
                     find_scenes(uri, labels)
-                    known.add((uri, labels))
+                known.add((uri, labels))
             model = getattr(settings, "model", "")
-            if model and not model.startswith(f"{output}/") and model not in known:
-                Degrader.load(model)
-                known.add(model)
+            if model and not model.startswith(f"{output}/") and model not in degraders:
+                degraders[model] = tuple(Degrader.load(model).levels.values())
+            if isinstance(settings, TrainLFMConfig | TrainResidualConfig):
+                degraders[f"{settings.output}/degrader.safetensors"] = tuple(settings.scenes.levels.values())
+            if model in degraders:
+                _check_scales(settings, degraders[model])
             backbone = _backbone(settings)
             if backbone and backbone not in known:
                 Perceptual(*backbone)
                 known.add(backbone)
         except ValueError as error:
             raise ValueError(f"{cell.name}: {cell.job}: {error}") from None
+
+
+def _check_scales(settings: Any, scales: Sequence[float]) -> None:
+    """Raise ValueError if a job asks a degrader for scales outside its levels."""
+    wanted: list[tuple[str, float | None]] = []
+    if isinstance(settings, SynthesizeConfig):
+        scale = settings.scale
+        wanted = [("low", scale.low), ("high", scale.high), *(("values", value) for value in scale.values)]
+        wanted = [(f"scale.{name}", value) for name, value in wanted]
+    elif isinstance(settings, EvaluateConfig | BaselineScenesConfig):
+        wanted = [(f"levels: {label}", value) for label, value in settings.levels.items()]
+    for name, value in wanted:
+        if value is not None and not scales[0] <= value <= scales[-1]:
+            raise ValueError(f"{name}={value:g}: must lie in [{scales[0]:g}, {scales[-1]:g}], the degrader's range")
 
 
 def _trees(settings: Any) -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -9,11 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import Tensor
 
 from degflow.config import plain
-from degflow.dataset.ranks import processes
+from degflow.dataset.ranks import own_rank
 from degflow.dataset.scales import ScaleConfig, noise_seed_of, scales_of
 from degflow.degrader import MEMORY, Degrader
 from degflow.images import SMALLEST_SIDE
@@ -41,7 +40,7 @@ class RandomDegradation:
         low: the smallest scale; None: that of the range that the degrader was trained on.
         high: the largest scale; None: that of the range.
         seed: decides scales and noise, with the rank and the number of the call.
-        rank: of this process; None: from torch.distributed, else from RANK and WORLD_SIZE, else 0.
+        rank: of this process; None: from torch.distributed, else from RANK, else 0.
         value_range: of HR and LR: (-1, 1) or (0, 1).
         margin: pixels that are cut off at each side of LR. A crop's edge is not the photograph's: there LR differs from
             the same place of the degraded photograph. 32 makes what is left almost equal; see docs/on_the_fly.md.
@@ -76,7 +75,7 @@ class RandomDegradation:
         precision: str = "float32",
         device: str | torch.device | None = None,
     ):
-        self.rank = processes(None, None)[0] if rank is None else rank
+        self.rank = own_rank() if rank is None else rank
         check_arguments(seed=seed, rank=self.rank, margin=margin)
         self.seed, self.margin, self.rounded, self.device = seed, margin, rounded, device
         self.low_value = check_value_range(value_range)

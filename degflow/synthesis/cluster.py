@@ -112,8 +112,8 @@ def unstarted(gpus: int, threads: int, stuck: bool = False) -> str:
     if any(actor["ActorClassName"].startswith("MapWorker") for actor in running.values()):  # as Ray Data calls them
         if gpus and stuck and not any(node.get("CPU", 0) >= 1 for node in free):
             return (
-                "no image was made since the last line, and no node has a free CPU for decoding and encoding. If other "
-                "jobs hold them (`ray status` shows it), this one waits"
+                "for some time no image was made, and no node has a free CPU for decoding and encoding: other jobs "
+                "hold them (`ray status` shows it), or this one decodes large photographs"
             )
         return ""
     needs = {"GPU": 1, "CPU": 1} if gpus else {"CPU": threads}

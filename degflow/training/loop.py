@@ -30,7 +30,7 @@ from degflow.storage import Place, split_uri
 from degflow.training.average import Average
 from degflow.training.checkpoints import Checkpoints, read_checkpoint
 from degflow.training.logs import Logs, Means
-from degflow.training.processes import FINISH, Hosts, gathered, is_main_process, join, lost, own_device
+from degflow.training.processes import FINISH, Hosts, gathered, is_main_process, join, lost
 from degflow.training.settings import FitConfig
 from degflow.training.stopping import Notice, Shield, Stopped
 
@@ -58,13 +58,11 @@ def check_start(config: FitConfig, output: str, settings: Any) -> None:
     The arguments are those of `fit`. What only the networks show, other shapes or other frozen weights, `fit` tells.
 
     Raises:
-        ValueError: a batch that the processes cannot share, a precision that needs a GPU, a checkpoint of another
-            configuration, or no file to start from.
+        ValueError: a batch that the processes cannot share, a checkpoint of another configuration, or no file to start
+            from.
         OSError: the output cannot be read.
     """
     _check_batch(config, int(os.environ.get("WORLD_SIZE", "1")))
-    if config.precision == "float16" and own_device().type == "cpu":
-        raise ValueError(f"fit.precision={config.precision}: needs a GPU")
     if is_main_process():
         checkpoints = Checkpoints(Place(output), config.keep)
         found = checkpoints.names()
@@ -128,12 +126,25 @@ def fit(
         accelerator.wait_for_everyone()
     result = Progress(run.step, run.averaged().cpu()) if accelerator.is_main_process else None
     if finish:
-        if result:
-            finish(result)
-        with lost(str(FINISH)):
-            run.hosts.meet()
+        _finish(run.hosts, finish, result)
     accelerator.end_training()
     return result
+
+
+def without_training(config: FitConfig, network: nn.Module, finish: Callable[[Progress], None]) -> None:
+    """What `fit` does after the last step, where there is nothing to train."""
+    accelerator = join(config.precision, config.timeout)
+    result = Progress(0, network) if accelerator.is_main_process else None
+    _finish(Hosts(accelerator, config.timeout), finish, result)
+    accelerator.end_training()
+
+
+def _finish(hosts: Hosts, finish: Callable[[Progress], None], result: Progress | None) -> None:
+    """The main process has the result and writes its files; the others wait."""
+    if result:
+        finish(result)
+    with lost(str(FINISH)):
+        hosts.meet()
 
 
 def _train(

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, parse_flag_from_env
 from torch import Tensor, distributed
 
-FINISH = 3600  # seconds that the main process may take for what comes after the last step
+FINISH = 24 * 3600  # seconds that the main process may take for what comes after the last step
 
 
 def is_main_process() -> bool:

@@ -21,7 +21,7 @@ from degflow.models.precision import computing
 from degflow.objectives import LatentObjective, ResidualObjective, residuals, to_float
 from degflow.training.latents import LatentCrops, latents_of
 from degflow.training.lfm import provenance
-from degflow.training.loop import Progress, Validation, check_start, fit
+from degflow.training.loop import Progress, Validation, check_start, fit, without_training
 from degflow.training.processes import is_main_process, local_share, own_device
 from degflow.training.rae import load_stage1, watched_crops
 from degflow.training.settings import FitConfig
@@ -102,8 +102,8 @@ def train_residual(config: TrainResidualConfig) -> None:
         else:
             samples = ResidualCrops([stack.pixels for stack in stacks], times, config.scenes.crop, config.fit.seed)
         fit(objective, samples, config.fit, config.output, config, validate, finish)
-    elif main:
-        finish(Progress(0, network))
+    else:
+        without_training(config.fit, network, finish)
 
 
 @torch.no_grad()

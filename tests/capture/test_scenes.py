@@ -174,7 +174,7 @@ def test_smaller_lr_images_are_brought_to_hrs_grid_when_asked(tree):
 
 
 def test_a_smaller_lr_image_of_another_shape_is_named(tree):
-    add(tree, "4", "Canon_002_LR4.png", coordinates(2, height=8, width=17))  # 12 to 15 would do
+    add(tree, "4", "Canon_002_LR4.png", coordinates(2, height=8, width=17))  # 11 to 16 would do
     with pytest.raises(ValueError, match=r"4/Canon_002_LR4\.png: 17 x 8 pixels, its HR image 40 x 24; both sides must"):
         opened(tree, resize_lr=True, crop=8)
 

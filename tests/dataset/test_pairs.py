@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -16,8 +17,9 @@ from fsspec.implementations.local import LocalFileSystem
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from degflow import images
+from degflow import images, storage
 from degflow.dataset import writer
+from degflow.dataset.card import read_rows
 from degflow.dataset.order import lanes_of, merged
 from degflow.dataset.pairs import SynthesizedPairs, aligned_crops
 from degflow.dataset.reader import FinishedDataset
@@ -126,7 +128,12 @@ def test_rank_and_world_come_from_torch_distributed_or_the_launcher(grid, monkey
 
 @pytest.mark.parametrize(
     "environment",
-    [{"WORLD_SIZE": "4", "LOCAL_RANK": "2"}, {"LOCAL_RANK": "0"}, {"RANK": "1"}, {"SLURM_STEP_NUM_TASKS": "8"}],
+    [
+        {"WORLD_SIZE": "4", "LOCAL_RANK": "2"},
+        {"LOCAL_RANK": "1"},
+        {"SLURM_STEP_NUM_TASKS": "8"},
+        {"OMPI_COMM_WORLD_SIZE": "2"},
+    ],
 )
 def test_a_process_that_does_not_know_its_rank_is_refused(grid, environment, monkeypatch):
     """Else it would read the rows of another one, or all."""
@@ -136,10 +143,21 @@ def test_a_process_that_does_not_know_its_rank_is_refused(grid, environment, mon
     with pytest.raises(ValueError, match=f"{name}={value}.*: one of several processes, but RANK and WORLD_SIZE do not"):
         SynthesizedPairs(grid)
     assert SynthesizedPairs(grid, rank=1, world=8).rank == 1
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # as in a job's own script
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    assert SynthesizedPairs(grid).world == 1
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"SLURM_STEP_NUM_TASKS": "1"},
+        {"WORLD_SIZE": "1", "LOCAL_RANK": "0"},
+        {"RANK": "0"},  # as cluster/train.sh has it
+    ],
+)
+def test_a_process_that_is_alone_reads_all(grid, environment, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    pairs = SynthesizedPairs(grid)
+    assert (pairs.rank, pairs.world) == (0, 1)
 
 
 class Flaky:
@@ -178,6 +196,19 @@ def test_a_read_that_fails_for_a_moment_is_repeated(grid, monkeypatch):
     assert names(SynthesizedPairs(grid)) == whole
     assert not failing
     assert opened
+
+
+def test_a_damaged_part_is_told_at_once_by_an_object_store_too(s3, grid, monkeypatch):
+    uri = s3.uri("damaged")
+    for file in Place(grid).files():
+        Place(uri).write(file.key, Place(grid).read(file.key))
+    part = "data/part-000001.parquet"
+    whole = Place(uri).read(part)
+    Place(uri).write(part, whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
+    monkeypatch.setattr(storage.time, "sleep", None)  # nothing is tried again
+    for read in (lambda: list(SynthesizedPairs(uri)), lambda: read_rows(Place(uri), part, ("key",))):
+        with pytest.raises((OSError, pa.ArrowInvalid), match="Parquet magic bytes not found"):
+            read()
 
 
 def test_order_follows_from_seed_and_epoch(grid):

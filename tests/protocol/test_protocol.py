@@ -218,6 +218,11 @@ def experiment(tmp_path, tree, **changes):
         ({"cameras": "[Canon, Sony]"}, "fidelity/draws/Sony: evaluate: .*Sony/Test"),
         ({"trees": "{far: nowhere}", "rows": "{a: [far]}"}, "sr/rcan/a/0: train_sr: .*nowhere"),
         ({"degraders": "{draws: [model=none.safetensors]}"}, "none.safetensors"),
+        ({"synthesize": "[scale.high=5]"}, r"generated/draws: synthesize: scale.high=5: must lie in \[1, 4\]"),
+        (
+            {"degraders": "{draws: ['scenes.levels={1: 1.0, 2: 2.0, 4: 2.5}']}"},
+            r"fidelity/draws/Canon: evaluate: levels: 3=3: must lie in \[1, 2.5\]",
+        ),
         ({"sr": "[test_lpips_weights=none.pth]"}, "sr/rcan/real-x3/0: train_sr: .*none.pth"),
     ],
 )
@@ -237,7 +242,11 @@ def test_a_cell_that_was_finished_with_other_words_is_told_before_the_others_run
 
 
 def test_what_earlier_cells_make_is_not_looked_for(tree, tmp_path):
-    settings = experiment(tmp_path, tree)
+    made = tmp_path / "made"  # by synthesize
+    made.mkdir()
+    (made / "_SUCCESS").touch()
+    rows = "{real x3: ['3'], ours: [ours], made: [made]}"
+    settings = experiment(tmp_path, tree, trees=f"{{made: {made}}}", rows=rows)
     check(cells(settings), settings.output)
 
 

@@ -185,10 +185,10 @@ def test_a_longer_batch_begins_with_the_draws_of_a_shorter_one(degrader):
 
 
 def test_the_rank_comes_from_the_environment(degrader, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(ValueError, match="RANK=1: one of several processes, but RANK and WORLD_SIZE do not say"):
-        drawn(degrader)
     monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE=2: one of several processes, but RANK and WORLD_SIZE do not say"):
+        drawn(degrader)
+    monkeypatch.setenv("RANK", "1")
     assert same(drawn(degrader)[0], drawn(degrader, rank=1)[0])
 
 

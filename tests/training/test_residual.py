@@ -239,7 +239,6 @@ def test_each_stage_2_takes_its_own_kind_of_stage_1_alone(tree, rae, residual, t
         ({"scenes.reductions": "[2.0]"}, 2, r"scenes.reductions=\[2.0\]: .*has all levels above scale 1"),
         # before the scenes are read:
         ({"fit.start_from": "other.safetensors", "scenes.data": "none"}, 2, r"other.safetensors: no such file"),
-        ({"fit.precision": "float16", "scenes.data": "none"}, 2, r"fit.precision=float16: needs a GPU"),
         ({"residual.width": 9}, 2, r"residual.width=9: must be even"),
     ],
 )
