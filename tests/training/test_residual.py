@@ -190,9 +190,7 @@ def test_scenes_may_be_encoded_once_into_a_cache_for_all_trainings(tree, rae, re
     assert not torch.equal(trained["flow.network.head.weight"], other["flow.network.head.weight"])
 
 
-def test_two_processes_share_the_encoding_and_train_as_one_does(tree, rae, tmp_path):
-    once = {"encode_once": "true", "scenes.cache": tmp_path / "cache"}
-    keys = keys_of(tree, rae, tmp_path / "two", **once)
+def in_two_processes(keys):
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     words = [*launcher, "-m", "degflow", "train-residual", *(f"{name}={value}" for name, value in keys.items())]
     more = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -200,11 +198,26 @@ def test_two_processes_share_the_encoding_and_train_as_one_does(tree, rae, tmp_p
         [sys.executable, *words], env={**os.environ, **more}, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_two_processes_share_the_encoding_and_train_as_one_does(tree, rae, tmp_path):
+    once = {"encode_once": "true", "scenes.cache": tmp_path / "cache"}
+    in_two_processes(keys_of(tree, rae, tmp_path / "two", **once))
     assert len(list((tmp_path / "cache").glob("*-latents.npy"))) == 4
     succeed("train_residual", **keys_of(tree, rae, tmp_path / "one"), encode_once="true")
     two, one = (load_file(tmp_path / name / "degrader.safetensors") for name in ("two", "one"))
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
+
+
+def test_two_processes_without_a_network_to_train_leave_the_degrader_of_one(tree, rae, tmp_path):
+    gaussian = {"residual.blocks": 0}
+    said = in_two_processes(keys_of(tree, rae, tmp_path / "two", **gaussian))
+    assert said.count("degrader: ") == 1
+    succeed("train_residual", **keys_of(tree, rae, tmp_path / "one", **gaussian))
+    two, one = (load_file(tmp_path / name / "degrader.safetensors") for name in ("two", "one"))
+    assert all(torch.equal(two[name], one[name]) for name in one)
 
 
 def test_half_precision_is_stored_on_request(tree, rae, tmp_path):
