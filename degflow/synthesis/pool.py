@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -144,7 +145,7 @@ def pool_of(actors: ActorsConfig) -> Iterator[Pool]:
 
 def _measured(actors: ActorsConfig, own: bool) -> Pool:
     """The pool that fits the cluster; `own`: this process started Ray, so the cluster is this machine, and fixed."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    nodes = _nodes(own)
     cpus, offered = [int(node["CPU"]) for node in nodes], [int(node.get("GPU", 0)) for node in nodes]
     gpus = int(any(offered)) if actors.gpus == "auto" else int(actors.gpus)
     if own and gpus and not any(offered):
@@ -162,6 +163,22 @@ def _measured(actors: ActorsConfig, own: bool) -> Pool:
     if missing := lack(gpus, threads):
         print(missing, flush=True)
     return Pool(actors, gpus, threads, sum(fits))
+
+
+def _nodes(own: bool) -> list[dict[str, float]]:
+    """The resources of the nodes with CPUs.
+
+    Raises:
+        OSError: the Ray that this process started names no node for 30 s. On a busy machine it needs a moment.
+    """
+    deadline = time.monotonic() + 30
+    while True:
+        found = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+        if found or not own:
+            return found
+        if time.monotonic() > deadline:
+            raise OSError("Ray was started on this machine, but does not name its node")
+        time.sleep(0.1)
 
 
 def _interval() -> float:
