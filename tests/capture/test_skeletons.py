@@ -94,7 +94,7 @@ def test_a_cache_gives_the_same_and_is_shared(tmp_path):
     assert all(is_mapped(stack.pixels) for stack in cached)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert len(before) == len(plain) == 5
-    again = stacks(scenes(cache=tmp_path))
+    again = stacks_of(scenes(cache=tmp_path), gaussian_optics((1.0, 2.0, 4.0)), FACTORS, quiet=True, share=(1, 2))
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
     for stack, *others in zip(plain, cached, again, strict=True):
         for other in others:

@@ -71,6 +71,8 @@ def trained(tree, dataset, tmp_path_factory):
 def test_it_trains_on_all_sources_and_tests_under_the_protocol(trained, tree):
     output, said, _ = trained
     assert re.search(r"^train on real: 4 pairs of scale 2 to 4$", said, re.M)
+    assert re.search(r"^\d scenes at levels 1, 2, 4 ", said, re.M)
+    assert re.search(r"^test on a: \d scenes at levels 1, 3 ", said, re.M)
     assert re.search(r"^train on generated: 4 pairs of scale [23]\.\d+ to [23]\.\d+$", said, re.M)
     assert re.search(r"^step 6: a [0-9.]+, b [0-9.]+$", said, re.M)
     rows = list(csv.DictReader((output / "measurements.csv").open()))
