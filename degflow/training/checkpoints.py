@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from degflow.storage import Place
+from degflow.models.files import load_checkpoint
+from degflow.storage import Place, split_uri
 
 # Keys that may differ between a run and its continuation.
 _FREE = re.compile(
@@ -90,6 +92,21 @@ def read_checkpoint(place: Place, name: str) -> dict[str, Any]:
     if not isinstance(state, dict) or not wanted <= state.keys():
         raise ValueError(f"{place.uri_of(name)}: not a training checkpoint (those are called checkpoints/step-N.pt)")
     return state
+
+
+def stored_weights(uri: str) -> dict[str, Tensor]:
+    """The averaged weights of a training checkpoint (.pt), or the tensors of a file that may hold several networks."""
+    return read_checkpoint(*split_uri(uri))["ema"] if uri.endswith(".pt") else load_checkpoint(uri)[0]
+
+
+def part_for(network: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of this network in a file that may hold several modules, each under its own prefix."""
+    names = network.state_dict().keys()
+    parts = {name.partition(".")[0] for name in names}
+    prefixes = {name[: end + 1] for name in tensors for end, letter in enumerate(name) if letter == "."}
+    best = max(["", *sorted(prefixes)], key=lambda prefix: sum(prefix + name in tensors for name in names))
+    found = {name.removeprefix(best): tensor for name, tensor in tensors.items() if name.startswith(best)}
+    return {name: tensor.float() for name, tensor in found.items() if name.partition(".")[0] in parts}
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -24,11 +24,10 @@ from tqdm import tqdm
 
 from degflow import config as configuration
 from degflow import images
-from degflow.models.files import load_checkpoint
 from degflow.models.precision import computing, differentiating
-from degflow.storage import Place, split_uri
+from degflow.storage import Place
 from degflow.training.average import Average
-from degflow.training.checkpoints import Checkpoints, read_checkpoint
+from degflow.training.checkpoints import Checkpoints, part_for, stored_weights
 from degflow.training.logs import Logs, Means
 from degflow.training.processes import FINISH, Hosts, gathered, is_main_process, join, lost
 from degflow.training.settings import FitConfig
@@ -69,18 +68,13 @@ def check_start(config: FitConfig, output: str, settings: Any) -> None:
         if found and config.resume == "auto":
             checkpoints.read(found[-1], configuration.plain(settings))
         elif config.start_from:
-            _weights(config.start_from)
+            stored_weights(config.start_from)
 
 
 def _check_batch(config: FitConfig, processes: int) -> None:
     if config.batch % (processes * config.accumulate):
         rule = f"must be a multiple of processes x fit.accumulate = {processes} x {config.accumulate}"
         raise ValueError(f"fit.batch={config.batch}: {rule}")
-
-
-def _weights(uri: str) -> dict[str, Tensor]:
-    """The averaged weights of a training checkpoint, or the tensors of a file that may hold several networks."""
-    return read_checkpoint(*split_uri(uri))["ema"] if uri.endswith(".pt") else load_checkpoint(uri)[0]
 
 
 def fit(
@@ -377,23 +371,13 @@ class _Run:
         self.accelerator.print(f"resuming after step {self.step} ({self.place.uri_of(name)})")
 
     def _start_from(self, uri: str) -> None:
-        weights = _weights(uri) if uri.endswith(".pt") else _part_for(self.network, _weights(uri))
+        weights = part_for(self.network, stored_weights(uri))
         try:
             self.network.load_state_dict(weights)
         except RuntimeError as error:
             reasons = [line.strip() for line in str(error).splitlines()[1:3]]
             raise ValueError(f"fit.start_from={uri}: holds another network ({' '.join(reasons)} ...)") from None
         self.average.set(self.network.state_dict())
-
-
-def _part_for(network: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of this network in a file that may hold several modules, each under its own prefix."""
-    names = network.state_dict().keys()
-    parts = {name.partition(".")[0] for name in names}
-    prefixes = {name[: end + 1] for name in tensors for end, letter in enumerate(name) if letter == "."}
-    best = max(["", *sorted(prefixes)], key=lambda prefix: sum(prefix + name in tensors for name in names))
-    found = {name.removeprefix(best): tensor for name, tensor in tensors.items() if name.startswith(best)}
-    return {name: tensor.float() for name, tensor in found.items() if name.partition(".")[0] in parts}
 
 
 def _digest(objective: nn.Module) -> str:
