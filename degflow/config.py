@@ -4,6 +4,7 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import math
 import os
 import sys
 import textwrap
@@ -65,7 +66,9 @@ def load(schema: type[T], arguments: Sequence[str]) -> T:
     """Build a configuration.
 
     A value is read as YAML, except that a word for a text field is taken literally: `output=007` is the folder 007.
-    Lists and dicts are given whole, and replace the default; the labels of a dict may be written as numbers.
+    Lists and dicts are given whole, and replace the default; the labels of a dict may be written as numbers. Numbers
+    are finite, and whole ones below 2^63. OmegaConf's `${...}` and `???` are refused: the first would put a variable of
+    the environment into the stored configuration, the second means that a key is missing.
 
     Args:
         schema: a dataclass whose fields were made by `option` or `required`.
@@ -91,26 +94,24 @@ def _merged(schema: type[T], arguments: Sequence[str]) -> T:
 
 
 def parse(schema: type[T], values: dict[str, Any]) -> T:
-    """A configuration from plain values, e.g. those stored in a checkpoint; unknown keys are errors.
-
-    The values may come from others. So `${...}`, which OmegaConf would replace by a variable of the environment, is an
-    error. What `plain` and `dump` store has none.
-    """
-    if wrong := next((part for part in _texts(values) if "${" in part), ""):
-        raise ValueError(f"{wrong}: a stored configuration must not hold ${{...}}")
+    """A configuration from plain values, e.g. those stored in a checkpoint; unknown keys are errors, as in `load`."""
     return _build(schema, [("", values)])
 
 
-def _texts(value: Any, name: str = "") -> Iterator[str]:
-    """`NAME=VALUE` of every value below this one."""
+def _check_values(value: Any, name: str = "") -> None:
+    """Raise ValueError for a value below this one that `load` refuses whatever its key."""
     if isinstance(value, Mapping):
         for key, below in value.items():
-            yield from _texts(below, f"{name}.{key}" if name else str(key))
+            _check_values(below, f"{name}.{key}" if name else str(key))
     elif isinstance(value, (list, tuple)):
         for below in value:
-            yield from _texts(below, name)
-    else:
-        yield f"{name}={value}"
+            _check_values(below, name)
+    elif isinstance(value, str) and ("${" in value or value == "???"):
+        raise ValueError(f"{name}={value}: must not hold ${{...}} or ???")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name}={value}: must be a finite number")
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}={value}: must be below 2^63")
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -229,6 +230,7 @@ def _build(schema: type[T], parts: Sequence[tuple[str, dict[str, Any]]]) -> T:
     try:
         config = OmegaConf.structured(schema)
         for file, part in parts:  # noqa: B007 (the error names it)
+            _check_values(part)
             values = _prepare(schema, part)
             _empty_dicts(config, values)
             config = OmegaConf.merge(config, values)
@@ -261,7 +263,26 @@ def _prepare(schema: type, values: Mapping[Any, Any], prefix: str = "") -> dict[
             prepared[name] = {str(label): item for label, item in value.items()}
         elif typing.get_origin(kind) in (tuple, list) and not isinstance(value, (tuple, list)):
             raise ValueError(f"{key}={_short(value)}: must be a list, as {key}=[VALUE,VALUE]")
+        elif typing.get_origin(kind) in (tuple, list):
+            _check_items(key, typing.get_origin(kind), typing.get_args(kind), value)
     return prepared
+
+
+def _check_items(key: str, kind: Any, kinds: tuple[Any, ...], items: Sequence[Any]) -> None:
+    """Raise ValueError unless a list has the items of its type; OmegaConf's own errors do not name the key."""
+    if kind is tuple and Ellipsis not in kinds and len(items) != len(kinds):
+        raise ValueError(f"{key}={_short(items)}: must have {len(kinds)} values")
+    rules: dict[Any, str] = {int: "must be whole numbers", float: "must be numbers"}
+    if kinds[0] in rules and not all(_is_number(item, kinds[0]) for item in items):
+        raise ValueError(f"{key}={_short(items)}: {rules[kinds[0]]}")
+
+
+def _is_number(item: Any, kind: type) -> bool:
+    """Whether it is an int or float, or the text of one."""
+    try:
+        return not isinstance(item, bool) and kind(item) == (item if not isinstance(item, str) else kind(item))
+    except (TypeError, ValueError):
+        return False
 
 
 def _empty_dicts(config: Any, values: dict[Any, Any]) -> None:

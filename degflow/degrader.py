@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from degflow import images
 from degflow.capture.optics import Optics
 from degflow.config import parse, plain
-from degflow.flow import Carried, Draw, PathFlow, Seen
+from degflow.flow import Carried, Draw, PathFlow, Seen, check_solver
 from degflow.models import (
     AutoencoderConfig,
     ResidualAutoencoder,
@@ -29,7 +29,7 @@ from degflow.models import (
     hub,
 )
 from degflow.models.files import checkpoint, load_checkpoint
-from degflow.models.inputs import Picture, check_batch, check_range, pixels_of, scales_of, seeds_of
+from degflow.models.inputs import Picture, check_batch, check_range, levels_of, pixels_of, scales_of, seeds_of
 from degflow.models.precision import computing
 from degflow.storage import split_uri
 from degflow.tiling import Costs, Plan
@@ -60,7 +60,6 @@ class Degrader(nn.Module):
         self.timeline = Timeline(tuple(self.levels.values()))
         self.sha256 = ""
         self.provenance: dict[str, Any] = {}
-        self.checks_range = True
         self._saw_range = False  # of images on a GPU
 
     @property
@@ -101,11 +100,12 @@ class Degrader(nn.Module):
         solver: str = "",
         memory: float = MEMORY,
         precision: str = "float32",
+        checks_range: bool = True,
     ) -> Tensor:
         """Degrade a batch.
 
         The range of `hr` is checked in every call if it is on a CPU. Reading a GPU's values makes the CPU wait for all
-        work before, so there only the first call is checked. `checks_range = False` turns both off.
+        work before, so there only the first call is checked.
 
         Args:
             hr: float32 "B 3 H W" in [-1, 1]; any H and W from 8 up.
@@ -121,6 +121,7 @@ class Degrader(nn.Module):
                 image by image, and what still does not tile by tile; the result is the same to rounding.
             precision: float32, tf32, bfloat16 or float16, of the networks' matrix products and convolutions; the
                 latent, its steps and the last convolution stay in float32 (see `models.precision`).
+            checks_range: False for images whose range is known: it is not looked at.
 
         Returns:
             "B 3 H W" or "B N 3 H W" in [-1, 1].
@@ -128,19 +129,20 @@ class Degrader(nn.Module):
         Raises:
             ValueError: images of another type, shape, device or range, a scale outside the trained range [low, high], a
                 spread outside [0, 1], seeds or places that do not fit, too little memory for any tile, or an unknown
-                precision.
+                solver or precision.
 
         Warns:
             UserWarning: no value is below 0, as in images in [0, 1].
         """
-        self._check(hr)
+        check_batch(hr, next(self.parameters()))
+        if checks_range:
+            self._check_range(hr)
         how = {"seed": seed, "spread": spread, "place": place, "steps": steps, "solver": solver, "memory": memory}
         return self._forward(hr, scales_of(scale, len(hr)), **how, precision=precision)
 
-    def _check(self, hr: Tensor) -> None:
-        """Raise ValueError unless this is a batch of images in [-1, 1]."""
-        check_batch(hr, next(self.parameters()))
-        if self.checks_range and not hr.is_meta and (hr.device.type == "cpu" or not self._saw_range):
+    def _check_range(self, hr: Tensor) -> None:
+        """Raise ValueError unless the batch lies in [-1, 1]; on a GPU only once."""
+        if not hr.is_meta and (hr.device.type == "cpu" or not self._saw_range):
             check_range(*map(float, hr.aminmax()))
             self._saw_range = hr.device.type != "cpu"
 
@@ -160,6 +162,7 @@ class Degrader(nn.Module):
         """`forward` of checked images."""
         if not 0 <= spread <= 1:
             raise ValueError(f"spread={spread}: must lie in [0, 1]")
+        check_solver(solver or self.flow.solver[0], steps or self.flow.solver[1])
         scale, seeds = scale.cpu(), seeds_of(seed, scale).cpu()
         self.check_scales(float(scale.min()), float(scale.max()))
         places = self._latent_places(place, len(hr)).cpu()
@@ -231,6 +234,8 @@ class Degrader(nn.Module):
         """Places in pixels, or none -> in latent pixels."""
         if place is None:
             return torch.zeros(count, 2, dtype=torch.int64)
+        if not isinstance(place, Tensor):
+            raise ValueError(f"place: {type(place).__name__}: must be an int64 tensor [{count}, 2]")
         if place.dtype != torch.int64 or place.shape != (count, 2):
             raise ValueError(f"place: {place.dtype} {list(place.shape)}: must be int64 [{count}, 2], one of each image")
         if bool((place < 0).any()) or bool((place % self.multiple).any()):
@@ -265,7 +270,13 @@ class Degrader(nn.Module):
         With dynamic=True a compilation, which takes minutes on a busy CPU, does for images of nearly all sizes: a
         batch of one image and one of several need one each, and so may some sizes. With dynamic=False each size costs
         one. A copy of a compiled degrader is not compiled.
+
+        Raises:
+            ValueError: a mode with CUDA graphs. A graph's next run overwrites what the last one returned, and latents
+                and skips are needed for longer.
         """
+        if (mode := options.get("mode")) in ("reduce-overhead", "max-autotune"):
+            raise ValueError(f"mode={mode}: its CUDA graphs overwrite latents; take max-autotune-no-cudagraphs")
         self._compiled = None
         ways: list[Any] = [torch.compile(way, *args, **options) for way in self._ways]
         self._compiled = _Ways(*ways)
@@ -309,8 +320,9 @@ class Degrader(nn.Module):
         Args:
             picture: HR: a PIL image; a uint8 array "H W 3", "H W 4" or "H W"; or the path or URI of a file.
             scale: in [low, high]; or several scales, which share the work on HR.
-            seed: another one gives another draw. The n-th of several scales has seed + n, from 0: its image is
-                `degrade(picture, scale[n], seed=seed + n)`.
+            seed: another one gives another draw. The noise of one seed is nearly the same in all pictures, so give each
+                its own. The n-th of several scales has seed + n, from 0: its image is `degrade(picture, scale[n],
+                seed=seed + n)`. For picture i of those with N scales each, i * N is free of repetitions.
             spread: 1 for draws, 0 for their mean.
             gray: what a gray picture's LR image has: "camera", a colour camera's slight colour; "keep", none.
             options: those of a call: steps, solver, memory, precision.
@@ -319,7 +331,8 @@ class Degrader(nn.Module):
             An image; a list of them for several scales.
 
         Raises:
-            ValueError: a picture, scale or other argument that breaks a rule; the message says which.
+            ValueError: a picture, scale or other argument that breaks a rule; the message says which. Or the result is
+                not finite.
             OSError: a file that cannot be read.
         """
         if gray not in images.GRAY:
@@ -329,10 +342,14 @@ class Degrader(nn.Module):
             raise ValueError(f"scale={scale}: must be a number or a list of numbers")
         pixels = pixels_of(picture)
         hr = images.to_tensor(pixels, next(self.parameters()).device)[None]
+        check_batch(hr, next(self.parameters()))
         # As "1 N" also for one scale: the published flow's steps differ between "B" and "B N".
-        lrs = images.to_pixels(self._forward(hr, scales.view(1, -1), seed=seed, spread=spread, **options)[0])
+        lrs = self._forward(hr, scales.view(1, -1), seed=seed, spread=spread, **options)[0]
         stays_gray = gray == "keep" and images.is_gray(pixels)
-        made = [Image.fromarray(images.to_gray(lr) if stays_gray else lr) for lr in lrs]
+        made = []
+        for lr in lrs:  # one by one: rounding takes 24 bytes for each pixel
+            levels = levels_of(lr)
+            made.append(Image.fromarray(images.to_gray(levels) if stays_gray else levels))
         return made if scales.ndim else made[0]
 
     def save(self, uri: str, provenance: Mapping[str, Any], *, half: bool = False) -> None:
@@ -394,6 +411,8 @@ class Degrader(nn.Module):
         """
         tensors, description, digest = load_checkpoint(uri, "degrader")
         try:
+            if wrong := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
+                raise ValueError(f"not finite: {', '.join(wrong[:3])}")
             autoencoder = ResidualAutoencoder(parse(AutoencoderConfig, description["autoencoder"]))
             degrader = cls(autoencoder, _flow(description, autoencoder.config), description["levels"])
             degrader.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})

@@ -36,6 +36,14 @@ _METHODS: dict[str, tuple[tuple[tuple[float, ...], ...], tuple[float, ...]]] = {
 }
 
 
+def check_solver(solver: str, steps: int) -> None:
+    """Raise ValueError for an unknown solver, or fewer steps than one."""
+    if solver not in SOLVERS:
+        raise ValueError(f"solver={solver}: must be one of {', '.join(SOLVERS)}")
+    if steps < 1:
+        raise ValueError(f"steps={steps}: must be at least 1")
+
+
 def integrate(velocity: Velocity, z0: Tensor, end_time: Tensor, *, steps: int = STEPS, solver: str = SOLVER) -> Tensor:
     """Carry each latent from time 0 to its end time(s).
 
@@ -55,10 +63,7 @@ def integrate(velocity: Velocity, z0: Tensor, end_time: Tensor, *, steps: int = 
     Raises:
         ValueError: unknown solver, steps < 1, or an end time outside [0, 1].
     """
-    if solver not in SOLVERS:
-        raise ValueError(f"solver={solver}: must be one of {', '.join(SOLVERS)}")
-    if steps < 1:
-        raise ValueError(f"steps={steps}: must be at least 1")
+    check_solver(solver, steps)
     end_time = end_time.to("cpu", torch.float32 if z0.dtype.itemsize < 4 else z0.dtype)
     if not bool(((end_time >= 0) & (end_time <= 1)).all()):
         raise ValueError(f"end_time from {float(end_time.min())} to {float(end_time.max())}: must lie in [0, 1]")

@@ -389,18 +389,25 @@ def to_tensor(pixels: np.ndarray, device: "str | torch.device" = "cpu") -> "Tens
     """Uint8 "*B H W 3" -> float32 "*B 3 H W" in [-1, 1] on a device; bytes are sent to it, not floats."""
     import torch
 
-    image = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
     if torch.device(device).type == "cuda":
-        image = image.pin_memory().to(device, non_blocking=True)
+        pinned = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
+        np.copyto(pinned.numpy(), pixels)
+        image = pinned.to(device, non_blocking=True)
+    else:
+        image = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
     return image.movedim(-1, -3).float() / 127.5 - 1
 
 
-def to_pixels(image: "Tensor") -> np.ndarray:
-    """Float "*B 3 H W" in [-1, 1] -> uint8 "*B H W 3", clamped and rounded to nearest."""
+def to_pixels(image: "Tensor", out: np.ndarray | None = None) -> np.ndarray:
+    """Float "*B 3 H W" in [-1, 1] -> uint8 "*B H W 3", clamped and rounded to nearest; into `out`, if it is given."""
     import torch
 
     levels = ((image.detach().float() + 1) * 127.5).round().clamp(0, 255)
-    return levels.to(torch.uint8).movedim(-3, -1).contiguous().cpu().numpy()
+    pixels = levels.to(torch.uint8).movedim(-3, -1).contiguous()
+    if out is None:
+        return pixels.cpu().numpy()
+    torch.from_numpy(out).copy_(pixels)
+    return out
 
 
 def is_gray(pixels: np.ndarray) -> bool:

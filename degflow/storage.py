@@ -87,6 +87,8 @@ class Place:
         bare = uri.rstrip("/")
         self.uri = uri if bare.endswith(":") and "://" in uri else bare or "/"
         self.fs, root = fsspec.core.url_to_fs(self.uri, **_options(self.uri))
+        if _is_s3(self.fs):
+            self.fs.retries = 1  # `_try` repeats: s3fs's own five times take ten seconds, whatever the patience
         self.root = root.rstrip("/")
         self.local = isinstance(self.fs, LocalFileSystem)
         self.patience = patience

@@ -5,6 +5,7 @@ window, which is its halo away from every edge where the window was cut, comes o
 in latent pixels.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -145,6 +146,8 @@ class Plan(NamedTuple):
         Raises:
             ValueError: not even one image in small tiles fits; the message says what it needs.
         """
+        if math.isnan(memory):
+            raise ValueError("memory=nan: must be a number of GB")
         pixels, room = rows * columns, memory * 1e9 - OVERHEAD
         held, whole, skips, work, _ = (pixels * cost for cost in costs)
         window = LARGEST / costs.largest if costs.largest else 2.0**31 * pixels

@@ -40,15 +40,15 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def save_model(path, seed=0, draws=False, blocks=1, **autoencoder):
+def save_model(path, seed=0, draws=False, blocks=1, levels=LEVELS, **autoencoder):
     """A degrader's file: of the published kind, or of the kind that draws, with a residual network of `blocks`."""
     torch.manual_seed(seed)
     network = ResidualAutoencoder(AutoencoderConfig(base_width=8, gate_init=0.5, **autoencoder))
     if draws:
-        flow = residual_flow(LEVELS, network.config.compression, blocks=blocks)
+        flow = residual_flow(levels, network.config.compression, blocks=blocks)
     else:
         flow = PathFlow(VelocityNetwork(VelocityConfig(width=16, blocks=1, multipliers=(1, 2))))
-    Degrader(network, flow, LEVELS).save(str(path), provenance={})
+    Degrader(network, flow, levels).save(str(path), provenance={})
     return str(path)
 
 

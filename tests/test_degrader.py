@@ -310,11 +310,57 @@ def test_without_a_network_there_is_no_solver_to_choose(degrader):
         ({"place": torch.tensor([[0, 0], [-16, 0]])}, r"place=.*-16.*: must be multiples of .*, and not negative"),
         ({"steps": -1}, r"steps=-1: must be at least 1"),
         ({"solver": "rk45"}, r"solver=rk45: must be one of euler"),
+        ({"solver": "rk45", "spread": 0}, r"solver=rk45: must be one of euler"),
+        ({"steps": -1, "spread": 0}, r"steps=-1: must be at least 1"),
+        ({"seed": 3.0}, r"seed=3.0: must be a whole number, or an int64 tensor"),
+        ({"seed": None}, r"seed=None: must be a whole number"),
+        ({"place": [[0, 0], [16, 0]]}, r"place: list: must be an int64 tensor \[2, 2\]"),
+        ({"memory": float("nan")}, r"memory=nan: must be a number of GB"),
     ],
 )
 def test_bad_arguments_are_named_with_value_and_rule(degrader, arguments, message):
     with pytest.raises(ValueError, match=message):
         degrader(pictures(2, 16, 16), torch.tensor([2.0, 3.0]), **arguments)
+
+
+def test_a_degrader_without_a_solver_names_an_unknown_one_too(degrader):
+    plain = Degrader(degrader.autoencoder, residual_flow(LEVELS, 8, blocks=0), LEVELS)
+    with pytest.raises(ValueError, match="solver=foo: must be one of euler"):
+        plain(pictures(1, 16, 16), 2.0, solver="foo")
+
+
+def test_numpy_s_whole_numbers_are_seeds(drawing):
+    hr = pictures(1, 16, 16)
+    assert torch.equal(drawing(hr, 2.0, seed=np.int64(5)), drawing(hr, 2.0, seed=5))
+
+
+def test_a_known_range_is_not_looked_at(drawing):
+    bright = pictures(1, 16, 16).abs()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        known = drawing(bright, 2.0, checks_range=False)
+        assert not warned
+        assert torch.equal(drawing(bright, 2.0), known)
+    assert "as of images in [0, 1]" in str(warned[0].message)
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_cuda_graphs_are_refused(drawing, mode):
+    with pytest.raises(ValueError, match=f"mode={mode}: its CUDA graphs overwrite latents"):
+        copy.deepcopy(drawing).compile(mode=mode)
+
+
+def test_a_result_that_is_not_finite_is_no_picture(drawing):
+    broken = copy.deepcopy(drawing)
+    with torch.no_grad():
+        broken.autoencoder.decoder.head.bias[1] = torch.nan
+    with pytest.raises(ValueError, match="the LR image is not finite: weights that are not, or precision=float16"):
+        broken.degrade(np.full((16, 16, 3), 200, np.uint8), 2.0)
+
+
+def test_networks_of_another_type_name_the_type_that_they_need(drawing):
+    with pytest.raises(ValueError, match=r"hr: torch.float32 .*: must be float64"):
+        copy.deepcopy(drawing).double().degrade(np.full((16, 16, 3), 200, np.uint8), 2.0)
 
 
 # Files
@@ -414,6 +460,16 @@ def test_a_degrader_file_that_lacks_or_adds_a_tensor_is_named(degrader, tmp_path
             Degrader.load(uri)
     save_checkpoint(uri, {**tensors, "flow.network.more": torch.zeros(1)}, description)
     with pytest.raises(ValueError, match=r"d\.safetensors: a damaged degrader .*flow.network.more"):
+        Degrader.load(uri)
+
+
+def test_weights_that_are_not_finite_are_named(degrader, tmp_path):
+    uri = str(tmp_path / "d.safetensors")
+    degrader.save(uri, {})
+    tensors, description, _ = load_checkpoint(uri)
+    tensors["autoencoder.decoder.head.bias"][0] = torch.inf
+    save_checkpoint(uri, tensors, description)
+    with pytest.raises(ValueError, match=r"a damaged degrader \(ValueError: not finite: autoencoder.decoder.head.bias"):
         Degrader.load(uri)
 
 

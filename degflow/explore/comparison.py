@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 import re
 import secrets
 import threading
@@ -94,7 +95,6 @@ class Explorer:
 
     def __init__(self, degrader: Degrader, window: int, max_pixels: int = images.MAX_PIXELS):
         self.degrader, self.max_pixels = degrader, max_pixels
-        degrader.checks_range = False  # of pixels that `images` decoded: a bright photograph needs no warning
         self.window = -(-window // degrader.multiple) * degrader.multiple
         self._photographs: dict[str, Photograph] = {}
         self._lock = threading.Lock()
@@ -180,22 +180,20 @@ class Explorer:
             if not photograph:
                 raise ValueError(f"the server keeps {KEPT} photographs, and this one no more: open it again")
             height, width = photograph.pixels.shape[:2]
+            box = _window(width, height, ask, self.window)
             step = self.degrader.multiple
-            left, across = _span(width, ask.x, self.window, step)
-            top, down = _span(height, ask.y, self.window, step)
-            box = Box(left, top, across, down)
-            before = min(MARGIN, left) // step * step, min(MARGIN, top) // step * step
-            part = photograph.pixels[
-                top - before[1] : top + down + MARGIN,
-                left - before[0] : left + across + MARGIN,
-            ]
-            inner, place = Box(*before, across, down), (top - before[1], left - before[0])
-            hr = images.to_tensor(part)[None]
+            left, top = (max(0, start - MARGIN) // step * step for start in (box.left, box.top))
+            right, bottom = (
+                -(-(start + length + MARGIN) // step) * step
+                for start, length in ((box.left, box.width), (box.top, box.height))
+            )
+            hr = images.to_tensor(photograph.pixels[top:bottom, left:right])[None]
+            inner, place = Box(box.left - left, box.top - top, box.width, box.height), (top, left)
             return photograph, box, [p._replace(image=inner.cut(p.image)) for p in self._pictures(hr, ask, place)]
 
     def _pictures(self, hr: Tensor, ask: Ask, place: tuple[int, int]) -> list[Picture]:
         device = next(self.degrader.parameters()).device
-        how = {"seed": ask.seed, "spread": ask.spread, "place": torch.tensor([place])}
+        how = {"seed": ask.seed, "spread": ask.spread, "place": torch.tensor([place]), "checks_range": False}
         # As "1 N", like `degrade` and synthesize: the published flow's steps differ between "B" and "B N".
         lr = _levels(self.degrader(hr.to(device), _one(ask.scale)[None], **how)[0])
         if not self.degrader.draws:
@@ -227,12 +225,16 @@ class Explorer:
         return Picture("plain", "Gaussian blur", caption, _levels(blur(hr, sigma)))
 
 
-def _span(size: int, centre: float, window: int, step: int) -> tuple[int, int]:
-    """Start and length of the window along a side: around the centre, inside the image, the start in whole steps."""
-    if size <= window:
-        return 0, size
-    start = round((min(max(centre, 0), size) - window / 2) / step) * step
-    return min(max(start, 0), (size - window) // step * step), window
+def _window(width: int, height: int, ask: Ask, side: int) -> Box:
+    """The window around the point that is asked for, inside the image."""
+    (left, across), (top, down) = _span(width, ask.x, side), _span(height, ask.y, side)
+    return Box(left, top, across, down)
+
+
+def _span(size: int, centre: float, window: int) -> tuple[int, int]:
+    """Start and length of the window along a side: around the centre, inside the image."""
+    length = min(window, size)
+    return round(min(max(centre - length / 2, 0), size - length)), length
 
 
 def _one(scale: float) -> Tensor:
@@ -247,7 +249,8 @@ def _levels(image: Tensor) -> Tensor:
 def _psnr(image: Tensor, hr: Tensor) -> float | None:
     if min(hr.shape[-2:]) < SMALLEST or torch.equal(image, hr):
         return None
-    return round(float(psnr(image, hr)), 2)
+    value = float(psnr(image, hr))  # infinite, if only the borders differ, which it leaves out
+    return round(value, 2) if math.isfinite(value) else None
 
 
 def _spectrum(image: Tensor) -> list[float] | None:

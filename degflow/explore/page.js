@@ -32,10 +32,17 @@ function say(about, error) {
   $("error").hidden = !$("error").textContent;
 }
 
+// In steps of 0.05, and both ends of the range, whatever they are.
+function chosenScale() {
+  const { low, high } = view.about;
+  const value = Number($("scale").value);
+  return value >= high ? high : Math.min(Math.max(Number((Math.round(value * 20) / 20).toFixed(2)), low), high);
+}
+
 function query() {
   const { photograph, at } = view;
   return new URLSearchParams({
-    photograph: photograph.identity, x: at.x, y: at.y, scale: $("scale").value, seed: $("seed").value,
+    photograph: photograph.identity, x: at.x, y: at.y, scale: chosenScale(), seed: $("seed").value,
     spread: $("spread").value,
   });
 }
@@ -302,7 +309,7 @@ async function open(file) {
 }
 
 function showValues() {
-  $("scale-value").textContent = `×${Number($("scale").value).toFixed(2)}`;
+  $("scale-value").textContent = `×${chosenScale().toFixed(2)}`;
   $("spread-value").textContent = Number($("spread").value).toFixed(2);
 }
 

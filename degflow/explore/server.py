@@ -143,7 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
         return cast(Server, self.server).explorer
 
     def _send_json(self, value: dict[str, Any], status: HTTPStatus = HTTPStatus.OK) -> None:
-        self._send(json.dumps(value).encode(), "application/json", status=status)
+        self._send(json.dumps(value, allow_nan=False).encode(), "application/json", status=status)
 
     def _send(
         self, data: bytes, kind: str, more: dict[str, str] | None = None, status: HTTPStatus = HTTPStatus.OK

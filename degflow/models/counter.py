@@ -12,6 +12,7 @@ from torch import Tensor
 
 _WORD = 0xFFFFFFFF
 _NOISE = 0x6E6F6973  # keeps the keys of noise apart from those of dropout
+_SECOND = 0x32777264  # and second keys apart from first ones
 
 
 def sample_keys(seed: int, number: Tensor) -> Tensor:
@@ -45,10 +46,12 @@ def gaussian(
         float32 "B C H W".
     """
     key = sample_keys(_NOISE, seed)
+    # Keys of 32 bits tell all seeds below 2^32 apart; of a million larger ones some hundred pairs would have one key.
+    second = torch.where(seed >> 32 > 0, sample_keys(_SECOND, seed), 0)
     for axis, count in enumerate((channels + channels % 2, height, width)):
         word = torch.arange(count, device=seed.device)
         if not axis:
-            word = word + first
+            key, word = key ^ second, word + first
         elif place is not None:
             word = word + place[:, axis - 1].view(-1, *[1] * key.ndim)
         key = mix(step(key[..., None], word))

@@ -1,6 +1,7 @@
 """What a degrader takes: pictures, batches, scales and seeds; what breaks a rule is named, and how to mend it."""
 
 import math
+import operator
 import os
 import warnings
 from typing import Any, TypeAlias
@@ -102,9 +103,24 @@ def check_range(low: float, high: float) -> None:
         warnings.warn(f"{said}, {mend}", stacklevel=_CALLER)
 
 
+def levels_of(lr: Tensor) -> np.ndarray:
+    """An LR image "*B 3 H W" in [-1, 1] -> uint8 "*B H W 3".
+
+    Raises:
+        ValueError: it is not finite: by the weights, or as float16 overflows.
+    """
+    if not bool(lr.isfinite().all()):
+        raise ValueError("the LR image is not finite: weights that are not, or precision=float16, which overflows")
+    return images.to_pixels(lr)
+
+
 def seeds_of(seed: int | Tensor, scale: Tensor) -> Tensor:
     """A seed for each scale."""
-    if isinstance(seed, int):
+    if not isinstance(seed, Tensor):
+        try:
+            seed = operator.index(seed)
+        except TypeError:
+            raise ValueError(f"seed={seed}: must be a whole number, or an int64 tensor") from None
         if not 0 <= seed < 2**63 - scale.numel():
             raise ValueError(f"seed={seed}: must lie in [0, 2^63)")
         return torch.arange(seed, seed + scale.numel()).view(scale.shape)

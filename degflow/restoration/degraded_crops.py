@@ -20,6 +20,7 @@ from degflow import images
 from degflow.dataset.pairs import cut, turned
 from degflow.dataset.scales import noise_seed_of, scales_of
 from degflow.degrader import Degrader
+from degflow.models.inputs import levels_of
 from degflow.restoration.random_degradation import (
     check_arguments,
     check_value_range,
@@ -138,9 +139,9 @@ class DegradedCrops(Dataset[dict[str, Any]]):
         first = [max(0, start - self.margin) // grid * grid for start in (top, left)]
         last = [-(-(start + self.crop + self.margin) // grid) * grid for start in (top, left)]
         window = images.to_tensor(photograph[first[0] : last[0], first[1] : last[1]])[None]
-        at = {"seed": torch.tensor([noise]), "place": torch.tensor([first])}
+        at = {"seed": torch.tensor([noise]), "place": torch.tensor([first]), "checks_range": False}
         lr = self.degrader(window, torch.tensor([scale], dtype=torch.float64), **at, **self.options)
-        return cut(images.to_pixels(lr)[0], top - first[0], left - first[1], self.crop)
+        return cut(levels_of(lr)[0], top - first[0], left - first[1], self.crop)
 
     def _tensor(self, pixels: np.ndarray) -> Tensor:
         return to_range(images.to_tensor(pixels), self.low_value, rounded=True)

@@ -101,6 +101,9 @@ class RandomDegradation:
         """
         self._check(hr)
         scale, seed = self._draws(len(hr))
+        device = torch.device(self.device) if self.device is not None else hr.device
+        if next(self.degrader.parameters()).device != device:
+            self.degrader.to(device)  # outside inference mode, where its weights could not be trained any more
         with torch.inference_mode():
             lr = self._degraded(hr, scale, seed)
         self.calls += 1
@@ -139,13 +142,11 @@ class RandomDegradation:
         return torch.tensor(scales, dtype=torch.float64), torch.tensor(seeds)
 
     def _degraded(self, hr: Tensor, scale: Tensor, seed: Tensor) -> Tensor:
-        device = torch.device(self.device) if self.device is not None else hr.device
-        if next(self.degrader.parameters()).device != device:
-            self.degrader.to(device)
-        image = hr.to(device, torch.float32)
+        image = hr.to(next(self.degrader.parameters()).device, torch.float32)
         if self.low_value == 0:
             image = 2 * image - 1
-        lr = self.without_margin(self.degrader(image.clamp(-1, 1), scale, seed=seed, **self.options))
+        how = {"seed": seed, "checks_range": False} | self.options  # `_check` has looked at the values
+        lr = self.without_margin(self.degrader(image.clamp(-1, 1), scale, **how))
         return to_range(lr, self.low_value, self.rounded).to(hr.device, hr.dtype)
 
     def _check(self, hr: Tensor) -> None:
@@ -195,9 +196,7 @@ def load(model: Degrader | str) -> Degrader:
     if isinstance(model, Degrader):
         return model
     with torch.random.fork_rng(devices=[]):
-        degrader = Degrader.load(model)
-    degrader.checks_range = False  # the images are checked here, in their own range
-    return degrader
+        return Degrader.load(model)
 
 
 def scale_config(

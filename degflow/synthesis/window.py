@@ -55,9 +55,6 @@ class WindowDegrader:
     seed: int
     spread: float
 
-    def __post_init__(self):
-        self.degrader.checks_range = False  # of pixels that `images` decoded: a bright photograph needs no warning
-
     def degrade(self, window: Sequence[Item | Reject]) -> list[np.ndarray | Reject]:
         """The LR images of each photograph, uint8 "N H W 3", or the reject that it is or becomes."""
         results: dict[int, np.ndarray | Reject] = {}
@@ -123,14 +120,18 @@ class WindowDegrader:
 
     def _forward(self, batch: Sequence[Item], memory: float) -> tuple[np.ndarray, list[bool]]:
         """LR images, uint8 "B N H W 3", and whether all values of each image's are finite."""
-        hr = images.to_tensor(np.stack([item.loaded.pixels for item in batch]), self._device)
+        first, *others = (item.loaded.pixels for item in batch)
+        hr = images.to_tensor(np.stack([first, *others]) if others else first[None], self._device)
         scale = torch.tensor([item.scales for item in batch], dtype=torch.float64)
         seed = torch.tensor([self._noise_seeds(item) for item in batch])
         how = {"memory": memory, "precision": self.precision, "steps": self.steps, "solver": self.solver}
-        lr = self.degrader(hr, scale, seed=seed, spread=self.spread, **how)
+        lr = self.degrader(hr, scale, seed=seed, spread=self.spread, checks_range=False, **how)
         finite = lr.isfinite().flatten(1).all(1).tolist()
-        # One draw at a time: as floats, each takes 24 bytes for a pixel while it is rounded.
-        return np.stack([images.to_pixels(draw) for draw in lr.unbind(1)], 1), finite
+        count, draws, _, height, width = lr.shape
+        pixels = np.empty((count, draws, height, width, 3), np.uint8)
+        for number, draw in enumerate(lr.unbind(1)):  # as floats, each takes 24 bytes for a pixel while it is rounded
+            images.to_pixels(draw, out=pixels[:, number])
+        return pixels, finite
 
     @property
     def _device(self) -> torch.device:

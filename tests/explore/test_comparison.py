@@ -135,27 +135,54 @@ def test_of_a_large_photograph_the_window_around_the_chosen_point_is_shown(drawi
     assert (told["width"], told["height"]) == (400, 300)
     assert not middle["whole"]
     window = middle["window"]
-    assert window == {"left": 168, "top": 120, "width": 64, "height": 64}  # in whole latent pixels
+    assert window == {"left": 168, "top": 119, "width": 64, "height": 64}
     assert corner["window"] == {"left": 336, "top": 0, "width": 64, "height": 64}
     for answer in (middle, corner):
         box = answer["window"]
         rows, columns = slice(box["top"], box["top"] + 64), slice(box["left"], box["left"] + 64)
         assert np.array_equal(answer["pictures"]["hr"]["pixels"], photo[rows, columns])
     # The surroundings are worked on too: no border shows in the optics' picture.
-    around = photo[120 - MARGIN : 184 + MARGIN, 168 - MARGIN : 232 + MARGIN]
-    whole = images.to_pixels(drawing.flow.guide(batch(photo), torch.tensor([2.5])))[0][120:184, 168:232]
-    alone = images.to_pixels(drawing.flow.guide(batch(photo[120:184, 168:232]), torch.tensor([2.5])))[0]
+    top, rows, columns = 80, slice(119, 183), slice(168, 232)  # 119 - MARGIN is no multiple of 8
+    around = photo[top : 183 + MARGIN + 1, 168 - MARGIN : 232 + MARGIN]
+    whole = images.to_pixels(drawing.flow.guide(batch(photo), torch.tensor([2.5])))[0][rows, columns]
+    alone = images.to_pixels(drawing.flow.guide(batch(photo[rows, columns]), torch.tensor([2.5])))[0]
     shown = middle["pictures"]["plain"]["pixels"]
     assert np.abs(shown.astype(int) - whole).max() <= 1 < np.abs(alone.astype(int) - whole).max()
-    place = torch.tensor([[120 - MARGIN, 168 - MARGIN]])
+    place = torch.tensor([[top, 168 - MARGIN]])
     lr = drawing(batch(around), torch.tensor([2.5]), seed=3, place=place)
-    inner = images.to_pixels(lr)[0][MARGIN:-MARGIN, MARGIN:-MARGIN]
+    inner = images.to_pixels(lr)[0][119 - top : 183 - top, MARGIN:-MARGIN]
     assert np.array_equal(middle["pictures"]["lr"]["pixels"], inner)
     # And the noise is that of the whole photograph.
-    drawn = np.asarray(drawing.degrade(Image.fromarray(photo), 2.5, seed=3))[120:184, 168:232]
+    drawn = np.asarray(drawing.degrade(Image.fromarray(photo), 2.5, seed=3))[rows, columns]
     assert np.abs(inner.astype(int) - drawn).max() <= 1
-    elsewhere = images.to_pixels(drawing(batch(around), torch.tensor([2.5]), seed=3))[0][MARGIN:-MARGIN, MARGIN:-MARGIN]
-    assert np.abs(elsewhere.astype(int) - drawn).max() > 4
+    elsewhere = images.to_pixels(drawing(batch(around), torch.tensor([2.5]), seed=3))[0]
+    assert np.abs(elsewhere[119 - top : 183 - top, MARGIN:-MARGIN].astype(int) - drawn).max() > 4
+
+
+def test_every_pixel_can_be_reached_and_every_border_has_a_margin(degrader):
+    photo = skimage.coffee()[:251, :377]
+    with serving(degrader, 64) as client:
+        told = client.open(photo)
+        last = client.pictures(told, x=1e9, y=1e9)
+        inside = client.pictures(told, x=190, y=130)
+    assert last["window"] == {"left": 377 - 64, "top": 251 - 64, "width": 64, "height": 64}
+    assert np.array_equal(last["pictures"]["hr"]["pixels"], photo[-64:, -64:])
+    box = inside["window"]
+    # The blurs of all four sides see what lies outside the window: it is unlike the window blurred alone.
+    rows, columns = (slice(box[start], box[start] + 64) for start in ("top", "left"))
+    alone = images.to_pixels(bicubic(batch(photo[rows, columns]), 2.5))[0].astype(int)
+    unlike = np.abs(inside["pictures"]["bicubic"]["pixels"] - alone).max(2)
+    assert all(unlike[side].max() > 2 for side in (np.s_[:3], np.s_[-3:], np.s_[:, :3], np.s_[:, -3:]))
+
+
+def test_a_picture_that_differs_in_its_borders_alone_has_no_psnr(drawing):
+    pixels = np.full((72, 72, 3), 255, np.uint8)
+    pixels[:2] = 0  # PSNR leaves the borders out
+    with serving(drawing, 72) as client:
+        told = client.open(pixels)
+        shown = client.pictures(told, scale=1.05, spread=0)["pictures"]
+    assert shown["bicubic"]["psnr"] is None
+    assert not np.array_equal(shown["bicubic"]["pixels"], pixels)
 
 
 def test_seed_scale_and_spread_each_change_the_generated_picture(drawing):
@@ -178,11 +205,11 @@ def test_the_pair_is_what_was_shown_and_its_names_say_how_it_was_made(drawing):
         shown = client.pictures(told, y=99)["pictures"]
         answer, data = client.ask(f"/pair?{query(told, y=99)}")
         mean, _ = client.ask(f"/pair?{query(told, spread=0.25)}")
-    name = "%C3%9Cn%C3%AFcode_1_at0-32_x2.5_seed3"
+    name = "%C3%9Cn%C3%AFcode_1_at0-36_x2.5_seed3"
     assert answer.getheader("Content-Disposition") == f"attachment; filename*=UTF-8''{name}.zip"
     assert mean.getheader("Content-Disposition").endswith("_at0-0_x2.5_seed3_spread0.25.zip")
     with zipfile.ZipFile(io.BytesIO(data)) as file:
-        stem = "Ünïcode_1_at0-32_x2.5_seed3"
+        stem = "Ünïcode_1_at0-36_x2.5_seed3"
         assert file.namelist() == [f"{stem}_HR.png", f"{stem}_LR.png"]
         hr, lr = (images.decode(file.read(name)) for name in file.namelist())
     assert np.array_equal(hr, shown["hr"]["pixels"])

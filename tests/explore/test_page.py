@@ -35,7 +35,8 @@ def photograph(tmp_path_factory):
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
     """The address that the job prints, with a small model that draws."""
-    model = save_model(tmp_path_factory.mktemp("model") / "model.safetensors", draws=True)
+    levels = {"1": 1.0, "2": 2.0, "4": 3.97}  # the slider's last value is no round one
+    model = save_model(tmp_path_factory.mktemp("model") / "model.safetensors", draws=True, levels=levels)
     command = [sys.executable, "jobs/explore.py", "port=0", "window=96", f"model={model}"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as job:
         try:
@@ -109,7 +110,7 @@ def test_a_photograph_its_scale_its_draws_and_the_pair(visit, url, photograph):
     page = visit.page
     assert "Open a photograph" in visit.text("#shown")
     visit.open(photograph).wait("seed=0", "scale=2.5")
-    assert "A window of 96 × 96 pixels at (48, 32) of 200 × 160." in visit.text("#shown")
+    assert "A window of 96 × 96 pixels at (52, 32) of 200 × 160." in visit.text("#shown")
     first = {name: visit.screen(name) for name in ("hr", "lr", "bicubic", "plain")}
     assert len(set(first.values())) == 4
     assert page.locator("#spectrum polyline").count() == 4
@@ -127,23 +128,23 @@ def test_a_photograph_its_scale_its_draws_and_the_pair(visit, url, photograph):
     assert visit.screen("lr") == first["lr"]
 
     slide(page, "scale", "high")
-    visit.wait("scale=4")
-    assert visit.text("#scale-value") == "×4.00"
+    visit.wait("scale=3.97")
+    assert visit.text("#scale-value") == "×3.97"
     stronger = {name: visit.screen(name) for name in first}
     assert [stronger[name] == first[name] for name in first] == [True, False, False, False]
-    assert visit.text("figure#lr b") == "Generated LR, ×4"
+    assert visit.text("figure#lr b") == "Generated LR, ×3.97"
 
     slide(page, "spread", "low")
-    visit.wait("spread=0", "scale=4")
+    visit.wait("spread=0", "scale=3.97")
     assert visit.screen("lr") != stronger["lr"]
     assert "mean of what the model would draw" in visit.text("figure#lr .about")
 
     with page.expect_download() as download:
         page.click("#pair")
-    assert download.value.suggested_filename == "my_photo_at48-32_x4_seed0_spread0.zip"
+    assert download.value.suggested_filename == "my_photo_at52-32_x3.97_seed0_spread0.zip"
     with zipfile.ZipFile(io.BytesIO(download.value.path().read_bytes())) as pair:
         hr, _ = (images.decode(pair.read(name)) for name in pair.namelist())
-    assert (hr == images.decode(photograph.read_bytes())[32:128, 48:144]).all()
+    assert (hr == images.decode(photograph.read_bytes())[32:128, 52:148]).all()
 
     assert visit.complaints == []
     assert visit.hosts == {urlsplit(url).netloc}
@@ -157,14 +158,14 @@ def test_zoom_and_cursor_are_those_of_all_pictures(visit, photograph):
     box = canvas.bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2 + 3, box["y"] + box["height"] / 2 + 3)
     told = [visit.text(f"figure#{name} .value") for name in ("hr", "lr", "bicubic", "plain")]
-    assert {words.partition(":")[0] for words in told} == {"(96, 80)"}  # the window's middle
-    assert told[0] == "(96, 80): " + " ".join(map(str, pixels[80, 96]))
+    assert {words.partition(":")[0] for words in told} == {"(100, 80)"}  # the window's middle
+    assert told[0] == "(100, 80): " + " ".join(map(str, pixels[80, 100]))
     page.mouse.down()
     page.mouse.move(box["x"] + box["width"] / 2 + 3 - 60, box["y"] + box["height"] / 2 + 3)  # ten pixels
     page.mouse.up()
-    assert visit.text("figure#hr .value").startswith("(96, 80):")  # they go with the hand
+    assert visit.text("figure#hr .value").startswith("(100, 80):")  # they go with the hand
     page.mouse.move(box["x"] + box["width"] / 2 + 3, box["y"] + box["height"] / 2 + 3)
-    assert visit.text("figure#plain .value").startswith("(106, 80):")
+    assert visit.text("figure#plain .value").startswith("(110, 80):")
     page.mouse.move(0, 0)
     # Enlarged without smoothing: 6 x 6 pixels of the screen for each of the picture.
     seen = images.decode(page.locator("figure#hr canvas").screenshot())

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy import stats
 
-from degflow.models.counter import gaussian, sample_keys
+from degflow.models.counter import _NOISE, gaussian, sample_keys
 
 SEEDS = torch.arange(16)
 SHAPE = (4, 64, 64)
@@ -76,6 +76,17 @@ def test_numbers_are_float32_and_finite_for_every_seed():
     assert x.shape == (5, 3, 128, 128)
     assert bool(x.isfinite().all())
     assert len({tuple(image.flatten()[:8].tolist()) for image in x}) == 5
+
+
+def test_seeds_whose_first_keys_are_equal_have_numbers_of_their_own():
+    seeds = torch.tensor([3682016118230443986, 5285979655695105178])
+    first, other = sample_keys(_NOISE, seeds).tolist()
+    assert first == other
+    x = gaussian(seeds, 2, 64, 64)
+    assert abs(correlation(x[0], x[1])) < 0.05
+    # Seeds below 2^32 have keys of their own.
+    few = sample_keys(_NOISE, torch.arange(1_000_000))
+    assert len(few.unique()) == len(few)
 
 
 def test_any_device_that_has_a_shape_will_do():

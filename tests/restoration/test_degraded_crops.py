@@ -1,5 +1,7 @@
 """Crops that are degraded in loader workers: they are parts of the degraded photograph."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -184,6 +186,14 @@ def test_ranks_share_an_epoch(degrader, folder):
 def test_arguments_that_break_a_rule_are_named(degrader, folder, arguments, message):
     with pytest.raises(ValueError, match=message):
         DegradedCrops(**{"photographs": folder, "model": degrader, **arguments})
+
+
+def test_a_result_that_is_not_finite_is_no_crop(degrader, folder):
+    broken = copy.deepcopy(degrader)
+    with torch.no_grad():
+        broken.autoencoder.decoder.head.bias[0] = torch.nan
+    with pytest.raises(ValueError, match="the LR image is not finite"):
+        DegradedCrops(folder, 32, model=broken)[0]
 
 
 def test_bad_files_and_indices_are_named(degrader, folder, tmp_path):

@@ -40,6 +40,20 @@ def batch(count=3, height=24, width=32, seed=0):
 # Images in and out
 
 
+def test_bright_images_need_no_warning_and_the_degrader_of_the_caller_stays_as_it_was(degrader, recwarn):
+    before = dict(vars(degrader))
+    RandomDegradation(degrader)(batch().abs())
+    assert not recwarn.list
+    assert vars(degrader).keys() == before.keys()
+
+
+def test_a_degrader_is_moved_where_its_weights_stay_trainable(degrader, monkeypatch):
+    moves = []
+    monkeypatch.setattr(type(degrader), "to", lambda self, device: moves.append(torch.is_inference_mode_enabled()))
+    RandomDegradation(degrader, device="cpu:0")(batch())  # another name of the same device
+    assert moves == [False]
+
+
 def test_lr_is_what_the_degrader_makes_at_the_drawn_scales(degrader):
     hr, degrade = batch(), RandomDegradation(degrader, rounded=False, spread=0.0)
     lr, scale = degrade(hr)
