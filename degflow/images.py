@@ -328,9 +328,10 @@ class _Conversion:
 
 
 def _to_8_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
-    bits = tags.get(_TIFF_BITS, (16,))[0]
-    if not image.mode.startswith("I;16") or bits != 16:
-        raise ImageError(f"pixel mode {image.mode}, {bits} bits: above 8 bits only unsigned 16-bit images are accepted")
+    bits = tags.get(_TIFF_BITS, (0,))[0]
+    if not image.mode.startswith("I;16") or bits not in (0, 16):
+        mode = f"pixel mode {image.mode}" + f", {bits} bits" * bool(bits)
+        raise ImageError(f"{mode}: above 8 bits only unsigned 16-bit images are accepted")
     wide = np.asarray(image).astype(np.uint32)
     if tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:
         wide = 65535 - wide
@@ -342,6 +343,8 @@ def _to_8_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
 
 def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     """The colours as gray, RGB or CMYK, and the alpha channel if there is one."""
+    if image.mode == "La":  # Pillow converts it to this one only
+        image = image.convert("LA")
     model = {"1": "L", "LA": "L", "L": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
     if not image.has_transparency_data:
         return image.convert(model), None

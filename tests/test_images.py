@@ -188,6 +188,19 @@ def test_a_16_bit_tiff_whose_white_is_zero_is_inverted():
     np.testing.assert_array_equal(decode(tiff(16, 16, 16, 1, wide.tobytes()))[..., 0], wide // 257)
 
 
+def test_a_picture_in_memory_is_refused_without_bits_that_nobody_gave():
+    with pytest.raises(ImageError, match=r"^pixel mode F: above 8 bits only unsigned 16-bit"):
+        images.from_picture(Image.fromarray(np.full((16, 16), 0.5, np.float32)))
+
+
+def test_gray_with_premultiplied_alpha_is_that_with_plain_alpha():
+    plain = Image.fromarray(noise(16, 16)).convert("LA")
+    plain.putalpha(200)
+    np.testing.assert_array_equal(
+        images.from_picture(plain.convert("La")), images.from_picture(plain.convert("La").convert("LA"))
+    )
+
+
 @pytest.mark.parametrize(
     "data",
     [

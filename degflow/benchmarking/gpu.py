@@ -58,7 +58,7 @@ def counted(degrader: Degrader, side: int) -> list[Kernel]:
         "decoder": [(autoencoder.decoder, "merged"), (autoencoder.decoder, "forward")],
     }
     hr = torch.empty(1, 3, side, side, device="meta")
-    return kernels(lambda: shadow(hr, _scale(), memory=float("inf")), parts)
+    return kernels(lambda: shadow(hr, _scale(degrader), memory=float("inf")), parts)
 
 
 def predicted(degrader: Degrader, side: int, gpu: GPU, precision: str, name: str) -> Table:
@@ -112,8 +112,9 @@ def by_size(
             else:
                 rows.append((*row, "–", "–", "–"))
     about = (
-        f"One LR image at x{SCALE:g} in {precision}, with {memory:.0f} GB for a forward pass on {device}, medians of "
-        f"{repeats} repeats. s predicted: for the GPU of {gpu.tflops:g} TFLOP/s, without tiles."
+        f"One LR image at x{SCALE:g}, or at the model's largest scale, in {precision}, with {memory:.0f} GB for a "
+        f"forward pass on {device}, medians of {repeats} repeats. s predicted: for the GPU of {gpu.tflops:g} TFLOP/s, "
+        "without tiles."
     )
     header = ("model", "image", "TFLOP", "kernels", "s predicted", "s if fused", "s measured", "images/s", "peak GB")
     return Table("Images by size, predicted and measured", about, header, rows)
@@ -130,8 +131,8 @@ def _timed(
         return "does not fit", "–", "–"
     try:
         degrader, hr = degrader.to(device), hr.to(device)
-        degrader(hr, _scale(), memory=memory, precision=precision)
-        ways = {"LR": lambda _: degrader(hr, _scale(), memory=memory, precision=precision)}
+        degrader(hr, _scale(degrader), memory=memory, precision=precision)
+        ways = {"LR": lambda _: degrader(hr, _scale(degrader), memory=memory, precision=precision)}
         timing = alternate(ways, repeats, device)["LR"]
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -151,7 +152,7 @@ def precisions(degrader: Degrader, hr: Tensor, repeats: int) -> Table:
     """
     device = hr.device.type
     ways: dict[str, Callable[[int], Tensor]] = {
-        precision: lambda _, precision=precision: degrader(hr, _scale(), precision=precision)
+        precision: lambda _, precision=precision: degrader(hr, _scale(degrader), precision=precision)
         for precision in PRECISIONS
     }
     if device == "cpu":
@@ -174,8 +175,8 @@ def precisions(degrader: Degrader, hr: Tensor, repeats: int) -> Table:
         error = "–" if same else f"{decibels(timing.result, reference)[0]:.1f}"
         rows.append((precision + ("" if known else ", emulated"), *speed, error, f"{changed:.2%}"))
     about = (
-        f"{hr.shape[-1]} x {hr.shape[-2]} pixels at x{SCALE:g} on {device}, medians of {repeats} alternating repeats. "
-        "PSNR against float32, and the share of 8-bit values that differ from float32's."
+        f"{hr.shape[-1]} x {hr.shape[-2]} pixels at x{float(_scale(degrader)):g} on {device}, medians of {repeats} "
+        "alternating repeats. PSNR against float32, and the share of 8-bit values that differ from float32's."
     )
     return Table("Precision", about, ("", "s", "times as fast as float32", "PSNR dB", "values changed"), rows)
 
@@ -217,5 +218,5 @@ def device_tests(device: str, some: str = "") -> Iterator[Table]:
         raise RuntimeError(f"{file.name}: {lines[-1]}")
 
 
-def _scale() -> Tensor:
-    return torch.tensor([SCALE], dtype=torch.float64)
+def _scale(degrader: Degrader) -> Tensor:
+    return torch.tensor([min(SCALE, degrader.high)], dtype=torch.float64)

@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -64,6 +65,20 @@ def alternate(ways: Mapping[str, Callable[[int], Any]], repeats: int, device: st
     return {name: Timing(seconds[name], peaks[name], results[name]) for name in ways}
 
 
+def run_process(command: Sequence[str], **environment: str) -> str:
+    """What another process prints; it joins no Ray.
+
+    Raises:
+        RuntimeError: it failed; the message ends with what it said last.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(command, env=inherited | environment, capture_output=True, text=True)
+    if done.returncode:
+        what = " ".join(command[1:]).partition("\n")[0][:80]
+        raise RuntimeError(f"{what} ended with {done.returncode}: {done.stderr[-2000:]}")
+    return done.stdout
+
+
 def flop(way: Callable[[int], object]) -> int:
     """Floating-point operations of the products and convolutions of one call, its backward passes included."""
     with FlopCounterMode(display=False) as counter:
@@ -74,6 +89,7 @@ def flop(way: Callable[[int], object]) -> int:
 def forget_peak(device: str) -> float:
     """Return free memory to the system, reset the peak, and return the bytes in use (NaN: unknown)."""
     if device == "cuda":
+        torch.cuda.synchronize()  # what still runs would count as the next way's
         torch.cuda.reset_peak_memory_stats()
         return float(torch.cuda.memory_allocated())
     try:

@@ -1,7 +1,5 @@
 """The factor that each optimisation should gain, by counting, and the factor that it gains."""
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,10 +9,11 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from degflow.benchmarking.inference import compiled_copy, evaluations, ours, pixel_by_pixel
-from degflow.benchmarking.measure import Table, alternate, flop
+from degflow.benchmarking.measure import Table, alternate, flop, run_process
 from degflow.benchmarking.plain import plain_decode, plainly, released
 from degflow.degrader import Degrader, pad
 from degflow.flow import Velocity, integrate
+from degflow.models.precision import computing
 
 PRODUCTS = ("conv", "addmm", "mm", "bmm", "linear", "scaled_dot_product")  # in the names of operators with most FLOP
 Way = Callable[[int], Any]  # for `alternate`
@@ -89,6 +88,11 @@ def _shared(degrader: Degrader, hr: Tensor, repeats: int, count: int) -> tuple[s
 
 def _decoding(degrader: Degrader, hr: Tensor, repeats: int) -> Iterator[tuple[str, ...]]:
     """The decoder as in the paper, then with its 1x1 convolutions multiplied out, then with its head for n pixels."""
+    with computing("float32", hr.device.type):  # as in a degrader's call: without it a GPU's convolutions take TF32
+        yield from _decoding_exactly(degrader, hr, repeats)
+
+
+def _decoding_exactly(degrader: Degrader, hr: Tensor, repeats: int) -> Iterator[tuple[str, ...]]:
     networks, image = degrader.autoencoder, pad(hr, degrader.multiple)
     decoder, (latent, skips) = networks.decoder, networks.encode(image)
 
@@ -158,5 +162,4 @@ def _large_pages(model: str, side: int, repeats: int) -> tuple[str, ...]:
 
 def _in_a_process(model: str, side: int, repeats: int, **environment: str) -> Iterator[float]:
     command = [sys.executable, "-c", _PAGES, model, str(side), str(repeats)]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
-    return map(float, done.stdout.split())
+    return map(float, run_process(command, **environment).split())

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,7 +17,7 @@ from PIL import Image
 
 from degflow import images
 from degflow.benchmarking import stand_in
-from degflow.benchmarking.measure import Table, alternate
+from degflow.benchmarking.measure import Table, alternate, run_process
 from degflow.dataset.layout import MANIFEST
 from degflow.degrader import Degrader
 from degflow.synthesis.reports import REPORTS
@@ -108,7 +107,7 @@ def job(degrader: Degrader, model: str, photographs: Sequence[np.ndarray], repea
             words = [f"input={source}", f"output={output}", f"model={model}", "scale.distribution=list", at, "batch=1"]
             words += [f"actors.threads={threads}", "actors.max=1", f"actors.gpus={int(device.type == 'cuda')}"]
             words += [f"shard.images={len(photographs)}"]
-            _run_job(["-m", "degflow", "synthesize"], words)
+            run_process([sys.executable, "-m", "degflow", "synthesize", *words])
             shards.append(_rate(Path(output, MANIFEST)))
     share = statistics.median(b / a for a, b in zip(bare, shards, strict=True))
     cost = _cpu_seconds(photographs)
@@ -133,15 +132,6 @@ def _cpu_seconds(photographs: Sequence[np.ndarray]) -> float:
         for _ in range(2):
             images.encode_png(pixels)
     return (time.process_time() - begun) / len(files)
-
-
-def _run_job(command: Sequence[str], words: Sequence[str], **environment: str) -> None:
-    inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    done = subprocess.run(
-        [sys.executable, *command, *words], env=inherited | environment, capture_output=True, text=True
-    )
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-2000:]}")
 
 
 def _rate(manifest: Path) -> float:
@@ -208,5 +198,5 @@ def run_stand_in(words: Sequence[str], resources: dict[str, int], seconds: float
         trace = Path(folder, "trace")
         environment = {stand_in.SECONDS: str(seconds), stand_in.TRACE: str(trace)}
         environment["RAY_OVERRIDE_RESOURCES"] = json.dumps(resources)
-        _run_job(["-m", "degflow.benchmarking.stand_in"], words, **environment)
+        run_process([sys.executable, "-m", "degflow.benchmarking.stand_in", *words], **environment)
         return [json.loads(line) for line in trace.read_text().splitlines()]

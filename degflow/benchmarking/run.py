@@ -6,11 +6,13 @@ import importlib.util
 import json
 import math
 import traceback
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
+from ray._private.utils import get_num_cpus
 
 from degflow import __version__, images
 from degflow.benchmarking import gpu, inference, node, pipeline, scale
@@ -22,14 +24,16 @@ from degflow.config import Unfinished, option, plain
 from degflow.degrader import Degrader
 from degflow.flow import PathFlow
 from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityNetwork
-from degflow.models.precision import PRECISIONS
+from degflow.models.precision import PRECISIONS, device_of
 from degflow.perceptual import Perceptual
 from degflow.restoration.networks import NetworkConfig, SwinIRConfig
 from degflow.storage import Place
+from degflow.synthesis.cluster import NoCompiler, check_compiler
 from degflow.synthesis.window import is_out_of_memory
 
 FULL_WIDTH = ", published networks at full width, RANDOM weights (no trained ones are here)"
 SWEEP = 30  # scales
+FILE = "benchmark.md"
 PARTS = (
     *("accuracy", "comparison", "roofline", "optimisations", "large", "margins", "training", "job", "actors"),
     *("codecs", "node", "scale", "precisions", "images", "tests"),
@@ -82,45 +86,49 @@ class BenchmarkConfig:
 def benchmark(config: BenchmarkConfig) -> None:
     """Make the tables, print each as it is done, and save them all.
 
-    A part that is finished is saved in `parts/`, and a later run with the same settings takes it from there. A part
-    that fails, or that the device has too little memory for, says so after its tables. The others are still made.
+    A part that is finished is saved in `parts/`, and a later run takes it from there, if the keys that this part reads
+    are the same. A part that fails, or that the device has too little memory for, says so after its tables. The others
+    are still made, and the next run makes one that failed last. `benchmark.md` has every part that is saved, also those
+    that earlier runs made of the same model on the same machine.
 
     Raises:
-        ValueError: no image in the input, or parts that the model has no solver for.
+        ValueError: no image in the input, no such device, or parts that the model has no solver for.
         Unfinished: at the end, parts that failed.
     """
     if config.quick:
         config = replace(config, sizes=(64,), sides=(64,), repeats=1, compile=False, full_width=False)
     if config.threads:
         torch.set_num_threads(config.threads)
-    device = config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(config.device)
+    if config.compile:
+        try:
+            check_compiler(device)
+        except NoCompiler:
+            print("torch.compile is left out: it needs a C++ compiler (cpu: CXX or g++; cuda: CC, gcc or clang)")
+            config = replace(config, compile=False)
     degrader = Degrader.load(config.model, device)
     if not degrader.has_solver and (wrong := {"accuracy", "comparison", "optimisations"} & set(config.parts)):
         raise ValueError(f"parts: {', '.join(sorted(wrong))} compare solvers, and model={config.model} has none")
+    saved = _Saved(Place(config.output), degrader, device)
+    failed, title = list[str](), f"# Speed\n\n{machine(device)}"
     bench = _Bench(config, degrader, photographs(config.input), device)
-    texts, failed = [f"# Speed\n\n{machine(device)}"], []
-    print(texts[0])
-    place = Place(config.output)
-    for part in config.parts:
-        tables, fine = _part(bench, part, place)
-        texts += tables
-        failed += [] if fine else [part]
-        place.write("benchmark.md", ("\n\n".join(texts) + "\n").encode())
+    print(title)
+    for part in sorted(config.parts, key=saved.failed):
+        failed += [] if _make(bench, part, saved) else [part]
+        saved.write(title)
         _free(device)
     if failed:
-        raise Unfinished(f"parts that failed: {', '.join(failed)}; all others are in {place.uri_of('benchmark.md')}")
+        raise Unfinished(f"parts that failed: {', '.join(failed)}; all others are in {saved.place.uri_of(FILE)}")
 
 
-def _part(bench: "_Bench", part: str, place: Place) -> tuple[list[str], bool]:
-    """A part's tables, measured now or by an earlier run with the same settings; and whether it did not fail."""
-    settings = {name: value for name, value in plain(bench.config).items() if name not in ("output", "parts")}
-    settings |= {"machine": machine(bench.device).rpartition("; load")[0]}
-    settings |= {"model_sha256": bench.degrader.sha256, "version": __version__}
-    settings, name = json.loads(json.dumps(settings)), f"parts/{part}.json"  # as they are read back
-    if place.exists(name) and (found := json.loads(place.read(name)))["settings"] == settings:
-        print(f"\n{part}: measured before; to measure again, delete {place.uri_of(name)}", flush=True)
-        return found["tables"], True
-    texts = []
+def _make(bench: "_Bench", part: str, saved: "_Saved") -> bool:
+    """Measure a part, unless it is saved; returns whether it did not fail."""
+    if saved.holds(part, bench.config):
+        where = saved.place.uri_of(saved.name(part))
+        print(f"\n{part}: measured before; to measure again, delete {where}", flush=True)
+        return True
+    bench.keys.clear()
+    texts, fits = [], True
     try:
         for table in getattr(bench, part)():
             texts.append(table.markdown())
@@ -129,18 +137,55 @@ def _part(bench: "_Bench", part: str, place: Place) -> tuple[list[str], bool]:
         fits = not is_out_of_memory(error)
         texts.append(f"## {part}: {'failed' if fits else 'does not fit'}\n\n{type(error).__name__}: {error}")
         print(f"\n{texts[-1]}", flush=True)
+        saved.now[part] = texts
         if fits:
             traceback.print_exc()
-        return texts, not fits
-    place.write(name, json.dumps({"settings": settings, "tables": texts}, indent=1).encode())
-    return texts, True
+            saved.keep(part, [], None)
+        return not fits
+    saved.keep(part, texts, {key: plain(bench.config)[key] for key in sorted(bench.keys)})
+    return True
+
+
+class _Saved:
+    """The parts that were measured, one JSON file each: the tables, and the keys that they were made with."""
+
+    def __init__(self, place: Place, degrader: Degrader, device: str):
+        self.place = place
+        about = {"machine": machine(device).rpartition("; load")[0], "version": __version__}
+        self.about = about | {"model_sha256": degrader.sha256}
+        found = {part: json.loads(place.read(self.name(part))) for part in PARTS if place.exists(self.name(part))}
+        self.parts = {part: one for part, one in found.items() if one["about"] == self.about}
+        self.now: dict[str, list[str]] = {}  # of parts that fail or do not fit, for benchmark.md alone
+
+    def name(self, part: str) -> str:
+        """Of the part's file."""
+        return f"parts/{part}.json"
+
+    def failed(self, part: str) -> bool:
+        """Whether the last run that made it failed."""
+        return part in self.parts and self.parts[part]["keys"] is None
+
+    def holds(self, part: str, config: BenchmarkConfig) -> bool:
+        """Whether it was measured with these keys."""
+        keys = self.parts[part]["keys"] if part in self.parts else None
+        return keys is not None and keys == json.loads(json.dumps({key: plain(config)[key] for key in keys}))
+
+    def keep(self, part: str, tables: list[str], keys: dict[str, Any] | None) -> None:
+        """Save a part that was measured with these keys; None: it failed."""
+        self.parts[part] = {"about": self.about, "keys": keys, "tables": tables}
+        self.place.write(self.name(part), json.dumps(self.parts[part], indent=1).encode())
+
+    def write(self, title: str) -> None:
+        """Write benchmark.md."""
+        tables = [table for part in PARTS for table in self.now.get(part) or self.parts.get(part, {}).get("tables", [])]
+        self.place.write(FILE, ("\n\n".join([title, *tables]) + "\n").encode())
 
 
 def _free(device: str) -> None:
     """Give a GPU's memory back, which the next part may need in another process.
 
     Raises:
-        ValueError: the last part failed in a way after which this process cannot use its GPU any more.
+        Unfinished: the last part failed in a way after which this process cannot use its GPU any more.
     """
     if device != "cuda":
         return
@@ -149,7 +194,8 @@ def _free(device: str) -> None:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
     except RuntimeError:
-        raise ValueError("after this failure the process cannot use its GPU; the same command goes on") from None
+        text = "after this failure the process cannot use its GPU; the same command goes on, with this part last"
+        raise Unfinished(text) from None
 
 
 def photographs(uri: str) -> list[np.ndarray]:
@@ -159,6 +205,20 @@ def photographs(uri: str) -> list[np.ndarray]:
     if not keys:
         raise ValueError(f"input={uri}: no images there")
     return [images.decode(place.read(key)) for key in keys]
+
+
+def _full(device: str) -> Degrader:
+    return gpu.full_size().to(device)
+
+
+def _fitting(title: str, make: Callable[[], Table]) -> Table:
+    """A table that is made, or one that says that it does not fit: what a part measured before is not lost."""
+    try:
+        return make()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return Table(title, f"Does not fit: {error}".partition("\n")[0], ("",), [])
 
 
 def cut(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -174,43 +234,57 @@ class _Bench:
     """One method per part; `quick` chooses each part's sizes."""
 
     def __init__(self, config: BenchmarkConfig, degrader: Degrader, photos: list[np.ndarray], device: str):
-        self.config, self.degrader, self.photos, self.device = config, degrader, photos, device
-        self.quick, self.repeats = config.quick, config.repeats
+        self.config, self.degrader, self._photos, self.device = config, degrader, photos, device
+        self.keys: set[str] = set()  # that were read
+
+    def __getattr__(self, name: str) -> Any:
+        """A key's value, which is noted as read."""
+        if name not in {field.name for field in fields(BenchmarkConfig)}:
+            raise AttributeError(name)
+        self.keys.add(name)
+        return getattr(self.config, name)
+
+    @property
+    def photos(self) -> list[np.ndarray]:
+        """Of the input."""
+        self.keys.add("input")
+        return self._photos
 
     def accuracy(self) -> Iterator[Table]:
         side, count = (64, 3) if self.quick else (96, 5)
         yield inference.accuracy(self.degrader, self._crops(side)[: 1 if self.quick else None], count)
-        if self.config.full_width:
+        if self.full_width:
             yield inference.accuracy(self._full_width(), self._crops(64)[:1], 3, FULL_WIDTH)
 
     def comparison(self) -> Iterator[Table]:
-        for side in self.config.sizes:
-            yield self._compared(self.degrader, side, self.config.compile)
-        if self.config.full_width:
+        for side in self.sizes:
+            yield self._compared(self.degrader, side, self.compile)
+        if self.full_width:
             yield self._compared(self._full_width(), 64, False, FULL_WIDTH)
 
     def _compared(self, degrader: Degrader, side: int, compiled: bool, name: str = "") -> Table:
-        count, precision = 3 if self.quick else SWEEP, self.config.precision
+        count, precision = 3 if self.quick else SWEEP, self.precision
         return inference.comparison(degrader, self._crops(side)[0], self.repeats, count, compiled, precision, name)
 
     def roofline(self) -> Iterator[Table]:
-        hr, side = self._crops(max(self.config.sizes))[0], 256 if self.quick else 2048
-        yield inference.roofline(self.degrader, hr, self.repeats, side, self.config.compile, self.config.precision)
+        hr, side = self._crops(max(self.sizes))[0], 256 if self.quick else 2048
+        yield inference.roofline(self.degrader, hr, self.repeats, side, self.compile, self.precision)
 
     def optimisations(self) -> Iterator[Table]:
-        hr, side = self._crops(max(self.config.sizes))[0], 128 if self.quick else 1024
-        compiled, model = self.config.compile, self.config.model
+        hr, side = self._crops(max(self.sizes))[0], 128 if self.quick else 1024
+        compiled, model = self.compile, self.model
         yield optimisations(self.degrader, hr, self.repeats, compiled=compiled, model=model, side=side)
 
     def large(self) -> Iterator[Table]:
         width, height, memory = (640, 480, 0.3) if self.quick else (4000, 3000, 2.0)
-        yield inference.large(self.degrader, self.config.model, height, width, memory, torch.get_num_threads())
+        yield inference.large(self.degrader, self.model, height, width, memory, torch.get_num_threads())
 
     def margins(self) -> Iterator[Table]:
         crop, widths = (32, (0, 16)) if self.quick else (128, (0, 8, 16, 32, 64, 96))
         widths = [-(-width // self.degrader.multiple) * self.degrader.multiple for width in widths]
         photos = [images.to_tensor(photo, self.device)[None] for photo in self.photos]
-        yield inference.margins(self.degrader, photos, crop, widths, (2.0, 4.0))
+        scales = (2.0, min(4.0, self.degrader.high))
+        yield inference.margins(self.degrader, photos, crop, widths, scales)
 
     def training(self) -> Iterator[Table]:
         try:
@@ -224,33 +298,34 @@ class _Bench:
             network = NetworkConfig(swinir=SwinIRConfig(12, (2,), 2) if self.quick else SwinIRConfig())
         else:
             print("\nSwinIR is left out: it needs spandrel: pip install 'degflow[sr]'")
-        how = (network, self._gpu, self.config.precision, self.repeats)
+        how = (network, self._gpu, self.precision, self.repeats)
         yield training(self.degrader, perceptual, *how, crop, batch)
         if not self.quick:
             yield trainings(gpu.full_size(), self._gpu)
-        if self.config.full_width and self.device == "cuda":
-            yield training(gpu.full_size().to(self.device), perceptual, *how, 256, 16)
+        if self.full_width and self.device == "cuda":
+            yield _fitting("Training steps, full size", lambda: training(_full(self.device), perceptual, *how, 256, 16))
 
     def precisions(self) -> Iterator[Table]:
-        yield gpu.precisions(self.degrader, self._crops(max(self.config.sizes))[0], self.repeats)
+        yield gpu.precisions(self.degrader, self._crops(max(self.sizes))[0], self.repeats)
 
     def images(self) -> Iterator[Table]:
         models, measured = {"ships": self.degrader, "full size": gpu.full_size()}, ["ships"]
-        if self.config.full_width and self.device == "cuda":  # minutes for each image on a CPU
+        if self.full_width and self.device == "cuda":  # minutes for each image on a CPU
             measured.append("full size")
         side = 64 if self.quick else 1000
         for name, degrader in models.items():
-            yield gpu.predicted(degrader, side, self._gpu, self.config.precision, name)
-        sides, precision = self.config.sides, self.config.precision
+            yield gpu.predicted(degrader, side, self._gpu, self.precision, name)
+        sides, precision = self.sides, self.precision
         yield gpu.by_size(models, measured, sides, self._gpu, precision, self.repeats, self.device)
 
     def tests(self) -> Iterator[Table]:
         yield from gpu.device_tests(self.device, "noise" if self.quick else "")
 
     def job(self) -> Iterator[Table]:
-        side = min(self.config.sizes)
+        side = min(self.sizes)
         photos = [cut(photo, side, side) for photo in self.photos] * (1 if self.quick else 32)
-        yield pipeline.job(self.degrader, self.config.model, photos, min(2, self.repeats), torch.get_num_threads())
+        threads = min(torch.get_num_threads(), int(get_num_cpus()))  # as many as Ray finds, in a container too
+        yield pipeline.job(self.degrader, self.model, photos, min(2, self.repeats), threads)
 
     def actors(self) -> Iterator[Table]:
         pools, seconds, count = [(2, 2)], 0.02, 2
@@ -266,16 +341,16 @@ class _Bench:
     def node(self) -> Iterator[Table]:
         (height, width), count = ((120, 160), 3) if self.quick else ((3000, 4000), 10)
         photo = cut(self.photos[0], height, width)
-        yield from node.node(photo, self.config.device_seconds, self.repeats, count)
+        yield from node.node(photo, self.device_seconds, self.repeats, count)
 
     def scale(self) -> Iterator[Table]:
         keys, shards = (1000, 20) if self.quick else (1_000_000, 2000)
         yield scale.planning(keys)
-        yield scale.recognising(copy.deepcopy(self.degrader).to("cpu"), self.config.output, shards)
+        yield scale.recognising(copy.deepcopy(self.degrader).to("cpu"), self.output, shards)
 
     @property
     def _gpu(self) -> GPU:
-        return GPU(self.config.tflops, self.config.terabytes)
+        return GPU(self.tflops, self.terabytes)
 
     def _crops(self, side: int) -> list[torch.Tensor]:
         return [images.to_tensor(cut(photo, side, side), self.device)[None] for photo in self.photos]

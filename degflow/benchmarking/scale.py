@@ -1,6 +1,5 @@
 """Large runs: planning many photographs, and finding out which of many shards are done."""
 
-import subprocess
 import sys
 import tempfile
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from degflow.benchmarking.measure import Table
+from degflow.benchmarking.measure import Table, run_process
 from degflow.config import load
 from degflow.dataset.writer import ShardWriter
 from degflow.degrader import Degrader
@@ -50,8 +49,8 @@ def planning(keys: int) -> Table:
     """Seconds and memory of a dry run with an inventory of so many keys, in its own process."""
     with tempfile.TemporaryDirectory() as folder:
         words = [f"input={inventory(Path(folder, 'keys.parquet'), keys)}", f"output={folder}/out", "dry_run=true"]
-        done = subprocess.run([sys.executable, "-c", _PLAN, *words], capture_output=True, text=True, check=True)
-    seconds, above, whole = map(float, done.stdout.splitlines()[-1].split())
+        said = run_process([sys.executable, "-c", _PLAN, *words])
+    seconds, above, whole = map(float, said.splitlines()[-1].split())
     about = (
         "`synthesize input=keys.parquet dry_run=true`, without Python's imports: reading the inventory, checking it, "
         "sorting it, dividing it into shards. Peak above the process's memory before."

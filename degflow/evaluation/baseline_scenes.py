@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from tqdm import tqdm
 
 from degflow import images
@@ -12,6 +11,7 @@ from degflow.config import dump, option, required
 from degflow.degrader import Degrader
 from degflow.evaluation.baselines import baseline
 from degflow.evaluation.realism import SMALLEST
+from degflow.models.precision import check_device, device_of
 from degflow.storage import Place
 
 BETWEEN = {f"{scale:g}": scale for scale in (2.0, 2.25, 2.5, 2.75, 3.25, 3.5, 3.75, 4.0)}
@@ -41,6 +41,7 @@ class BaselineScenesConfig:
     device: str = option("auto", "auto (cuda when there is one), cpu, cuda or cuda:N")
 
     def __post_init__(self):
+        check_device(self.device)
         if wrong := [label for label in self.levels if label == HR_LABEL or not label or "/" in label]:
             raise ValueError(f"levels={self.levels}: {wrong[0]!r} cannot be a folder of LR images")
         if not self.levels:
@@ -53,7 +54,7 @@ def baseline_scenes(config: BaselineScenesConfig) -> None:
     Raises:
         ValueError: levels beyond the degrader's range, a baseline that it has not, or an output in use.
     """
-    device = config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(config.device)
     degrader = Degrader.load(config.model, device)
     degrader.check_scales(min(config.levels.values()), max(config.levels.values()))
     if config.baseline in ("optics", "mean") and not degrader.draws:

@@ -18,7 +18,7 @@ from degflow.evaluation.frechet import Distance, Frechet
 from degflow.evaluation.pictures import closeups, continuum
 from degflow.evaluation.realism import SMALLEST
 from degflow.images import encode_png
-from degflow.models.precision import computing
+from degflow.models.precision import check_device, computing, device_of
 from degflow.perceptual import Perceptual
 from degflow.storage import Place
 
@@ -78,6 +78,7 @@ class EvaluateConfig:
 
     def __post_init__(self):
         check_levels(self.levels)
+        check_device(self.device)
         levels = [label for label in self.levels if label != HR_LABEL]
         rules = (
             ("crop", self.crop == 0 or self.crop >= SMALLEST, f"must be 0 (whole images) or at least {SMALLEST}"),
@@ -95,7 +96,7 @@ class EvaluateConfig:
 
 def evaluate(config: EvaluateConfig) -> None:
     """Measure, and write tables and figure."""
-    device = config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(config.device)
     with computing("float32", torch.device(device).type):
         _evaluate(config, device)
 

@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from degflow import images
 from degflow.config import option
 from degflow.degrader import Degrader
 from degflow.explore.comparison import SMALLEST_WINDOW, Explorer
 from degflow.explore.server import Server
+from degflow.models.precision import check_device, device_of
 from degflow.storage import split_uri
 
 
@@ -24,6 +23,7 @@ class ExploreConfig:
     device: str = option("auto", "auto (cuda when there is one), cpu, cuda or cuda:N")
 
     def __post_init__(self):
+        check_device(self.device)
         rules = (
             ("port", 0 <= self.port <= 65535, "must lie in [0, 65535]"),
             ("window", self.window >= SMALLEST_WINDOW, f"must be at least {SMALLEST_WINDOW}"),
@@ -41,7 +41,7 @@ def explore(config: ExploreConfig) -> None:
         ValueError: no degrader, or a photograph that is not accepted.
         OSError: a photograph that cannot be read, or a port that is taken.
     """
-    device = config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(config.device)
     explorer = Explorer(Degrader.load(config.model, device), config.window, config.max_pixels)
     if config.photograph:
         place, name = split_uri(config.photograph)

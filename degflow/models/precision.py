@@ -1,4 +1,4 @@
-"""In which numbers the networks compute: the one place that knows, for inference and for training.
+"""Where and in which numbers the networks compute: the one place that knows, for inference and for training.
 
 float32 means float32. PyTorch's own default on NVIDIA GPUs does not: there cuDNN rounds what it convolves to TF32, with
 10 bits of mantissa in place of 23. `computing` sets that too. A narrower precision is for the networks' many products.
@@ -7,6 +7,7 @@ last image, the targets of a training and LPIPS.
 """
 
 import contextlib
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, cast
@@ -19,6 +20,25 @@ PRECISIONS = {  # name -> type of the products' factors; tf32 is float32, rounde
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError unless this is auto, cpu, cuda or cuda:N."""
+    if not re.fullmatch("auto|cpu|cuda(:[0-9]+)?", device):
+        raise ValueError(f"device={device}: must be auto, cpu, cuda or cuda:N")
+
+
+def device_of(device: str) -> str:
+    """The device that a configuration asks for; auto is cuda, where there is one.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
+    check_device(device)
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.startswith("cuda") and int(device[5:] or 0) >= there:
+        raise ValueError(f"device={device}: PyTorch finds {there} CUDA devices here")
+    return device.replace("auto", "cuda" if there else "cpu")
 
 
 @contextlib.contextmanager

@@ -2,20 +2,22 @@
 
 import copy
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from degflow import images
+from degflow import Degrader, images
 from degflow.benchmarking import gpu, run
-from degflow.benchmarking.measure import Table, flop
+from degflow.benchmarking.measure import Table, flop, run_process
 from degflow.benchmarking.predict import GPU, LAUNCH, REST, Kernel, kernels, total
 from degflow.benchmarking.run import BenchmarkConfig, benchmark
 from degflow.benchmarking.steps import trainings
 from degflow.config import Unfinished, load
 from degflow.models.precision import PRECISIONS, computing, exactly
+from degflow.synthesis.window import is_out_of_memory
 from tests import ROOT
 from tests.benchmarking.test_benchmark import cells, drawing, of, published
 
@@ -220,6 +222,63 @@ def test_a_part_that_fails_is_named_at_the_end_and_tried_again(small, tmp_path, 
     assert "codecs: measured before" in said
     assert "margins: measured before" not in said
     assert "failed" not in (tmp_path / "out/benchmark.md").read_text()
+
+
+def test_after_a_failure_that_takes_the_gpu_along_the_same_command_makes_that_part_last(small, monkeypatch, capsys):
+    def broken(self):
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    def lost(device):
+        raise Unfinished("after this failure the process cannot use its GPU")
+
+    monkeypatch.setattr(run._Bench, "margins", broken)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_free", lost)
+        with pytest.raises(Unfinished, match="cannot use its GPU"):
+            benchmark(small("parts=[margins,codecs]"))
+    assert "## Codecs" not in capsys.readouterr().out
+    with pytest.raises(Unfinished, match="parts that failed: margins"):
+        benchmark(small("parts=[margins,codecs]"))
+    said = capsys.readouterr().out
+    assert said.index("## Codecs") < said.index("## margins: failed")
+
+
+def test_only_keys_that_a_part_reads_make_it_measured_again_and_other_parts_stay_in_the_file(small, tmp_path, capsys):
+    benchmark(small("parts=[codecs]"))
+    benchmark(small("parts=[margins]", "tflops=5"))
+    text = (tmp_path / "out/benchmark.md").read_text()
+    assert text.index("## What a crop's margin leaves") < text.index("## Codecs")
+    keys = json.loads((tmp_path / "out/parts/codecs.json").read_text())["keys"]
+    assert keys == {"input": f"{tmp_path}/photos", "quick": True, "repeats": 1}
+    capsys.readouterr()
+    benchmark(small("parts=[codecs,margins]", "tflops=6", "precision=bfloat16"))
+    assert capsys.readouterr().out.count("measured before") == 2
+
+
+def test_a_large_table_that_does_not_fit_leaves_the_others_of_its_part():
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nmore lines")
+
+    table = run._fitting("Training steps, full size", full)
+    assert table.about == "Does not fit: CUDA out of memory. Tried to allocate 20.00 GiB"
+    with pytest.raises(RuntimeError, match="illegal"):
+        run._fitting("", lambda: (_ for _ in ()).throw(RuntimeError("illegal")))
+
+
+def test_a_process_that_fails_says_why():
+    with pytest.raises(RuntimeError, match=r"(?s)^-c import sys ended with 1: .*CUDA out of memory") as error:
+        run_process([sys.executable, "-c", "import sys\nraise SystemExit('CUDA out of memory')"])
+    assert is_out_of_memory(error.value)
+
+
+def test_a_model_whose_largest_scale_is_below_4_has_margins_and_images(small, tmp_path):
+    model = of(drawing)
+    low = Degrader(model.autoencoder, model.flow, {"1": 1.0, "4": 2.5})
+    low.flow.optics.knots = torch.tensor([1.0, 2.5])
+    assert float(gpu._scale(low)) == 2.5
+    low.save(str(tmp_path / "tiny.safetensors"), {})
+    benchmark(small("parts=[margins]"))
+    assert "largest at x2.5" in (tmp_path / "out/benchmark.md").read_text()
 
 
 def test_the_gpus_configuration_asks_for_parts_that_exist():

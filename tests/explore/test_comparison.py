@@ -306,7 +306,9 @@ def test_it_listens_on_this_machine_alone(drawing):
             Server(client.server.explorer, client.port)
 
 
-@pytest.mark.parametrize(("word", "said"), [("port=70000", "[0, 65535]"), ("window=63", "at least 64")])
+@pytest.mark.parametrize(
+    ("word", "said"), [("port=70000", "[0, 65535]"), ("window=63", "at least 64"), ("device=gpu", "cuda:N")]
+)
 def test_a_bad_key_is_named(word, said):
     with pytest.raises(ValueError, match=f"^{word}: must") as caught:
         load(ExploreConfig, [word])

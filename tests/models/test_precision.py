@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from degflow.models import AutoencoderConfig, ResidualAutoencoder
-from degflow.models.precision import PRECISIONS, computing, exactly
+from degflow.models.precision import PRECISIONS, check_device, computing, device_of, exactly
 from tests.test_degrader import degrader_of, pictures
 from tests.test_objectives import Recorder, batch_of, objective_of
 
@@ -99,3 +99,18 @@ def test_in_training_the_targets_and_lpips_are_exact(kind, precision):
         found.append(seen)
         assert kind == "residual" or objective.perceptual.narrow is False
     torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:-1", "cuda:x", "", "cpu:0"])
+def test_what_is_no_device_is_named(device):
+    for check in (check_device, device_of):
+        with pytest.raises(ValueError, match=rf"^device={device}: must be auto, cpu, cuda or cuda:N$"):
+            check(device)
+
+
+def test_a_device_that_is_not_there_is_named():
+    count = torch.cuda.device_count()
+    with pytest.raises(ValueError, match=rf"^device=cuda:{count}: PyTorch finds {count} CUDA devices here$"):
+        device_of(f"cuda:{count}")
+    assert device_of("cpu") == "cpu"
+    assert device_of("auto") == ("cuda" if count else "cpu")
