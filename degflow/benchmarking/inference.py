@@ -219,9 +219,10 @@ def roofline(
 
     def product(n: int) -> Tensor:
         with computing(precision, hr.device.type):
-            for _ in range(products - 1):
-                matrix @ matrix
-            return matrix @ matrix
+            made = matrix
+            for _ in range(products):
+                made = matrix @ matrix
+            return made
 
     ways = {"product": product}
     ways |= {way: lambda n, model=model: model(hr, scale, precision=precision) for way, model in models.items()}

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from ray._private.utils import get_num_cpus
 
 from degflow import __version__, images
 from degflow.benchmarking import gpu, inference, node, pipeline, scale
@@ -28,7 +27,7 @@ from degflow.models.precision import PRECISIONS, device_of
 from degflow.perceptual import Perceptual
 from degflow.restoration.networks import NetworkConfig, SwinIRConfig
 from degflow.storage import Place
-from degflow.synthesis.cluster import NoCompiler, check_compiler
+from degflow.synthesis.cluster import NoCompiler, check_compiler, cpus
 from degflow.synthesis.window import is_out_of_memory
 
 FULL_WIDTH = ", published networks at full width, RANDOM weights (no trained ones are here)"
@@ -324,7 +323,7 @@ class _Bench:
     def job(self) -> Iterator[Table]:
         side = min(self.sizes)
         photos = [cut(photo, side, side) for photo in self.photos] * (1 if self.quick else 32)
-        threads = min(torch.get_num_threads(), int(get_num_cpus()))  # as many as Ray finds, in a container too
+        threads = min(torch.get_num_threads(), cpus())
         yield pipeline.job(self.degrader, self.model, photos, min(2, self.repeats), threads)
 
     def actors(self) -> Iterator[Table]:

@@ -13,6 +13,7 @@ from typing import Any
 import ray
 from ray._common.utils import get_ray_address_file
 from ray._private import services, state
+from ray._private.utils import get_num_cpus
 
 ANSWERS_WITHIN = 5.0  # seconds, for a Ray that is just starting
 FIRST_WORD, NEXT_WORD = 20.0, 60.0  # seconds without an actor
@@ -74,6 +75,11 @@ def check_compiler(device: str) -> None:
             f"actors.compile=true: {socket.gethostname()} has no compiler ({' or '.join(wanted)}). Install it on every "
             f"node, name another one in {variable} there, or leave actors.compile=false"
         )
+
+
+def cpus() -> int:
+    """How many CPUs a Ray of this machine has: in a container fewer than there are cores."""
+    return int(get_num_cpus())
 
 
 def machines(gpus: int, threads: int) -> int:
