@@ -45,7 +45,8 @@ class StandIn(Degrader):
 class Sleeper(WindowDegrader):
     """Sleeps for each photograph, and returns it for every scale.
 
-    Two copies stay, of those that a GPU needs: the photographs in one array, and the LR images in another.
+    Two copies stay, of those that a GPU needs: the photographs to it, by way of memory that is used again, and the LR
+    images from it.
     """
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -55,9 +56,13 @@ class Sleeper(WindowDegrader):
     def _forward(self, batch: Sequence[Item], memory: float) -> tuple[np.ndarray, list[bool]]:
         for _ in batch:
             note("image", time.thread_time())
-        hr = np.stack([item.loaded.pixels for item in batch])
+        sent, shape = self.buffers.empty((len(batch), *batch[0].loaded.pixels.shape)), batch[0].loaded.pixels.shape
+        for n, item in enumerate(batch):
+            np.copyto(sent[n], item.loaded.pixels)
         time.sleep(float(os.environ[SECONDS]) * len(batch))
-        return np.repeat(hr[:, None], len(batch[0].scales), axis=1), [True] * len(batch)
+        got = self.buffers.empty((len(batch), len(batch[0].scales), *shape))
+        np.copyto(got, sent[:, None])
+        return got, [True] * len(batch)
 
 
 def note(who: str, cpu: float) -> None:

@@ -4,8 +4,10 @@ Images of equal size share a forward pass of at most `FORWARD_PIXELS` pixels (or
 on the plan and the images alone, and not on the machine.
 """
 
+import math
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +35,36 @@ class Item(NamedTuple):
     scales: list[float]
 
 
+class Buffers:
+    """Memory for large arrays, taken again when nothing refers to the array in it any more.
+
+    For each large array malloc gets fresh memory from the kernel. To have it cleared takes much longer than to copy
+    pixels into it: for four LR images of 12 megapixels 90 ms beside 11 ms.
+    """
+
+    LEAST = 32 << 20  # bytes; what smaller arrays free, malloc keeps (`config.keep_freed_memory`)
+    WASTE = 4  # times as much memory as an array needs is not taken for it
+
+    def __init__(self):
+        self._kept: list[np.ndarray] = []
+
+    def empty(self, shape: Sequence[int]) -> np.ndarray:
+        """A uint8 array of this shape, with any content."""
+        size = math.prod(shape)
+        if size < self.LEAST:
+            return np.empty(shape, np.uint8)
+        busy, fit = list[np.ndarray](), list[np.ndarray]()
+        while self._kept:
+            buffer = self._kept.pop()
+            if sys.getrefcount(buffer) > 2:  # more than `buffer`, and the argument: an array lies in it
+                busy.append(buffer)
+            elif size <= len(buffer) <= self.WASTE * size:
+                fit.append(buffer)
+        chosen = fit.pop() if fit else np.empty(size, np.uint8)
+        self._kept = [*busy, *fit, chosen]
+        return chosen[:size].reshape(shape)
+
+
 @dataclass
 class WindowDegrader:
     """Runs a degrader on windows of images.
@@ -45,6 +77,7 @@ class WindowDegrader:
         solver: its name; "": the model's own.
         seed: of the run.
         spread: 1 gives draws, 0 their mean.
+        buffers: for LR images.
     """
 
     degrader: Degrader
@@ -54,6 +87,7 @@ class WindowDegrader:
     solver: str
     seed: int
     spread: float
+    buffers: Buffers = field(default_factory=Buffers)
 
     def degrade(self, window: Sequence[Item | Reject]) -> list[np.ndarray | Reject]:
         """The LR images of each photograph, uint8 "N H W 3", or the reject that it is or becomes."""
@@ -128,7 +162,7 @@ class WindowDegrader:
         lr = self.degrader(hr, scale, seed=seed, spread=self.spread, checks_range=False, **how)
         finite = lr.isfinite().flatten(1).all(1).tolist()
         count, draws, _, height, width = lr.shape
-        pixels = np.empty((count, draws, height, width, 3), np.uint8)
+        pixels = self.buffers.empty((count, draws, height, width, 3))
         for number, draw in enumerate(lr.unbind(1)):  # as floats, each takes 24 bytes for a pixel while it is rounded
             images.to_pixels(draw, out=pixels[:, number])
         return pixels, finite

@@ -38,6 +38,7 @@ from degflow.synthesis.run import Run
 from degflow.synthesis.settings import SynthesizeConfig
 from degflow.synthesis.shard import Progress, Turn
 from degflow.synthesis.sizes import next_part
+from degflow.synthesis.window import Buffers
 from tests.faults import proxying
 from tests.finished import synthesize_here
 from tests.s3 import forget_clients
@@ -625,6 +626,30 @@ def test_a_file_that_the_store_withholds_comes_last_and_holds_no_other_up(s3, mo
     assert [scales_of(run.config.scale, 0, row["key"])[0] for row in found] == [row["scale"] for row in found]
     rejects = rejects_in(output.uri).values()
     assert [(reject.key, reject.stage) for reject in rejects] == ([] if comes else [("b.png", "read")])
+
+
+def test_large_arrays_lie_in_memory_that_is_used_again_as_soon_as_nothing_refers_to_them(monkeypatch):
+    monkeypatch.setattr(Buffers, "LEAST", 100)
+    buffers, shape = Buffers(), (8, 10, 10)
+
+    def place(array):
+        return array.__array_interface__["data"][0]
+
+    first, other = buffers.empty(shape), buffers.empty(shape)
+    assert (first.shape, first.dtype, first.flags.c_contiguous) == (shape, np.uint8, True)
+    places = [place(first), place(other)]
+    part = torch.from_numpy(first[2])  # a view of a view, as those of threads and PyTorch
+    del first, other
+    again = buffers.empty((6, 10, 10))
+    assert place(again) == places[1]
+    assert place(buffers.empty(shape)) not in places
+    assert part.shape == (10, 10)
+    del part
+    assert place(buffers.empty(shape)) in (places[0], *map(place, buffers._kept))
+    del again
+    assert place(buffers.empty((9, 9))) not in [place(kept) for kept in buffers._kept]  # malloc's
+    small = buffers.empty((5, 5, 5))  # much less than what is there, which is given back
+    assert [len(kept) for kept in buffers._kept] == [small.size]
 
 
 def test_rows_are_written_while_the_degrader_works_on_later_photographs(photos, model, tmp_path, monkeypatch):
