@@ -19,7 +19,7 @@ from degflow.synthesis.codec import Codec, Draw, Encoded, Loaded
 GPUS, CORES, DRAWS = 8, 64, 4
 _NOISE = 2.0  # levels, of the sensor: enlarged photographs have none, and would be too easy to encode
 _ONE_GPU = (f"scale.per_image={DRAWS}", "actors.gpus=1", "actors.threads=1", "batch=1")  # keys of the job
-_WARM = 2  # first photographs of an actor, which are not counted
+_WARM = 4  # first photographs of an actor, which are not counted: it loads, and takes memory for LR images
 
 
 class Cost(NamedTuple):
