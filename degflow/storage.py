@@ -34,9 +34,17 @@ _FINAL = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError
 # Of a local path, which may be a shared file system whose server starts again.
 _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENFILE, errno.EMFILE}
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
-_REFUSED = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"}
-_WRONG = {"ParamValidationError", "InvalidConfigError", "ValueError", "TypeError", "ImportError", "NotImplementedError"}
-_DAMAGED = {"Damaged", "ArrowInvalid"}  # what a parquet file is
+_REFUSED = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
+_WRONG = {
+    "ParamValidationError",
+    "InvalidConfigError",
+    "ValueError",
+    "TypeError",
+    "ImportError",
+    "NotImplementedError",
+}
+_DAMAGED = {"Damaged", "ArrowInvalid", "TooLarge"}  # what a file itself is
+_PIECE = 5 << 20  # bytes: the smallest that S3 takes in an upload of several
 _S3 = {"connect_timeout": 10, "read_timeout": 60, "retries": {"mode": "standard", "max_attempts": 2}}
 _log = logging.getLogger(__name__)
 
@@ -54,6 +62,10 @@ class StorageError(OSError):
 
 class Damaged(ValueError):
     """A file whose contents are damaged, so that no other try helps."""
+
+
+class TooLarge(ValueError):
+    """A file of more bytes than were asked for."""
 
 
 class Source(NamedTuple):
@@ -87,8 +99,6 @@ class Place:
         bare = uri.rstrip("/")
         self.uri = uri if bare.endswith(":") and "://" in uri else bare or "/"
         self.fs, root = fsspec.core.url_to_fs(self.uri, **_options(self.uri))
-        if _is_s3(self.fs):
-            self.fs.retries = 1  # `_try` repeats: s3fs's own five times take ten seconds, whatever the patience
         self.root = root.rstrip("/")
         self.local = isinstance(self.fs, LocalFileSystem)
         self.patience = patience
@@ -125,18 +135,38 @@ class Place:
         part = {} if end is None else {"start": start, "end": end}
         return self._try(name, lambda: self._bytes_of(self.path(name), **part))
 
-    def read_tagged(self, name: str) -> tuple[bytes, str]:
-        """All bytes of a file, and the tag that `files` gives; on S3 both come with one request."""
+    def read_tagged(self, name: str, most: int | None = None) -> tuple[bytes, str]:
+        """All bytes of a file, and the tag that `files` gives; on S3 both come with one request.
+
+        Raises:
+            OSError: the file cannot be read, or does not exist (FileNotFoundError).
+            TooLarge: it has more than `most` bytes; they are not read.
+        """
         path = self.path(name)
 
         def ask() -> tuple[bytes, str]:
             if _is_s3(self.fs):
-                return cast("tuple[bytes, str]", fsspec.asyn.sync(self.fs.loop, _get, self.fs, path))
+                fs = self._asking_once
+                return cast("tuple[bytes, str]", fsspec.asyn.sync(fs.loop, _get, fs, path, most))
             self.fs.invalidate_cache(path.rpartition("/")[0])
             info = self.fs.info(path)
+            _check_size(int(info.get("size") or 0), most)
             return self._bytes_of(path), etag_of(info)
 
         return self._try(name, ask)
+
+    @property
+    def _asking_once(self) -> Any:
+        """Of S3, one whose requests s3fs does not repeat: its five times take ten seconds, whatever our patience.
+
+        For requests that stand alone, which `_try` repeats. In a listing or an upload of many requests, `_try` would
+        begin again with the first one.
+        """
+        options = _options(self.uri)
+        options["config_kwargs"] |= {"user_agent_extra": "degflow"}  # makes it another instance
+        fs = fsspec.core.url_to_fs(self.uri, **options)[0]
+        fs.retries = 1
+        return fs
 
     def source(self, name: str) -> Source:
         """A file's key, size and tag, the same as `files` gives."""
@@ -158,7 +188,8 @@ class Place:
         """
 
         def attempt() -> T:
-            with self.fs.open(self.path(name), "rb") as file:
+            # Without the readahead of s3fs, 50 MB, which would read half of a part twice.
+            with self.fs.open(self.path(name), "rb", **({} if self.local else {"cache_type": "none"})) as file:
                 return operation(cast(BinaryIO, file))
 
         return self._try(name, attempt)
@@ -213,13 +244,16 @@ class Place:
     def keeps_first(self, name: str) -> bool:
         """Whether `new` holds between writers at the same moment; tried on a hidden file that is named after `name`.
 
-        Some S3 servers do not know If-None-Match, and put an object over another.
+        Some S3 servers do not know If-None-Match, or not in uploads of pieces, and put an object over another.
         """
         if self.local:
             return True
         hidden = f".{name}.{uuid.uuid4().hex}"
         self.write(hidden, b"")
         kept = not self.write(hidden, b"", new=True)
+        if kept and _is_s3(self.fs):
+            path, data, piece = self.path(hidden), bytes(2 * _PIECE), {"chunksize": _PIECE}
+            kept = not self._put(hidden, True, lambda **mode: self.fs.pipe_file(path, data, **piece, **mode))
         self.delete(hidden)
         return kept
 
@@ -264,7 +298,8 @@ class Place:
         if not self.exists(name):
             return
         if self.local:
-            self.fs.rm(path, recursive=True)
+            with contextlib.suppress(FileNotFoundError):  # another driver deletes the same
+                self.fs.rm(path, recursive=True)
             return
         found = [path] if self._try(name, lambda: self.fs.isfile(path)) else self._try(name, lambda: self.fs.find(path))
         for file in found:  # rm would read [ ] * ? as a pattern
@@ -281,8 +316,9 @@ class Place:
         def ask() -> dict[str, dict[str, Any]]:
             self.fs.invalidate_cache()
             found = self.fs.find(self.path(name), withdirs=False, detail=True)
-            if not found and _is_s3(self.fs) and not self.fs.exists(self.root.partition("/")[0]):
-                raise FileNotFoundError(errno.ENOENT, "no such bucket", self.uri)
+            if not found and _is_s3(self.fs):  # a bucket that does not exist is an error
+                bucket, _, key = self.path(name).partition("/")
+                self.fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=key and f"{key}/", MaxKeys=1)
             return found
 
         found = self._followed(self._try(name, ask))
@@ -376,12 +412,18 @@ def _is_s3(fs: fsspec.AbstractFileSystem) -> bool:
     return "s3" in fs.protocol
 
 
-async def _get(fs: Any, path: str) -> tuple[bytes, str]:
+async def _get(fs: Any, path: str, most: int | None) -> tuple[bytes, str]:
     """An object's bytes and tag. s3fs's own reading asks for the tag, or the size, with a request of its own."""
     bucket, key, _ = fs.split_path(path)
     answer = await fs._call_s3("get_object", Bucket=bucket, Key=key)
     async with answer["Body"] as body:
+        _check_size(int(answer.get("ContentLength") or 0), most)
         return await body.read(), etag_of(answer)
+
+
+def _check_size(size: int, most: int | None) -> None:
+    if most is not None and size > most:
+        raise TooLarge(f"{size} bytes")
 
 
 def _code(error: BaseException) -> str:

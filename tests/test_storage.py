@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import shutil
 import threading
 import time
 import uuid
@@ -8,10 +9,11 @@ import uuid
 import pytest
 import safetensors.torch
 import torch
+from botocore.exceptions import CredentialRetrievalError
 
 from degflow import storage
 from degflow.models.files import load_checkpoint, save_checkpoint
-from degflow.storage import Place, split_uri
+from degflow.storage import Place, TooLarge, split_uri
 from tests.faults import proxying
 from tests.s3 import forget_clients
 
@@ -123,6 +125,64 @@ def test_a_store_that_puts_over_others_is_noticed(place, monkeypatch):
         monkeypatch.setattr(place.fs, "pipe_file", lambda path, data, **_: put(path, data))
         assert not place.keeps_first("config.yaml")
         assert place.files() == []
+
+
+def test_a_store_that_puts_pieces_over_others_is_noticed_too(s3, monkeypatch):
+    place = Place(s3.uri("data"))
+    put = place.fs.pipe_file
+
+    def over(path, data, **options):
+        return put(path, data, **({} if len(data) > 1 << 20 else options))
+
+    monkeypatch.setattr(place.fs, "pipe_file", over)
+    assert not place.keeps_first("config.yaml")
+    assert place.files() == []
+
+
+def test_a_file_that_is_too_large_is_not_read(place, monkeypatch):
+    place.write("a", b"0123456789")
+    assert place.read_tagged("a", 10)[0] == b"0123456789"
+    monkeypatch.setattr(Place, "_bytes_of", None)
+    with pytest.raises(TooLarge, match=r"^10 bytes$"):
+        place.read_tagged("a", 9)
+
+
+def test_a_missing_bucket_is_an_error_and_an_empty_prefix_is_none(s3):
+    assert Place(s3.uri("nothing")).files() == []
+    with pytest.raises(FileNotFoundError, match="there-is-no-such-bucket"):
+        Place("s3://there-is-no-such-bucket/a").files()
+
+
+def test_credentials_that_come_late_are_waited_for(s3, monkeypatch):
+    """The service that gives them may be busy, as when a thousand pods renew theirs at once."""
+    place, tries = Place(s3.uri("data")), []
+    place.write("a", b"12")
+
+    def late(read):
+        def ask(*arguments):
+            tries.append(1)
+            if len(tries) == 1:
+                raise CredentialRetrievalError(provider="iam-role", error_msg="throttled")
+            return read(*arguments)
+
+        return ask
+
+    monkeypatch.setattr(Place, "_bytes_of", late(Place._bytes_of))
+    assert place.read("a") == b"12"
+    assert len(tries) == 2
+
+
+def test_two_that_delete_the_same_folder_are_harmless(tmp_path, monkeypatch):
+    place = Place(str(tmp_path))
+    place.write("a/b", b"1")
+
+    def other(path, recursive):
+        shutil.rmtree(path)
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(place.fs, "rm", other)
+    place.delete("a")
+    assert not place.exists("a")
 
 
 def test_a_tagged_read_of_s3_is_one_request(s3, monkeypatch):

@@ -144,8 +144,11 @@ def card(records: Mapping[int, Record], rejects: int, recipe: Mapping[str, Any],
 
 
 def _size_category(rows: int) -> str:
-    bounds = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
-    return next((name for bound, name in bounds if rows < bound), "n>10M")
+    bounds = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
+    place = max(0, len(str(rows)) - 3)
+    if place >= len(bounds):
+        return f"n>{bounds[-1]}"
+    return f"{bounds[place - 1]}<n<{bounds[place]}" if place else f"n<{bounds[0]}"
 
 
 class Tile(NamedTuple):

@@ -32,10 +32,10 @@ from degflow.capture.scenes import HR_LABEL
 from degflow.config import dump, option, plain, read, required
 from degflow.dataset.export_layouts import Layout, Paired, RealSR, WebDataset
 from degflow.dataset.export_parts import INDEX, PartExporter, Tally, export_parts, index_name, read_index, tally_of
+from degflow.dataset.layout import EXPORT, SUCCESS
 from degflow.dataset.reader import FinishedDataset
 from degflow.storage import Place
 
-CONFIG, SUCCESS = "export.yaml", "_SUCCESS"
 _NAME = r"[A-Za-z0-9_-]+"
 _OURS = re.compile(
     rf"{SUCCESS}|export\.yaml|index/part-\d+\.json|part-\d+\.tar|(x\d+/)?(meta_info(_pair)?\.txt|(gt|lq)/{_NAME}\.png)"
@@ -154,7 +154,7 @@ def _claim(config: ExportConfig, source: FinishedDataset, output: Place) -> dict
         raise ValueError(f"output={config.output}: is not empty and holds no export of this job; choose another")
     if stored is not None and config.overwrite:
         names = filter(_is_ours, [file.key for file in output.files()])
-        for name in sorted(names, key=lambda name: (name != SUCCESS, name == CONFIG)):
+        for name in sorted(names, key=lambda name: (name != SUCCESS, name == EXPORT)):
             output.delete(name)
     elif stored is not None:
         if changed := [
@@ -169,14 +169,14 @@ def _claim(config: ExportConfig, source: FinishedDataset, output: Place) -> dict
             output.delete(SUCCESS)
         for name in _leftovers(output):
             output.delete(name)
-    output.write(CONFIG, dump({"input": config.input} | asked).encode())
+    output.write(EXPORT, dump({"input": config.input} | asked).encode())
     return done
 
 
 def _stored(output: Place) -> dict[str, Any] | None:
     """The configuration of the export in the output, if there is one."""
     try:
-        return read(output.read(CONFIG).decode())
+        return read(output.read(EXPORT).decode())
     except FileNotFoundError:
         return None
 

@@ -39,6 +39,7 @@ from degflow.storage import Place
 
 CONFIG, PLAN, DATA, REJECTS = "config.yaml", "plan", "data", "rejects"
 MANIFEST, CARD, CROISSANT, SUCCESS = "manifest.parquet", "README.md", "croissant.json", "_SUCCESS"
+EXPORT = "export.yaml"  # in the folder of an export, which has _SUCCESS too
 PREVIEW, GALLERY = "preview.png", "preview.html"
 _TOP = (CONFIG, MANIFEST, CARD, CROISSANT, PREVIEW, GALLERY, SUCCESS)
 PART = re.compile(r"(plan|data|rejects)/part-(\d{6,})\.parquet")

@@ -11,6 +11,7 @@ from degflow import images
 from degflow.storage import Place, split_glob, split_uri
 
 INVENTORY = (".parquet", ".csv")
+_SAME_SCHEMES = ({"s3", "s3a"}, {"gs", "gcs"}, {"az", "abfs", "abfss"})
 
 
 def reference_to(root: Place, key: str) -> str:
@@ -29,7 +30,7 @@ def read_reference(row: Mapping[str, Any], recipe: Mapping[str, Any]) -> bytes:
         ValueError: the path in the row is not that of its key below the input, or the file is gone or has changed.
     """
     path, key = row["hr"]["path"], row["key"]
-    root = next((root for root in _roots(recipe) if reference_to(root, key) == path), None)
+    root = next((root for root in _roots(recipe) if _is_reference(path, root, key)), None)
     if root is None or (root.local and ".." in key.split("/")):
         raise ValueError(f"{path}: is not opened, because it is not {key} below the run's input={recipe['input']}")
     try:
@@ -39,6 +40,13 @@ def read_reference(row: Mapping[str, Any], recipe: Mapping[str, Any]) -> bytes:
     if hashlib.sha256(data).hexdigest() != row["hr_sha256"]:
         raise ValueError(f"{path}: changed since it was degraded (its sha256 is not {row['hr_sha256']})")
     return data
+
+
+def _is_reference(path: str, root: Place, key: str) -> bool:
+    """Whether a row's path is that of its key; a run may have been continued with another name of the same scheme."""
+    expected = reference_to(root, key)
+    (scheme, _, rest), (wanted, _, own) = path.partition("://"), expected.partition("://")
+    return path == expected or (rest == own != "" and any({scheme, wanted} <= names for names in _SAME_SCHEMES))
 
 
 def _roots(recipe: Mapping[str, Any]) -> Iterator[Place]:

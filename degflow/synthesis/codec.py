@@ -17,7 +17,7 @@ import numpy as np
 from degflow import images
 from degflow.dataset.layout import Reject
 from degflow.dataset.references import reference_to
-from degflow.storage import Place, Source, StorageError
+from degflow.storage import Place, Source, StorageError, TooLarge
 
 _USUAL_SIZE = 4 << 20  # bytes, of a file whose size is unknown
 
@@ -102,7 +102,9 @@ class Codec:
         asked = Place(self.root, patience=self.patience if patience is None else patience)
         try:
             images.check_bytes(source.size, self.max_pixels)
-            data, etag = asked.read_tagged(source.key)
+            data, etag = asked.read_tagged(source.key, images.most_bytes(self.max_pixels))
+        except TooLarge as error:
+            return Reject(source.key, "read", f"{error}: more than any image of max_pixels={self.max_pixels} has")
         except FileNotFoundError as error:
             if place.local and not place.answers():
                 raise self._unseen(error) from None

@@ -20,11 +20,12 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from degflow import images
-from degflow.dataset.layout import SOURCE
+from degflow.dataset.layout import CONFIG, EXPORT, SOURCE, SUCCESS
 from degflow.dataset.plan import Plan
 from degflow.dataset.references import INVENTORY
 from degflow.storage import Place, Source, split_glob, split_uri
 
+_DESCRIBED = (CONFIG, EXPORT)  # one of these describes what a folder with _SUCCESS is
 pc: Any = pyarrow.compute  # its functions are made at import, where type checkers do not see them
 
 
@@ -106,6 +107,8 @@ class Input:
         files = self._files()
         suffixes = "|".join(re.escape(suffix) for suffix in images.SUFFIXES)
         found = files.filter(pc.match_substring_regex(files["key"], f"(?i)(?:{suffixes})$"))
+        if not self.is_inventory:  # macOS's archives have such a file beside each image
+            found = found.filter(pc.invert(pc.match_substring_regex(found["key"], r"(?:^|/)\._[^/]*$")))
         others = len(files) - len(found)
         if others and len(found):
             print(f"{_count(others, 'file')} in {self.uri} without an image's suffix: left out")
@@ -123,6 +126,7 @@ class Input:
             raise FileNotFoundError(f"input={self.uri}: not there ({error})") from error
         except OSError as error:
             raise OSError(f"input={self.uri}: cannot be read ({type(error).__name__}: {error})") from error
+        files = self._without_datasets(files)
         if self.without and self.root.contains(self.without):
             below = f"{self.without.root}/"
             files = [file for file in files if not self.root.path(file.key).startswith(below)]
@@ -131,6 +135,15 @@ class Input:
             files = [file for file in files if _is_text(file.key)]
             print(f"{_count(len(unnamed), 'name')} in {self.uri} not in UTF-8: left out, e.g. {unnamed[0]!a}")
         return _table_of(files)
+
+    def _without_datasets(self, files: list[Source]) -> list[Source]:
+        """Leave out folders below the root that hold a finished dataset or an export: they are no photographs."""
+        keys = {file.key for file in files}
+        folders = [key.removesuffix(SUCCESS) for key in keys if key.endswith(f"/{SUCCESS}")]
+        for folder in sorted(folder for folder in folders if not keys.isdisjoint(folder + name for name in _DESCRIBED)):
+            print(f"{folder} in {self.uri} is a dataset of degflow's, or an export: left out")
+            files = [file for file in files if not file.key.startswith(folder)]
+        return files
 
 
 def _table_of(files: Sequence[Source]) -> pa.Table:

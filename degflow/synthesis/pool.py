@@ -32,6 +32,7 @@ from degflow.synthesis.settings import ActorsConfig
 from degflow.synthesis.shard import ShardMaker
 
 SHARDS_AT_ONCE = 2  # of an actor: while one is being stored, the next one is degraded
+ROUND = 20_000  # shards that Ray Data gets at a time: each is a task, and some 7 kB of the driver's memory
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class Pool:
     def make(self, maker: ShardMaker, plan: Plan, pending: list[int], price: float = 0.0) -> None:
         """Make the pending shards of the plan, and show the progress, with what it costs at a `price` per actor's hour.
 
-        A shard whose actor failed is tried again, by another process, after all others; after three failures it is
-        set aside.
+        A shard whose actor failed is tried again, by another process, after all others (of its 20 000); after three
+        failures it is set aside.
 
         Raises:
             OSError: storage that failed, or a node without a compiler.
@@ -67,21 +68,28 @@ class Pool:
         watch = Watch(partial(unstarted, self.gpus, self.threads), lambda: bar.n, bar.write)
         with _quiet_ray_data(), bar, watch:
             count = Count(bar, len(pending), price, DriverMetrics(maker.output), self._machines)
-            waiting, alone = pending, False
-            while waiting:
-                for report in self._reports(ray_maker, plan, waiting, alone):
-                    count.take(report)
-                # Ray drops what an actor's second process reports, until it has reported as often as the first one.
-                for number, seen in list(count.open.items()):
-                    if record := maker.put_before(number, plan[number]):
-                        left = len(plan[number]) - seen["images"], record.rejects - seen["rejects"]
-                        count.take(row(number, *left, record=record))
-                for number in count.silent(waiting):
-                    if report := noted_failure(ray_maker, number):
-                        count.take(report)
-                waiting = count.to_repeat(waiting)
-                alone = all(number in count.failures for number in waiting)
+            for first in range(0, len(pending), ROUND):
+                waiting, alone = pending[first : first + ROUND], False
+                while waiting:
+                    self._try(maker, ray_maker, plan, waiting, alone, count)
+                    waiting = count.to_repeat(waiting)
+                    alone = all(number in count.failures for number in waiting)
         count.check()
+
+    def _try(
+        self, maker: ShardMaker, ray_maker: ray.ObjectRef, plan: Plan, waiting: list[int], alone: bool, count: Count
+    ) -> None:
+        """Try to make each of the shards once, and count what is reported of them."""
+        for report in self._reports(ray_maker, plan, waiting, alone):
+            count.take(report)
+        # Ray drops what an actor's second process reports, until it has reported as often as the first one.
+        for number, seen in list(count.open.items()):
+            if record := maker.put_before(number, plan[number]):
+                left = len(plan[number]) - seen["images"], record.rejects - seen["rejects"]
+                count.take(row(number, *left, record=record))
+        for number in count.silent(waiting):
+            if report := noted_failure(ray_maker, number):
+                count.take(report)
 
     def _machines(self) -> int:
         count = machines(self.gpus, self.threads)

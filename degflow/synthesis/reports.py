@@ -153,6 +153,7 @@ class Count:
             record = Record(**json.loads(report["record"]))
             self.made.add(number)
             self.fruitful, self.storage_failures = True, 0
+            self.without_storage.clear()
             self.whole.update(self.open.pop(number))
             self.seconds += record.seconds
             self.bar.write(_log_line(record))

@@ -68,6 +68,7 @@ def continued(config: SynthesizeConfig, output: Place) -> SynthesizeConfig:
     stored = _stored(output)
     if stored is None or config.overwrite:
         return config
+    _check_version(config, output)
     if changes := Recipe(config).changes(Recipe(stored)):
         raise ValueError(
             f"output={output.uri}: holds a run with another configuration ({'; '.join(changes)}); "
@@ -75,6 +76,16 @@ def continued(config: SynthesizeConfig, output: Place) -> SynthesizeConfig:
         )
     threads = config.actors.threads or stored.actors.threads
     return replace(config, actors=replace(config.actors, threads=threads))
+
+
+def _check_version(config: SynthesizeConfig, output: Place) -> None:
+    """Raise ValueError if the stored configuration lacks keys: its shards' digests are of another version's recipe."""
+    there = {name for name, _ in _flat(read(output.read(CONFIG).decode()))}
+    if missing := sorted({name for name, _ in _flat(plain(config))} - there):
+        raise ValueError(
+            f"output={output.uri}: its {CONFIG} has no {missing[0]}, so another version of degflow has begun it; "
+            "finish it with that version, or choose another output, or overwrite=true"
+        )
 
 
 def _stored(output: Place) -> SynthesizeConfig | None:

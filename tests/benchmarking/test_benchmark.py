@@ -277,7 +277,8 @@ def test_the_slowest_stage_of_a_node_binds(encode, binding):
 
 
 def test_what_a_photograph_costs_is_counted_in_each_thread_alone():
-    clocks = [(7, 0.5), (7, 0.75), (7, 1.0), (7, 1.25), (7, 1.5), (7, 1.75), (8, 0.5), (7, 2.25), (8, 1.25), (7, 0.5), (7, 1.0)]
+    clocks = [(7, 0.5 + n / 4) for n in range(6)]
+    clocks += [(8, 0.5), (7, 2.25), (8, 1.25), (7, 0.5), (7, 1.0)]
     notes = [{"who": "rows", "thread": thread, "cpu": cpu} for thread, cpu in clocks]
     notes.insert(3, {"who": "image", "thread": 7, "cpu": 9.0})
     # The first four spans of 0.25 s do not count; then come 0.25, 0.5, 0.75, and a new thread's 0.5.

@@ -489,7 +489,7 @@ def test_an_output_that_holds_something_else_is_left_alone(made, tmp_path):
         (["layout=realsr", "tolerance=-1"], "tolerance=-1.0: must not be negative"),
         (["layout=realsr", "labels={../x: 2.0}"], "'../x' must be a number"),
         (["layout=realsr", "labels={1: 1.0}"], "'1' must be a number such as 2 or 1.5, and not 1"),
-        (["layout=realsr", "labels={2: .nan}"], "scales must be positive numbers"),
+        (["layout=realsr", "labels={2: -1}"], "scales must be positive numbers"),
         (["workers=0"], "workers=0: must be null or at least 1"),
         (["threads=0"], "threads=0: must be at least 1"),
         (["output="], "output: must be given"),

@@ -23,6 +23,7 @@ from degflow.dataset.card import read_rows
 from degflow.dataset.order import lanes_of, merged
 from degflow.dataset.pairs import SynthesizedPairs, aligned_crops
 from degflow.dataset.reader import FinishedDataset
+from degflow.dataset.references import _is_reference
 from degflow.storage import Place
 from tests import ROOT
 from tests.finished import finish, save_coordinates
@@ -650,6 +651,20 @@ def test_a_row_does_not_choose_what_is_opened(photos, model, tmp_path):
             assert row["hr_sha256"] not in str(said.value)
         with pytest.raises(TimeoutError):
             server.accept()
+
+
+def test_a_store_s_reference_may_have_another_name_of_its_scheme():
+    root = Place("s3://bucket/photos")
+    for path, same in {
+        "s3://bucket/photos/a/b.png": True,
+        "s3a://bucket/photos/a/b.png": True,
+        "gs://bucket/photos/a/b.png": False,
+        "s3a://other/photos/a/b.png": False,
+        "bucket/photos/a/b.png": False,
+        "s3a:///etc/passwd": False,
+    }.items():
+        assert _is_reference(path, root, "a/b.png") == same
+    assert not _is_reference("s3a://a.png", Place("/photos"), "a.png")
 
 
 def test_references_of_every_kind_of_input_are_read_from_anywhere(photos, model, tmp_path, monkeypatch):

@@ -108,6 +108,26 @@ def test_inputs_without_images_are_told_apart(tmp_path, name, message):
         keys_in(f"{tmp_path}/{name}")
 
 
+def test_datasets_and_exports_and_what_macos_adds_are_no_photographs(tmp_path, capsys):
+    place = Place(str(tmp_path))
+    for name in ("a.png", "._a.png", "sub/._b.png", "sub/b.png", "x/preview.png", "runs/ds/preview.png"):
+        place.write(name, b"")
+    for name in (
+        "runs/ds/config.yaml",
+        "runs/ds/_SUCCESS",
+        "lq/export.yaml",
+        "lq/_SUCCESS",
+        "lq/gt/a.png",
+        "x/_SUCCESS",
+    ):
+        place.write(name, b"")
+    assert keys_in(str(tmp_path)) == ["a.png", "sub/b.png", "x/preview.png"]
+    said = capsys.readouterr().out
+    assert f"runs/ds/ in {tmp_path} is a dataset of degflow's, or an export: left out" in said
+    assert f"lq/ in {tmp_path} is" in said
+    assert keys_in(str(tmp_path / "runs/ds")) == ["preview.png"]  # asked for by name
+
+
 def test_a_folder_with_wildcards_in_its_name_is_that_folder(tmp_path):
     for name in ("a [1]/x.png", "a 1/y.png", "b/z.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -382,6 +382,7 @@ def test_a_shard_whose_last_report_is_lost_is_found_in_the_output(
     shared_ray, photos, model, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(pool, "ShardActor", Forgetful)
+    monkeypatch.setattr(pool, "ROUND", 3)  # of four shards
     run(photos, tmp_path / "out", model)
     assert len(rows_of(tmp_path / "out")) == 12
     said = capsys.readouterr().out

@@ -64,6 +64,10 @@ def test_storage_that_fails_on_one_machine_of_many_costs_no_attempt_and_on_two_e
     assert (count.failures, count.open) == ({}, {})
     with pytest.raises(OSError, match=r"^on n2: shard 3: no$"):
         count.take(on("n2", shard=3, fatal="shard 3: no"))
+    count.take(made(4))  # days later another machine has the same trouble
+    count.take(on("n3", shard=5, fatal="shard 5: no"))
+    with pytest.raises(OSError, match=r"^on n2: shard 3: no$"):
+        count.take(on("n2", shard=3, fatal="shard 3: no"))
     count = Count(tqdm(disable=True), 9)  # of one machine
     count.take(made(0))
     with pytest.raises(OSError, match=r"^on n1: shard 1: no$"):

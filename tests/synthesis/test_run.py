@@ -233,6 +233,16 @@ def test_another_configuration_is_refused(photos, model, finished, tmp_path, wor
     assert content(finished) == before
 
 
+def test_a_run_of_another_version_is_refused_and_nothing_of_it_deleted(photos, model, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "out")
+    config = tmp_path / "out/config.yaml"
+    config.write_text("".join(line for line in config.read_text().splitlines(True) if not line.startswith("gray:")))
+    before = content(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"its config\.yaml has no gray, so another version of degflow has begun it"):
+        synthesize_here(photos, tmp_path / "out", model, "shard.images=3")
+    assert content(tmp_path / "out") == before
+
+
 def test_dry_run_writes_nothing(photos, model, tmp_path, capsys):
     synthesize_here(photos, tmp_path / "out", model, "dry_run=true", "shard.images=4", "scale.per_image=2", "limit=7")
     said = capsys.readouterr().out
