@@ -242,7 +242,7 @@ def _build(schema: type[T], parts: Sequence[tuple[str, dict[str, Any]]]) -> T:
 
 def _of_another_job(file: str) -> str:
     """What an unknown key in a file may mean."""
-    with open(_found(file), encoding="utf-8") as text:
+    with open(found_file(file), encoding="utf-8") as text:
         first = text.readline().strip()
     about = f", which begins {first!r}" if first.startswith("#") else ""
     return f" (in {file}{about}; is it for another job?)"
@@ -318,7 +318,7 @@ def shipped() -> dict[str, Path]:
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
-def _found(file: str) -> Path:
+def found_file(file: str) -> Path:
     """The file that `config=` names; where no file has this name, the configuration that ships under it."""
     if os.path.isfile(file):
         return Path(file)
@@ -330,7 +330,7 @@ def _found(file: str) -> Path:
 
 
 def _file(file: str) -> dict[str, Any]:
-    path = _found(file)
+    path = found_file(file)
     try:
         values = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # the YAML parser's own, a broken encoding, an unreadable file

@@ -61,7 +61,10 @@ def test_a_wrong_key_on_a_page_is_seen(tmp_path):
     page.write_text(
         "```bash\nL='{2: 2.0}'\ndegflow synthesize input=photos \\\n    output=\"$L\" scale.lo=2 # why\n```\n"
     )
-    assert list(commands(page, tmp_path)) == [["synthesize", "input=photos", "output={2: 2.0}", "scale.lo=2"]]
+    ((name, *words),) = commands(page, tmp_path)
+    assert [name, *words] == ["synthesize", "input=photos", "output={2: 2.0}", "scale.lo=2"]
+    with pytest.raises(ValueError, match=r"scale\.lo\b"):
+        usage(COMMANDS[name]()[1], "", words)
 
 
 def test_the_readme_is_short():

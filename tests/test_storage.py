@@ -400,12 +400,12 @@ def test_a_store_that_is_down_is_waited_for_and_then_named(s3, monkeypatch):
     place = Place(s3.uri("down"))
     place.write("a", b"kept")
     s3.kill()
-    back = threading.Timer(3, s3.start)
+    back = threading.Timer(1, s3.start)
     back.start()
     assert place.read("a") == b"kept"
     back.join()
     s3.kill()
-    monkeypatch.setattr(storage, "PATIENCE", 4)
+    monkeypatch.setattr(storage, "PATIENCE", 2)
     with pytest.raises(
         storage.StorageError, match=r"/a: EndpointConnectionError: .*127\.0\.0\.1.* \(attempts: \d\)"
     ) as caught:

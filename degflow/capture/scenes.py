@@ -9,6 +9,7 @@
 """
 
 import hashlib
+import json
 import math
 import os
 import re
@@ -169,6 +170,11 @@ class SceneImages:
 
     def __len__(self) -> int:
         return len(self.scenes)
+
+    def identity(self) -> str:
+        """A digest of the scenes' names and sizes, the same wherever the tree lies."""
+        told = [[scene.name, *pixels.shape] for scene, pixels in zip(self.scenes, self.pixels, strict=True)]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
     def describe(self) -> str:
         """One line: number of scenes and sizes, and how many ids each level lacks, with the first names."""

@@ -1,6 +1,8 @@
 """Run a cell: a job as its own process, with a log, and a record when it is finished."""
 
+import hashlib
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -10,23 +12,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from degflow.config import Unfinished
+from degflow.config import Unfinished, found_file
 from degflow.protocol.plan import Cell
-from degflow.storage import Place
+from degflow.storage import Place, split_uri
 from degflow.training.stopping import EXIT_CODE, Stopped
 
 
 def finished(cell: Cell, place: Place) -> bool:
-    """Whether the cell was finished with the same words.
+    """Whether the cell was finished with the same words, files and earlier cells.
 
     Raises:
-        ValueError: it was finished with other words.
+        ValueError: it was finished with others.
     """
     if not place.exists(f"cells/{cell.name}.json"):
         return False
     found, now = json.loads(place.read(f"cells/{cell.name}.json")), record(cell, place)
-    if (found["job"], found["words"]) != (now["job"], now["words"]):
-        changed = sorted(set(found["words"]) ^ set(now["words"])) or ["order of its words"]
+    if any(found.get(part) != now[part] for part in now):
+        reads = {item[0] for item in set(found.get("reads", {}).items()) ^ set(now["reads"].items())}
+        changed = sorted(set(found.get("words", [])) ^ set(now["words"])) or sorted(reads) or ["order of its words"]
         raise ValueError(
             f"{place.uri_of(f'cells/{cell.name}.json')}: finished with another {changed[0]}; "
             "use the same configuration or another output, or delete this file and the cell's folder"
@@ -79,9 +82,33 @@ def perform(cell: Cell, place: Place, launch: Sequence[str]) -> float:
     seconds = time.monotonic() - begun
     done = record(cell, place) | {"seconds": round(seconds, 1)}
     place.write(f"cells/{cell.name}.json", json.dumps(done, indent=1).encode())
+    if told:  # in the job's last moments
+        raise Stopped
     return seconds
 
 
 def record(cell: Cell, place: Place) -> dict[str, Any]:
-    """A cell's job and words, with OUTPUT for the experiment's folder, which may be moved."""
-    return {"job": cell.job, "words": [word.replace(place.uri, "OUTPUT") for word in cell.words]}
+    """A cell's job, its words, and digests of what it reads; OUTPUT stands for the experiment's folder, which may move.
+
+    That is: files of keys and degraders that its words name, and the records of the cells whose folders they name. They
+    may change where the words do not. Scenes outside of the experiment's folder are not looked at.
+    """
+    words = [word.replace(place.uri, "OUTPUT") for word in cell.words]
+    reads = {}
+    for word in cell.words:
+        name, _, value = word.partition("=")
+        if name == "config":
+            reads[word] = _digest(str(found_file(value)))
+        elif name == "model" and value != "shipped" and not value.startswith(f"{place.uri}/"):
+            reads[word] = _digest(value)
+    text = "".join(f"{word}/" for word in words)
+    for file in sorted(Path(place.path("cells")).rglob("*.json")):
+        name = str(file.relative_to(place.path("cells")).with_suffix(""))
+        if name != cell.name and re.search(rf"OUTPUT/{re.escape(name)}[/\"]", text):
+            reads[f"cells/{name}.json"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return {"job": cell.job, "words": words, "reads": reads}
+
+
+def _digest(uri: str) -> str:
+    place, name = split_uri(uri)
+    return hashlib.sha256(place.read(name)).hexdigest()

@@ -14,7 +14,8 @@ from degflow.storage import Place, split_uri
 # Keys that may differ between a run and its continuation.
 _FREE = re.compile(
     r"fit\.(workers|log_every|validate_every|save_every|keep|resume|compile|accumulate|timeout)"
-    r"|(scenes\.)?cache|memory|output|validation|half|test(_\w+|\..+)?"
+    r"|scenes\.(cache|data)|rae"  # scenes and stage 1 may have moved: what they hold is compared
+    r"|cache|memory|output|validation|half|test(_\w+|\..+)?"
 )
 
 
@@ -63,17 +64,17 @@ class Checkpoints:
         Args:
             name: one of `names`.
             settings: the run's configuration, as plain values. Keys that do not change the result may differ.
-            frozen: fingerprint of the weights that are not trained; "": any.
+            frozen: fingerprint of the scenes and of the weights that are not trained; "": any.
 
         Raises:
-            ValueError: it is unreadable, or was made with another configuration or other frozen weights.
+            ValueError: it is unreadable, or was made with another configuration, other scenes or frozen weights.
         """
         uri, state = self.place.uri_of(name), read_checkpoint(self.place, name)
         advice = "use the same configuration, another output, or fit.resume=never"
         if differing := sorted(_differences(state["settings"], settings)):
             raise ValueError(f"{uri}: was made with another {', '.join(differing)}; {advice}")
         if frozen and state["frozen"] != frozen:
-            raise ValueError(f"{uri}: was made with other frozen weights under the same file names; {advice}")
+            raise ValueError(f"{uri}: was made with other scenes, or another stage 1; {advice}")
         return state
 
 
@@ -114,5 +115,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
         a, b, name = old.get(key), new.get(key), f"{prefix}{key}"
         if isinstance(a, dict) and isinstance(b, dict):
             yield from _differences(a, b, f"{name}.")
+            if a.keys() == b.keys() and list(a) != list(b):  # it decides which sample is which
+                yield f"order of {name} ({', '.join(a)} then, {', '.join(b)} now)"
         elif a != b and not _FREE.fullmatch(name):
             yield f"{name} ({a} then, {b} now)"

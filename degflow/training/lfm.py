@@ -91,7 +91,7 @@ def train_lfm(config: TrainLFMConfig) -> None:
         print(f"degrader: {file}")
 
     samples = PathCrops(scenes.pixels, config.scenes.crop, config.fit.seed, config.points)
-    fit(objective, samples, config.fit, config.output, config, validate, finish)
+    fit(objective, samples, config.fit, config.output, config, validate, finish, scenes.identity())
 
 
 def provenance(config: Any, scenes: SceneImages) -> dict[str, Any]:

@@ -85,6 +85,7 @@ def fit(
     settings: Any,
     validate: Callable[[nn.Module], Validation] | None = None,
     finish: Callable[[Progress], None] | None = None,
+    data: str = "",
 ) -> Progress | None:
     """Train `objective.network`.
 
@@ -98,6 +99,7 @@ def fit(
         finish: called with the result on the main process, to write the files of the training. The other processes
             wait for its end, and fail if it fails: so a launcher starts all of them again. One that had ended well
             would not come back.
+        data: what a resume must find again, e.g. a digest of the scenes, wherever they are.
 
     Returns:
         On the main process the averaged network, in eval mode on the CPU; None on the others.
@@ -111,7 +113,7 @@ def fit(
     accelerator = join(config.precision, config.timeout)
     _check_batch(config, accelerator.num_processes)
     with Notice() as notice, lost(f"fit.timeout={config.timeout}"):
-        run = _Run(accelerator, objective, config, Place(output), settings)
+        run = _Run(accelerator, objective, config, Place(output), settings, data)
         run.open()
         try:
             _train(run, samples, validate, notice)
@@ -206,13 +208,21 @@ class RankSampler(Sampler[int]):
 class _Run:
     """The state of one training; nothing else changes it."""
 
-    def __init__(self, accelerator: Accelerator, objective: nn.Module, config: FitConfig, place: Place, settings: Any):
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        objective: nn.Module,
+        config: FitConfig,
+        place: Place,
+        settings: Any,
+        data: str,
+    ):
         self.accelerator, self.config, self.place, self.settings = accelerator, config, place, settings
         self.step = 0
         self.network: nn.Module = objective.network  # type: ignore[assignment]
         trainable, on_gpu = [p for p in self.network.parameters() if p.requires_grad], accelerator.device.type == "cuda"
         adam = torch.optim.Adam(trainable, lr=config.learning_rate, betas=config.betas, fused=on_gpu or None)
-        self.frozen = _digest(objective)
+        self.frozen = _digest(objective, data)
         if config.compile:
             objective.compile()
         self.objective, self.optimizer = accelerator.prepare(objective, adam)
@@ -380,9 +390,9 @@ class _Run:
         self.average.set(self.network.state_dict())
 
 
-def _digest(objective: nn.Module) -> str:
-    """Fingerprint of the objective's parameters outside its network, e.g. those of a frozen network."""
-    digest = hashlib.sha256()
+def _digest(objective: nn.Module, data: str) -> str:
+    """Fingerprint of the data and of the objective's parameters outside its network, e.g. those of a frozen network."""
+    digest = hashlib.sha256(data.encode())
     for name, parameter in objective.named_parameters():
         if not name.startswith("network."):
             digest.update(name.encode())

@@ -82,7 +82,7 @@ def train_rae(config: TrainRAEConfig) -> None:
         save_checkpoint(f"{config.output}/rae.safetensors", tensors, description)
         print(f"autoencoder: {config.output}/rae.safetensors")
 
-    fit(objective, samples, config.fit, config.output, config, validate, finish)
+    fit(objective, samples, config.fit, config.output, config, validate, finish, scenes.identity())
 
 
 def watched_crops(scenes: SceneImages, validation: str) -> Tensor:

@@ -1,5 +1,6 @@
 """Stage 2 for draws: fit the spread of captured latents, and train the flow that draws them, the autoencoder frozen."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
@@ -101,7 +102,8 @@ def train_residual(config: TrainResidualConfig) -> None:
             samples = LatentCrops(latents, times, config.scenes.crop // r, config.fit.seed)
         else:
             samples = ResidualCrops([stack.pixels for stack in stacks], times, config.scenes.crop, config.fit.seed)
-        fit(objective, samples, config.fit, config.output, config, validate, finish)
+        data = scenes.identity() + hashlib.sha256(optics.log_transfer.numpy().tobytes()).hexdigest()
+        fit(objective, samples, config.fit, config.output, config, validate, finish, data)
     else:
         without_training(config.fit, network, finish)
 

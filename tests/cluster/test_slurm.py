@@ -81,7 +81,7 @@ def test_a_dataset_goes_on_without_bad_nodes_and_requeued_before_its_time_limit(
     words = words_of(KEYS, input=photos, output=output, model=model)
     # Ray takes a silent node for dead after (1 + 5) x 4 s here, and not after its usual (3 + 10) x 5.
     quick = "RAY_health_check_period_ms=1000,RAY_health_check_timeout_ms=5000,RAY_health_check_failure_threshold=4"
-    options = ["--cpus-per-task=2", f"--export=ALL,JOIN_SECONDS=30,{quick}"]
+    options = ["--cpus-per-task=2", f"--export=ALL,JOIN_SECONDS=20,{quick}"]
     cut(slurm, "add")
     job = submit(slurm, "synthesize.sbatch", log, *words, nodes=nodes, options=options)
     slurm.until(lambda: len(list(output.glob("data/part-*"))) >= 3, "three shards")
@@ -92,7 +92,7 @@ def test_a_dataset_goes_on_without_bad_nodes_and_requeued_before_its_time_limit(
     assert 3 <= len([name for name in done if name.startswith("part-")]) < SHARDS
     assert not (output / "_SUCCESS").exists()
     said = log.read_text()
-    assert ("degflow: without n2: no Ray from there within 30 s" in said) == slurm.namespaces
+    assert ("degflow: without n2: no Ray from there within 20 s" in said) == slurm.namespaces
     assert len(re.findall(r"^degflow: Ray at \S+ with 1 nodes", said, re.M)) == 1
     slurm.until(lambda: len(re.findall("degflow: Ray at", log.read_text())) == 2, "the second Ray")
     cut(slurm, "add")  # a node that dies while the job runs

@@ -248,6 +248,7 @@ def test_continuous_scales_go_to_the_nearest_label_and_none_is_lost(photos, mode
     scenes = SceneImages(SceneConfig(str(output), {"1": 1.0, "2": 2.0, "4": 3.75}, crop=8), quiet=True)
     assert len(scenes) == sum(whole) > 9
     best = [pair for pair in index if pair["key"] == "coffee.jpg" and pair["name"].endswith("_0")]
+    assert {pair["label"] for pair in best} == {"2", "4"}
     for pair in best:
         level = {"2": 2.0, "4": 3.75}[pair["label"]]
         rivals = [scale for scale in drawn["coffee.jpg"] if (scale < 2.875) == (pair["label"] == "2")]

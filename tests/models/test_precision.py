@@ -53,6 +53,7 @@ def test_a_degraders_latents_are_not_rounded_before_they_are_carried(kind):
     degrader, seen = degrader_of(kind), []
     degrader.flow.network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
     degrader(pictures(1, 32, 32), torch.tensor([2.0]), precision="bfloat16")
+    assert seen
     for inputs in seen:
         latents = inputs[:1] if kind == "path" else (inputs[0], *inputs[2][:2])
         for latent in latents:
@@ -98,6 +99,7 @@ def test_in_training_the_targets_and_lpips_are_exact(kind, precision):
             objective.train()(**batch)
         found.append(seen)
         assert kind == "residual" or objective.perceptual.narrow is False
+    assert all(found)
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 

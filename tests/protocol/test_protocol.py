@@ -19,6 +19,7 @@ from degflow.config import Unfinished
 from degflow.evaluation import Measurement, parquet
 from degflow.evaluation.draws import DrawScore
 from degflow.protocol import Cell, ProtocolConfig, cells
+from degflow.protocol.cells import finished, record
 from degflow.protocol.checks import SCHEMAS, check
 from degflow.protocol.run import run_protocol
 from degflow.protocol.tables import PUBLISHED
@@ -239,6 +240,34 @@ def test_a_cell_that_was_finished_with_other_words_is_told_before_the_others_run
     with pytest.raises(ValueError, match="finished with another"):
         run_protocol(settings)
     assert [file.name for file in (tmp_path / "out/cells").rglob("*") if file.is_file()] == ["0.json"]
+
+
+def test_a_cell_whose_files_or_earlier_cells_have_changed_is_not_finished(place, tmp_path):
+    keys, model = tmp_path / "keys.yaml", tmp_path / "model.safetensors"
+    keys.write_text("fit: {steps: 10}")
+    model.write_bytes(b"1")
+    words = [f"config={keys}", f"model={model}", f"rae={place.uri}/rae/a/rae.safetensors", f"data={place.uri}/scenes"]
+    cell = Cell("stage2/a", "train_x", [*words, f"output={place.uri}/stage2/a"])
+    for name in ("rae/a", "rae/ab", "scenes"):
+        place.write(f"cells/{name}.json", b"{}")
+    place.write("cells/stage2/a.json", json.dumps(record(cell, place)).encode())
+    assert finished(cell, place)
+    assert not finished(cell._replace(name="stage2/b"), place)
+    for change, undo, named in (
+        (lambda: keys.write_text("fit: {steps: 99}"), lambda: keys.write_text("fit: {steps: 10}"), "config="),
+        (lambda: model.write_bytes(b"2"), lambda: model.write_bytes(b"1"), "model="),
+        *(
+            (lambda n=n: place.write(n, b"[]"), lambda n=n: place.write(n, b"{}"), n)
+            for n in ("cells/rae/a.json", "cells/scenes.json")
+        ),
+    ):
+        change()
+        with pytest.raises(ValueError, match=rf"stage2/a\.json: finished with another {named}"):
+            finished(cell, place)
+        undo()
+        assert finished(cell, place)
+    place.write("cells/rae/ab.json", b"[]")  # which it does not read
+    assert finished(cell, place)
 
 
 def test_what_earlier_cells_make_is_not_looked_for(tree, tmp_path):

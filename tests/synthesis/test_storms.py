@@ -127,6 +127,7 @@ def test_a_killed_driver_and_a_restarted_store_change_nothing(s3, photos, model,
     assert not Place(output).exists("_SUCCESS")
     process = driver(photos, output, model)
     wait_for(lambda: shards_in(output) >= 3, process)
+    assert not Place(output).exists("_SUCCESS")  # it runs still
     s3.kill()
     time.sleep(1)
     s3.start()
@@ -220,7 +221,8 @@ def test_globs_and_inventories_are_inputs(s3, photos, model, reference):
 )
 def test_what_the_store_refuses_ends_the_job_in_seconds(s3, photos, model, variables, places, said):
     places = {"input": photos, "output": s3.uri("refused")} | places
-    process = driver(places["input"], places["output"], model, environment=variables)
+    # A refusal that was retried would take ten minutes.
+    process = driver(places["input"], places["output"], model, environment=variables | {"DEGFLOW_PATIENCE": "600"})
     started = time.monotonic()
     out, err = process.communicate(timeout=200)
     assert process.returncode == 1
@@ -230,12 +232,14 @@ def test_what_the_store_refuses_ends_the_job_in_seconds(s3, photos, model, varia
         assert secret not in out + err
 
 
+@pytest.mark.own_ray
 def test_a_busy_node_that_is_removed_changes_nothing(s3, photos, model, reference):
     output = s3.uri("node")
     with own_cluster({"num_cpus": 1}, {"num_cpus": 1}) as (cluster, nodes), ThreadPoolExecutor(1) as thread:
 
         def remove():
             wait_for(lambda: shards_in(output) >= 1)
+            assert not Place(output).exists("_SUCCESS")  # it runs still
             cluster.remove_node(nodes[0], allow_graceful=False)
 
         removal = thread.submit(remove)

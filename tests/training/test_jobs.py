@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,7 +194,7 @@ def test_a_killed_stage_1_ends_in_the_same_bytes(tree, rae, tmp_path):
     assert digests[0] == digests[1]
 
 
-def test_ctrl_c_says_how_to_go_on(tree, rae, tmp_path):
+def test_ctrl_c_ends_with_130_and_keeps_the_checkpoints(tree, rae, tmp_path):
     keys = {**LFM, "scenes.data": tree, "rae": rae[0] / "rae.safetensors", "output": tmp_path, "fit.steps": 100_000}
     process = start("train_lfm", **keys)
     end = time.monotonic() + 90
@@ -333,7 +334,21 @@ def test_another_autoencoder_under_the_same_name_is_refused(tree, rae, tmp_path)
     succeed("train_lfm", **keys)
     save_checkpoint(file, {name: tensor * 1.01 for name, tensor in tensors.items()}, description)
     code, words = fails("train_lfm", **keys)
-    assert re.search(r"step-00000001.pt: was made with other frozen weights under the same file names", words)
+    assert re.search(r"step-00000001.pt: was made with other scenes, or another stage 1", words)
+    assert code == 2
+
+
+def test_a_training_goes_on_with_its_scenes_in_another_folder_and_not_with_other_scenes(tree, tmp_path):
+    keys = {**RAE, "output": tmp_path / "rae", "fit.steps": 1, "fit.workers": 0}
+    moved = tmp_path / "elsewhere/Canon/Train"
+    shutil.copytree(tree, moved)
+    succeed("train_rae", **keys, **{"scenes.data": tree})
+    assert "step 1 of 1" not in succeed("train_rae", **keys, **{"scenes.data": moved})  # it was finished
+    for file in [*moved.rglob("*")]:
+        if file.is_file():
+            shutil.copy(file, file.with_name("another_" + file.name))
+    code, words = fails("train_rae", **keys, **{"scenes.data": moved})
+    assert re.search(r"step-00000001.pt: was made with other scenes, or another stage 1", words)
     assert code == 2
 
 

@@ -250,7 +250,7 @@ def machines(output, inputs, **changes):
 
 
 def test_a_machine_that_hangs_ends_the_training_in_time_and_one_that_is_called_off_saves_it(inputs, tmp_path):
-    first, second = machines(tmp_path, inputs, fit__timeout=20)
+    first, second = machines(tmp_path, inputs, fit__timeout=12)
     try:
         step = wait_for(tmp_path, 4, first)
         ranks(second)[0].suspend()
@@ -259,7 +259,7 @@ def test_a_machine_that_hangs_ends_the_training_in_time_and_one_that_is_called_o
         kill(second)
         second.communicate()
     assert first.returncode != 0
-    assert "error: another process of this training ended, or did not answer within fit.timeout=20 s; " in said
+    assert "error: another process of this training ended, or did not answer within fit.timeout=12 s; " in said
     assert kept(tmp_path)[-1] in (step, step + 4)
 
     first, second = machines(tmp_path, inputs)
@@ -274,7 +274,7 @@ def test_a_machine_that_hangs_ends_the_training_in_time_and_one_that_is_called_o
 def test_a_wrong_master_address_is_named_in_time(inputs, tmp_path):
     where = ("--main_process_ip", "127.0.0.1", "--main_process_port", 1, "--rdzv_conf", "timeout=3")
     process = start(tmp_path / "out", inputs, "--num_processes", 2, "--num_machines", 2, "--machine_rank", 1, *where)
-    said = end(process)
+    said = end(process, 90)
     assert process.returncode != 0
     assert re.search(r"DistNetworkError: .* timed out .* trying to connect to \(127.0.0.1, 1\)", said.splitlines()[-1])
     assert not (tmp_path / "out").exists()

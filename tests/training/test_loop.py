@@ -24,6 +24,7 @@ from degflow.models.counter import sample_keys
 from degflow.models.dropout import SampleDropout
 from degflow.objectives import Losses, RAEObjective
 from degflow.storage import Place
+from degflow.training.checkpoints import _differences
 from degflow.training.loop import RankSampler, Validation, _Run, fit, learning_rate
 from degflow.training.processes import join
 from degflow.training.settings import FitConfig
@@ -284,7 +285,7 @@ def test_another_configuration_is_refused_by_key_and_values(tmp_path):
 
 def test_other_frozen_weights_are_refused(tmp_path):
     train(tmp_path, objective=ToyObjective(frozen=1.0))
-    with pytest.raises(ValueError, match=r"step-00000012.pt: was made with other frozen weights"):
+    with pytest.raises(ValueError, match=r"step-00000012.pt: was made with other scenes, or another stage 1"):
         train(tmp_path, objective=ToyObjective(frozen=1.5))
 
 
@@ -546,12 +547,22 @@ def test_a_log_line_has_the_means_since_the_last_one_also_of_what_was_interrupte
 
 
 def test_compile_keeps_the_names_and_the_curve(tmp_path):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     train(tmp_path / "compiled", replace(BASE, compile=True), ToyObjective(0.3))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     train(tmp_path / "eager", objective=ToyObjective(0.3))
     compiled, eager = checkpoint(tmp_path / "compiled", 12), checkpoint(tmp_path / "eager", 12)
     assert compiled["network"].keys() == eager["network"].keys()
     np.testing.assert_allclose(curve(tmp_path / "compiled")[1], curve(tmp_path / "eager")[1], rtol=1e-4)
     assert train(tmp_path / "compiled").step == 12
+
+
+def test_another_order_of_what_trains_is_another_configuration():
+    assert list(_differences({"train": {"a": "x", "b": "y"}}, {"train": {"b": "y", "a": "x"}})) == [
+        "order of train (a, b then, b, a now)"
+    ]
+    assert not list(_differences({"train": {"a": "x"}, "rae": "p"}, {"train": {"a": "x"}, "rae": "q"}))
 
 
 # Errors
