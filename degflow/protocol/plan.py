@@ -177,7 +177,7 @@ def use_cells(config: ProtocolConfig, name: str, own: list[str], model: str) -> 
     if any(name in parts for parts in config.rows.values()):
         label = first_level(config)
         output, scales = f"generated/{name}", [word for word in own if word.startswith(SYNTHESIS)]
-        data = [f"input={root(config)}/{config.cameras[1]}/Train/{label}/*_HR.png"]
+        data = [f"input={root(config)}/{config.cameras[1]}/Train/{label}/*_HR.*"]
         yield Cell(
             output,
             "synthesize",

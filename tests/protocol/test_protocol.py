@@ -81,7 +81,7 @@ def test_the_plan_is_the_papers():
     assert "autoencoder.hr_skips=false" in planned["rae/no HR skips"].words
     assert "autoencoder.hr_skips=false" not in planned["stage2/no HR skips"].words
     assert "levels={1: 1.0, 2: 2.1, 3: 3.0, 4: 3.75}" in planned["fidelity/optical scales/Nikon"].words
-    assert "input=R/Nikon/Train/2/*_HR.png" in planned["generated/DegFlow"].words
+    assert "input=R/Nikon/Train/2/*_HR.*" in planned["generated/DegFlow"].words
     assert [name for name in planned if name.startswith("generated")] == ["generated/DegFlow"]
     assert 'train={"Canon": "R/Canon/Train"}' in planned["sr/hat/real-x2-x4/0"].words
     assert 'levels={"2": 2.0, "4": 4.0}' in planned["sr/hat/real-x2-x4/0"].words
@@ -110,7 +110,7 @@ def test_a_degrader_says_how_both_stages_train_and_what_synthesize_does():
     assert planned["generated/draws"].words[-2:] == ["spread=0.5", "solver.steps=2"]
     assert planned["fidelity/draws/Canon"].words[-2:] == ["spread=0.5", "steps=2"]  # what its SR networks train on
     assert planned["generated/ready"].words[0] == "model=shipped"
-    assert "input=out/scenes/Nikon/Train/2/*_HR.png" in planned["generated/ready"].words
+    assert "input=out/scenes/Nikon/Train/2/*_HR.*" in planned["generated/ready"].words
     assert planned["sr/hat/all/1"].words[-1] == "crop=32"
 
 
