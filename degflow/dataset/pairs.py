@@ -168,7 +168,14 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
         ]:
             raise ValueError(f"{self.dataset.uri}: the state does not fit: {'; '.join(changed)}")
         self._resume = self._at = state["epoch"], state["position"]
-        self.set_epoch(state["epoch"])
+        # torchdata loads states as an iteration begins, so after the caller's `set_epoch`.
+        if not self._is_over(state["position"]) or int(self._epoch) < state["epoch"]:
+            self.set_epoch(state["epoch"])
+
+    def _is_over(self, position: int) -> bool:
+        """Whether this worker has no more rows in the epoch."""
+        first, last = self._slice()
+        return position >= last - first and not self.repeat
 
     def _identity(self) -> dict[str, Any]:
         names = ("crop", "flips", "rotations", "shuffle", "lanes", "buffer", "seed", "repeat")
@@ -197,6 +204,8 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self._at = self._resume or (int(self._epoch), 0)
+        if self._resume and self._is_over(self._at[1]) and int(self._epoch) > self._at[0]:
+            self._at = (int(self._epoch), 0)  # the state's epoch has ended, and the caller has gone on to another one
         self._resume = None
         return self._samples(*self._at)
 

@@ -78,7 +78,7 @@ def cut(slurm, verb):
 
 def test_a_dataset_goes_on_without_bad_nodes_and_requeued_before_its_time_limit(slurm, photos, model, tmp_path):
     output, log, nodes = tmp_path / "out", tmp_path / "log", 2 if slurm.namespaces else 1
-    words = words_of(KEYS, input=photos, output=output, model=model)
+    words = words_of(KEYS, input=photos, output=output, model=model, overwrite="true")  # for the first start only
     # Ray takes a silent node for dead after (1 + 5) x 4 s here, and not after its usual (3 + 10) x 5.
     quick = "RAY_health_check_period_ms=1000,RAY_health_check_timeout_ms=5000,RAY_health_check_failure_threshold=4"
     options = ["--cpus-per-task=2", f"--export=ALL,JOIN_SECONDS=20,{quick}"]

@@ -416,6 +416,45 @@ def test_a_state_of_any_row_goes_on_exactly(grid, words):
     assert all(map(same, again, reference))
 
 
+def test_a_state_of_an_epoch_s_end_goes_on_with_the_next_epoch(grid):
+    pairs = SynthesizedPairs(grid)
+    pairs.set_epoch(2)
+    reference = list(pairs)
+    pairs.set_epoch(1)
+    assert not all(map(same, list(pairs), reference))
+    resumed = SynthesizedPairs(grid)
+    resumed.load_state_dict(pairs.state_dict())
+    resumed.set_epoch(2)
+    rest = list(resumed)
+    assert len(rest) == len(reference)
+    assert all(map(same, rest, reference))
+
+
+@pytest.mark.parametrize(
+    "more", [{"num_workers": 0}, {"num_workers": 2}, {"num_workers": 2, "persistent_workers": True}]
+)
+def test_torchdata_goes_on_with_the_next_epoch_after_an_epoch_s_end(grid, more):
+    def keys(pairs, loader, epoch):
+        pairs.set_epoch(epoch)
+        return [
+            key + str(draw) for batch in loader for key, draw in zip(batch["key"], batch["draw"].tolist(), strict=True)
+        ]
+
+    pairs = SynthesizedPairs(grid, crop=8)
+    loader = StatefulDataLoader(pairs, batch_size=3, **more)
+    first, second = keys(pairs, loader, 1), keys(pairs, loader, 2)
+    assert sorted(first) == sorted(second)
+    assert first != second
+    pairs = SynthesizedPairs(grid, crop=8)
+    loader = StatefulDataLoader(pairs, batch_size=3, **more)
+    assert keys(pairs, loader, 1) == first
+    state = loader.state_dict()
+    pairs = SynthesizedPairs(grid, crop=8)
+    loader = StatefulDataLoader(pairs, batch_size=3, **more)
+    loader.load_state_dict(state)
+    assert keys(pairs, loader, 2) == second
+
+
 @pytest.mark.parametrize("lanes", [1, 5])
 def test_a_resumed_epoch_reads_only_what_is_still_to_come(grid, monkeypatch, lanes):
     read = []
