@@ -234,6 +234,7 @@ def _build(schema: type[T], parts: Sequence[tuple[str, dict[str, Any]]]) -> T:
             values = _prepare(schema, part)
             _empty_dicts(config, values)
             config = OmegaConf.merge(config, values)
+        _check_values(OmegaConf.to_container(config, enum_to_str=True))  # of texts it has made numbers
         return cast(T, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
         unknown = file and isinstance(error, (ConfigKeyError, ConfigAttributeError))
@@ -280,7 +281,7 @@ def _check_items(key: str, kind: Any, kinds: tuple[Any, ...], items: Sequence[An
 def _is_number(item: Any, kind: type) -> bool:
     """Whether it is an int or float, or the text of one."""
     try:
-        return not isinstance(item, bool) and kind(item) == (item if not isinstance(item, str) else kind(item))
+        return not isinstance(item, bool) and (kind is float or isinstance(item, (int, str))) and kind(item) is not None
     except (TypeError, ValueError):
         return False
 

@@ -250,11 +250,14 @@ class Place:
             return True
         hidden = f".{name}.{uuid.uuid4().hex}"
         self.write(hidden, b"")
-        kept = not self.write(hidden, b"", new=True)
-        if kept and _is_s3(self.fs):
-            path, data, piece = self.path(hidden), bytes(2 * _PIECE), {"chunksize": _PIECE}
-            kept = not self._put(hidden, True, lambda **mode: self.fs.pipe_file(path, data, **piece, **mode))
-        self.delete(hidden)
+        try:
+            kept = not self.write(hidden, b"", new=True)
+            if kept and _is_s3(self.fs):
+                with contextlib.suppress(OSError):  # refused as it should be, or for another reason: then nobody knows
+                    self.fs.pipe_file(self.path(hidden), bytes(2 * _PIECE), chunksize=_PIECE, mode="create")
+                    kept = False
+        finally:
+            self.delete(hidden)
         return kept
 
     def exists(self, name: str = "") -> bool:
@@ -298,8 +301,9 @@ class Place:
         if not self.exists(name):
             return
         if self.local:
-            with contextlib.suppress(FileNotFoundError):  # another driver deletes the same
-                self.fs.rm(path, recursive=True)
+            while self.fs.exists(path):
+                with contextlib.suppress(FileNotFoundError):  # another driver deletes the same
+                    self.fs.rm(path, recursive=True)
             return
         found = [path] if self._try(name, lambda: self.fs.isfile(path)) else self._try(name, lambda: self.fs.find(path))
         for file in found:  # rm would read [ ] * ? as a pattern
@@ -317,7 +321,7 @@ class Place:
             self.fs.invalidate_cache()
             found = self.fs.find(self.path(name), withdirs=False, detail=True)
             if not found and _is_s3(self.fs):  # a bucket that does not exist is an error
-                bucket, _, key = self.path(name).partition("/")
+                bucket, key, _ = self.fs.split_path(self.path(name))
                 self.fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=key and f"{key}/", MaxKeys=1)
             return found
 

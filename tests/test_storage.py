@@ -1,7 +1,6 @@
 import errno
 import json
 import os
-import shutil
 import threading
 import time
 import uuid
@@ -174,11 +173,14 @@ def test_credentials_that_come_late_are_waited_for(s3, monkeypatch):
 
 def test_two_that_delete_the_same_folder_are_harmless(tmp_path, monkeypatch):
     place = Place(str(tmp_path))
-    place.write("a/b", b"1")
+    for name in "bcd":
+        place.write(f"a/{name}", b"1")
 
     def other(path, recursive):
-        shutil.rmtree(path)
-        raise FileNotFoundError(path)
+        if names := os.listdir(path):  # one file at a time, and each was just taken away
+            os.unlink(f"{path}/{names[0]}")
+            raise FileNotFoundError(path)
+        os.rmdir(path)
 
     monkeypatch.setattr(place.fs, "rm", other)
     place.delete("a")

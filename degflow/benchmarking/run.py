@@ -127,6 +127,7 @@ def _make(bench: "_Bench", part: str, saved: "_Saved") -> bool:
         print(f"\n{part}: measured before; to measure again, delete {where}", flush=True)
         return True
     bench.keys.clear()
+    bench.whole = True
     texts, fits = [], True
     try:
         for table in getattr(bench, part)():
@@ -139,9 +140,12 @@ def _make(bench: "_Bench", part: str, saved: "_Saved") -> bool:
         saved.now[part] = texts
         if fits:
             traceback.print_exc()
-            saved.keep(part, [], None)
+            saved.fail(part)
         return not fits
-    saved.keep(part, texts, {key: plain(bench.config)[key] for key in sorted(bench.keys)})
+    if bench.whole:
+        saved.keep(part, texts, {key: plain(bench.config)[key] for key in sorted(bench.keys)})
+    else:
+        saved.now[part] = texts
     return True
 
 
@@ -153,7 +157,7 @@ class _Saved:
         about = {"machine": machine(device).rpartition("; load")[0], "version": __version__}
         self.about = about | {"model_sha256": degrader.sha256}
         found = {part: json.loads(place.read(self.name(part))) for part in PARTS if place.exists(self.name(part))}
-        self.parts = {part: one for part, one in found.items() if one["about"] == self.about}
+        self.parts = {part: one for part, one in found.items() if one.get("about") == self.about}
         self.now: dict[str, list[str]] = {}  # of parts that fail or do not fit, for benchmark.md alone
 
     def name(self, part: str) -> str:
@@ -162,15 +166,20 @@ class _Saved:
 
     def failed(self, part: str) -> bool:
         """Whether the last run that made it failed."""
-        return part in self.parts and self.parts[part]["keys"] is None
+        return self.place.exists(f"parts/{part}.failed")
 
     def holds(self, part: str, config: BenchmarkConfig) -> bool:
         """Whether it was measured with these keys."""
-        keys = self.parts[part]["keys"] if part in self.parts else None
+        keys = self.parts.get(part, {}).get("keys")
         return keys is not None and keys == json.loads(json.dumps({key: plain(config)[key] for key in keys}))
 
-    def keep(self, part: str, tables: list[str], keys: dict[str, Any] | None) -> None:
-        """Save a part that was measured with these keys; None: it failed."""
+    def fail(self, part: str) -> None:
+        """Note that a part failed; what an earlier run measured stays."""
+        self.place.write(f"parts/{part}.failed", b"")
+
+    def keep(self, part: str, tables: list[str], keys: dict[str, Any]) -> None:
+        """Save a part that was measured with these keys."""
+        self.place.delete(f"parts/{part}.failed")
         self.parts[part] = {"about": self.about, "keys": keys, "tables": tables}
         self.place.write(self.name(part), json.dumps(self.parts[part], indent=1).encode())
 
@@ -206,20 +215,6 @@ def photographs(uri: str) -> list[np.ndarray]:
     return [images.decode(place.read(key)) for key in keys]
 
 
-def _full(device: str) -> Degrader:
-    return gpu.full_size().to(device)
-
-
-def _fitting(title: str, make: Callable[[], Table]) -> Table:
-    """A table that is made, or one that says that it does not fit: what a part measured before is not lost."""
-    try:
-        return make()
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return Table(title, f"Does not fit: {error}".partition("\n")[0], ("",), [])
-
-
 def cut(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     """The middle of a photograph, which is enlarged first if it is smaller."""
     factor = max(1.0, height / pixels.shape[0], width / pixels.shape[1])
@@ -235,6 +230,7 @@ class _Bench:
     def __init__(self, config: BenchmarkConfig, degrader: Degrader, photos: list[np.ndarray], device: str):
         self.config, self.degrader, self._photos, self.device = config, degrader, photos, device
         self.keys: set[str] = set()  # that were read
+        self.whole = True  # no table was left out because it does not fit
 
     def __getattr__(self, name: str) -> Any:
         """A key's value, which is noted as read."""
@@ -302,7 +298,18 @@ class _Bench:
         if not self.quick:
             yield trainings(gpu.full_size(), self._gpu)
         if self.full_width and self.device == "cuda":
-            yield _fitting("Training steps, full size", lambda: training(_full(self.device), perceptual, *how, 256, 16))
+            large = lambda: training(gpu.full_size().to(self.device), perceptual, *how, 256, 16)  # noqa: E731
+            yield self._fitting("Training steps, full size", large)
+
+    def _fitting(self, title: str, make: Callable[[], Table]) -> Table:
+        """A table that is made, or one that says that it does not fit: the part's other tables are not lost."""
+        try:
+            return make()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.whole = False
+            return Table(title, f"Does not fit: {error}".partition("\n")[0], ("",), [])
 
     def precisions(self) -> Iterator[Table]:
         yield gpu.precisions(self.degrader, self._crops(max(self.sizes))[0], self.repeats)

@@ -52,7 +52,7 @@ def perform(cell: Cell, place: Place, launch: Sequence[str]) -> float:
     """
     start = [*launch] if launch and cell.job.startswith("train") else [sys.executable]
     command = [*start, "-m", "degflow", cell.job.replace("_", "-"), *cell.words]
-    log, begun = Path(place.path(f"cells/{cell.name}.log")), time.monotonic()
+    log, begun, done = Path(place.path(f"cells/{cell.name}.log")), time.monotonic(), record(cell, place)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         file.write(f"$ {shlex.join(command)}\n".encode())
@@ -80,7 +80,7 @@ def perform(cell: Cell, place: Place, launch: Sequence[str]) -> float:
         failed = ValueError if code == 2 else Unfinished
         raise failed(f"{cell.name}: {cell.job} ended with exit code {code}: {lines[-1]} (whole log: {log})")
     seconds = time.monotonic() - begun
-    done = record(cell, place) | {"seconds": round(seconds, 1)}
+    done["seconds"] = round(seconds, 1)
     place.write(f"cells/{cell.name}.json", json.dumps(done, indent=1).encode())
     if told:  # in the job's last moments
         raise Stopped
@@ -105,7 +105,8 @@ def record(cell: Cell, place: Place) -> dict[str, Any]:
     for file in sorted(Path(place.path("cells")).rglob("*.json")):
         name = str(file.relative_to(place.path("cells")).with_suffix(""))
         if name != cell.name and re.search(rf"OUTPUT/{re.escape(name)}[/\"]", text):
-            reads[f"cells/{name}.json"] = hashlib.sha256(file.read_bytes()).hexdigest()
+            asked = {part: value for part, value in json.loads(file.read_bytes()).items() if part != "seconds"}
+            reads[f"cells/{name}.json"] = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     return {"job": cell.job, "words": words, "reads": reads}
 
 

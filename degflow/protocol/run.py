@@ -1,5 +1,7 @@
 """The experiment: every cell that is not finished, then the tables."""
 
+from dataclasses import replace
+
 from degflow.config import dump
 from degflow.protocol.cells import finished, perform
 from degflow.protocol.checks import check
@@ -19,6 +21,7 @@ def run_protocol(config: ProtocolConfig) -> None:
         raise ValueError(f"output={config.output}: must be a local folder")
     if bool(config.data) == bool(config.photographs):
         raise ValueError(f"data={config.data!r}, photographs={config.photographs!r}: exactly one must be given")
+    config = replace(config, output=place.uri)  # without a slash at the end: words are compared
     planned = cells(config)
     missing = [(number, cell) for number, cell in enumerate(planned, 1) if not finished(cell, place)]
     check([cell for _, cell in missing], config.output)

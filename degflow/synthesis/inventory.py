@@ -81,7 +81,7 @@ class Input:
                 *map(", ".join, (images.SUFFIXES, INVENTORY))
             )
         if self.root.exists():
-            return f"an empty folder: {suffixes}"
+            return f"nothing that could be a photograph: {suffixes}"
         return "no such file" + (" or folder" if self.root.local else ", folder or prefix")
 
     def new_images(self, plan: Plan) -> pa.Table:
@@ -107,8 +107,6 @@ class Input:
         files = self._files()
         suffixes = "|".join(re.escape(suffix) for suffix in images.SUFFIXES)
         found = files.filter(pc.match_substring_regex(files["key"], f"(?i)(?:{suffixes})$"))
-        if not self.is_inventory:  # macOS's archives have such a file beside each image
-            found = found.filter(pc.invert(pc.match_substring_regex(found["key"], r"(?:^|/)\._[^/]*$")))
         others = len(files) - len(found)
         if others and len(found):
             print(f"{_count(others, 'file')} in {self.uri} without an image's suffix: left out")
@@ -126,7 +124,7 @@ class Input:
             raise FileNotFoundError(f"input={self.uri}: not there ({error})") from error
         except OSError as error:
             raise OSError(f"input={self.uri}: cannot be read ({type(error).__name__}: {error})") from error
-        files = self._without_datasets(files)
+        files = self._without_datasets(self._without_resource_forks(files))
         if self.without and self.root.contains(self.without):
             below = f"{self.without.root}/"
             files = [file for file in files if not self.root.path(file.key).startswith(below)]
@@ -135,6 +133,13 @@ class Input:
             files = [file for file in files if _is_text(file.key)]
             print(f"{_count(len(unnamed), 'name')} in {self.uri} not in UTF-8: left out, e.g. {unnamed[0]!a}")
         return _table_of(files)
+
+    def _without_resource_forks(self, files: list[Source]) -> list[Source]:
+        """Leave out what macOS adds to an archive beside each file, under the same name after "._"."""
+        kept = [file for file in files if not file.key.rpartition("/")[2].startswith("._")]
+        if len(kept) < len(files):
+            print(f"{_count(len(files) - len(kept), 'name')} in {self.uri} beginning with ._: left out")
+        return kept
 
     def _without_datasets(self, files: list[Source]) -> list[Source]:
         """Leave out folders below the root that hold a finished dataset or an export: they are no photographs."""

@@ -81,7 +81,7 @@ def continued(config: SynthesizeConfig, output: Place) -> SynthesizeConfig:
 def _check_version(config: SynthesizeConfig, output: Place) -> None:
     """Raise ValueError if the stored configuration lacks keys: its shards' digests are of another version's recipe."""
     there = {name for name, _ in _flat(read(output.read(CONFIG).decode()))}
-    if missing := sorted({name for name, _ in _flat(plain(config))} - there):
+    if missing := sorted(Recipe(config).values.keys() - there):
         raise ValueError(
             f"output={output.uri}: its {CONFIG} has no {missing[0]}, so another version of degflow has begun it; "
             "finish it with that version, or choose another output, or overwrite=true"

@@ -5,7 +5,7 @@ on the plan and the images alone, and not on the machine.
 """
 
 import math
-import sys
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -46,23 +46,24 @@ class Buffers:
     WASTE = 4  # times as much memory as an array needs is not taken for it
 
     def __init__(self):
-        self._kept: list[np.ndarray] = []
+        self._kept: list[tuple[bytearray, weakref.ref[np.ndarray] | None]] = []  # memory, and the array in it
 
     def empty(self, shape: Sequence[int]) -> np.ndarray:
         """A uint8 array of this shape, with any content."""
         size = math.prod(shape)
         if size < self.LEAST:
             return np.empty(shape, np.uint8)
-        busy, fit = list[np.ndarray](), list[np.ndarray]()
-        while self._kept:
-            buffer = self._kept.pop()
-            if sys.getrefcount(buffer) > 2:  # more than `buffer`, and the argument: an array lies in it
-                busy.append(buffer)
-            elif size <= len(buffer) <= self.WASTE * size:
-                fit.append(buffer)
-        chosen = fit.pop() if fit else np.empty(size, np.uint8)
-        self._kept = [*busy, *fit, chosen]
-        return chosen[:size].reshape(shape)
+        chosen, kept = bytearray(), list[tuple[bytearray, weakref.ref[np.ndarray] | None]]()
+        for memory, array in self._kept:
+            if array and array() is not None:
+                kept.append((memory, array))
+            elif size <= len(memory) <= self.WASTE * size:
+                kept += [(chosen, None)] if chosen else []
+                chosen = memory
+        chosen = chosen or bytearray(size)
+        whole = np.frombuffer(chosen, np.uint8, size)  # every view of it, and PyTorch, refer to this very array
+        self._kept = [*kept, (chosen, weakref.ref(whole))]
+        return whole.reshape(shape)
 
 
 @dataclass

@@ -18,6 +18,8 @@ _FREE = re.compile(
     r"|cache|memory|output|validation|half|test(_\w+|\..+)?"
 )
 
+_ORDERED = re.compile(r"train|(scenes\.)?levels")  # dicts whose order decides which sample is which
+
 
 class Checkpoints:
     """The checkpoints of one output.
@@ -58,13 +60,13 @@ class Checkpoints:
             self.place.delete(name)
         return len(names)
 
-    def read(self, name: str, settings: dict[str, Any], frozen: str = "") -> dict[str, Any]:
+    def read(self, name: str, settings: dict[str, Any], frozen: str = "", data: str = "") -> dict[str, Any]:
         """Read a checkpoint of the same run.
 
         Args:
             name: one of `names`.
             settings: the run's configuration, as plain values. Keys that do not change the result may differ.
-            frozen: fingerprint of the scenes and of the weights that are not trained; "": any.
+            frozen: fingerprint of the weights that are not trained; "": any. data: of the scenes; the same.
 
         Raises:
             ValueError: it is unreadable, or was made with another configuration, other scenes or frozen weights.
@@ -74,6 +76,8 @@ class Checkpoints:
         if differing := sorted(_differences(state["settings"], settings)):
             raise ValueError(f"{uri}: was made with another {', '.join(differing)}; {advice}")
         if frozen and state["frozen"] != frozen:
+            raise ValueError(f"{uri}: was made with other frozen weights; {advice}")
+        if data and state.get("data", data) != data:
             raise ValueError(f"{uri}: was made with other scenes, or another stage 1; {advice}")
         return state
 
@@ -115,7 +119,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
         a, b, name = old.get(key), new.get(key), f"{prefix}{key}"
         if isinstance(a, dict) and isinstance(b, dict):
             yield from _differences(a, b, f"{name}.")
-            if a.keys() == b.keys() and list(a) != list(b):  # it decides which sample is which
+            if _ORDERED.fullmatch(name) and a.keys() == b.keys() and list(a) != list(b):
                 yield f"order of {name} ({', '.join(a)} then, {', '.join(b)} now)"
         elif a != b and not _FREE.fullmatch(name):
             yield f"{name} ({a} then, {b} now)"

@@ -222,7 +222,7 @@ class _Run:
         self.network: nn.Module = objective.network  # type: ignore[assignment]
         trainable, on_gpu = [p for p in self.network.parameters() if p.requires_grad], accelerator.device.type == "cuda"
         adam = torch.optim.Adam(trainable, lr=config.learning_rate, betas=config.betas, fused=on_gpu or None)
-        self.frozen = _digest(objective, data)
+        self.frozen, self.data = _digest(objective), data
         if config.compile:
             objective.compile()
         self.objective, self.optimizer = accelerator.prepare(objective, adam)
@@ -366,12 +366,13 @@ class _Run:
                 "unlogged": unlogged,
                 "settings": configuration.plain(self.settings),
                 "frozen": self.frozen,
+                "data": self.data,
             }
             self.checkpoints.write(self.step, state)
         self.accelerator.wait_for_everyone()
 
     def _restore(self, name: str) -> None:
-        state = self.checkpoints.read(name, configuration.plain(self.settings), self.frozen)
+        state = self.checkpoints.read(name, configuration.plain(self.settings), self.frozen, self.data)
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler and state["scaler"]:
@@ -390,9 +391,9 @@ class _Run:
         self.average.set(self.network.state_dict())
 
 
-def _digest(objective: nn.Module, data: str) -> str:
-    """Fingerprint of the data and of the objective's parameters outside its network, e.g. those of a frozen network."""
-    digest = hashlib.sha256(data.encode())
+def _digest(objective: nn.Module) -> str:
+    """Fingerprint of the objective's parameters outside its network, e.g. those of a frozen network."""
+    digest = hashlib.sha256()
     for name, parameter in objective.named_parameters():
         if not name.startswith("network."):
             digest.update(name.encode())

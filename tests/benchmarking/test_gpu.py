@@ -224,7 +224,9 @@ def test_a_part_that_fails_is_named_at_the_end_and_tried_again(small, tmp_path, 
     assert "failed" not in (tmp_path / "out/benchmark.md").read_text()
 
 
-def test_after_a_failure_that_takes_the_gpu_along_the_same_command_makes_that_part_last(small, monkeypatch, capsys):
+def test_after_a_failure_that_takes_the_gpu_along_the_same_command_makes_that_part_last(
+    small, tmp_path, monkeypatch, capsys
+):
     def broken(self):
         raise RuntimeError("CUDA error: an illegal memory access")
 
@@ -239,6 +241,14 @@ def test_after_a_failure_that_takes_the_gpu_along_the_same_command_makes_that_pa
     assert "## Codecs" not in capsys.readouterr().out
     with pytest.raises(Unfinished, match="parts that failed: margins"):
         benchmark(small("parts=[margins,codecs]"))
+    monkeypatch.undo()
+    benchmark(small("parts=[margins]"))
+    monkeypatch.setattr(run._Bench, "margins", broken)
+    with pytest.raises(Unfinished):
+        benchmark(small("parts=[margins]", "input=examples/photographs"))
+    assert (
+        "## What a crop's margin leaves" in json.loads((tmp_path / "out/parts/margins.json").read_text())["tables"][0]
+    )
     said = capsys.readouterr().out
     assert said.index("## Codecs") < said.index("## margins: failed")
 
@@ -255,14 +265,24 @@ def test_only_keys_that_a_part_reads_make_it_measured_again_and_other_parts_stay
     assert capsys.readouterr().out.count("measured before") == 2
 
 
-def test_a_large_table_that_does_not_fit_leaves_the_others_of_its_part():
+def test_a_large_table_that_does_not_fit_leaves_the_others_of_its_part(small, tmp_path, monkeypatch):
     def full():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nmore lines")
 
-    table = run._fitting("Training steps, full size", full)
-    assert table.about == "Does not fit: CUDA out of memory. Tried to allocate 20.00 GiB"
-    with pytest.raises(RuntimeError, match="illegal"):
-        run._fitting("", lambda: (_ for _ in ()).throw(RuntimeError("illegal")))
+    def some(self):
+        yield Table("Small", "", ("a",), [("1",)])
+        yield self._fitting("Large", full)
+
+    monkeypatch.setattr(run._Bench, "margins", some)
+    benchmark(small("parts=[margins]"))
+    text = (tmp_path / "out/benchmark.md").read_text()
+    assert text.index("## Small") < text.index(
+        "## Large\n\nDoes not fit: CUDA out of memory. Tried to allocate 20.00 GiB"
+    )
+    assert not (tmp_path / "out/parts/margins.json").exists()  # another time it may fit
+    monkeypatch.setattr(run._Bench, "margins", lambda self: iter([self._fitting("", lambda: 1 / 0)]))
+    with pytest.raises(Unfinished):
+        benchmark(small("parts=[margins]"))
 
 
 def test_a_process_that_fails_says_why():

@@ -252,12 +252,14 @@ def test_a_cell_whose_files_or_earlier_cells_have_changed_is_not_finished(place,
         place.write(f"cells/{name}.json", b"{}")
     place.write("cells/stage2/a.json", json.dumps(record(cell, place)).encode())
     assert finished(cell, place)
+    place.write("cells/scenes.json", b'{"seconds": 2}')  # the same again
+    assert finished(cell, place)
     assert not finished(cell._replace(name="stage2/b"), place)
     for change, undo, named in (
         (lambda: keys.write_text("fit: {steps: 99}"), lambda: keys.write_text("fit: {steps: 10}"), "config="),
         (lambda: model.write_bytes(b"2"), lambda: model.write_bytes(b"1"), "model="),
         *(
-            (lambda n=n: place.write(n, b"[]"), lambda n=n: place.write(n, b"{}"), n)
+            (lambda n=n: place.write(n, b'{"job": "other"}'), lambda n=n: place.write(n, b"{}"), n)
             for n in ("cells/rae/a.json", "cells/scenes.json")
         ),
     ):
@@ -266,7 +268,7 @@ def test_a_cell_whose_files_or_earlier_cells_have_changed_is_not_finished(place,
             finished(cell, place)
         undo()
         assert finished(cell, place)
-    place.write("cells/rae/ab.json", b"[]")  # which it does not read
+    place.write("cells/rae/ab.json", b'{"job": "other"}')  # which it does not read
     assert finished(cell, place)
 
 

@@ -89,7 +89,7 @@ def test_one_object_is_an_input(s3):
     [
         ("absent", "no such file or folder"),
         ("absent.png", "no such file or folder"),
-        ("empty", r"an empty folder: no file ending in \.png, .*"),
+        ("empty", r"nothing that could be a photograph: no file ending in \.png, .*"),
         ("texts", r"1 other file there, but no file ending in .*"),
         (
             "texts/a.txt",
@@ -125,6 +125,7 @@ def test_datasets_and_exports_and_what_macos_adds_are_no_photographs(tmp_path, c
     said = capsys.readouterr().out
     assert f"runs/ds/ in {tmp_path} is a dataset of degflow's, or an export: left out" in said
     assert f"lq/ in {tmp_path} is" in said
+    assert f"2 names in {tmp_path} beginning with ._: left out" in said
     assert keys_in(str(tmp_path / "runs/ds")) == ["preview.png"]  # asked for by name
 
 
