@@ -195,7 +195,7 @@ def test_photographs_that_cannot_be_assigned_are_refused():
         (["scales={}"], "scales={}: at least one"),
         (["scales={2: 1.0}"], "each above 1"),
         (["scales={2: 9}"], "at most 8"),
-        (["scales={2: nan}"], "each above 1"),
+        (["scales={2: nan}"], "must be a finite number"),
         (["scales={1: 2.0}"], "'1' cannot be a folder of LR images"),
         (["scales={a/b: 2.0}"], "'a/b' cannot be a folder of LR images"),
         (["test_fraction=1.5"], "test_fraction=1.5: must lie in [0, 1]"),

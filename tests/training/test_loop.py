@@ -519,7 +519,7 @@ def test_a_training_step_never_waits_for_its_device(tmp_path):
     accelerator = join(config.precision, config.timeout)
     accelerator.state.device = PartialState().device = torch.device("meta")
     try:
-        run = _Run(accelerator, ToyObjective(0.3), config, Place(str(tmp_path)), {})
+        run = _Run(accelerator, ToyObjective(0.3), config, Place(str(tmp_path)), {}, "")
         batches = run.loader(ToySamples())
         assert [run.train_step(batches) for _ in range(3)] == [{}] * 3
     finally:
