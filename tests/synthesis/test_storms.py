@@ -232,7 +232,6 @@ def test_what_the_store_refuses_ends_the_job_in_seconds(s3, photos, model, varia
         assert secret not in out + err
 
 
-@pytest.mark.own_ray
 def test_a_busy_node_that_is_removed_changes_nothing(s3, photos, model, reference):
     output = s3.uri("node")
     with own_cluster({"num_cpus": 1}, {"num_cpus": 1}) as (cluster, nodes), ThreadPoolExecutor(1) as thread:

@@ -56,7 +56,6 @@ def test_a_task_asks_for_what_the_header_says_and_no_more_than_a_node_has(shared
     assert small.asked == [256, 300]
 
 
-@pytest.mark.own_ray
 def test_a_file_that_fills_its_node_is_a_reject_and_the_others_are_rows(photos, model, tmp_path, monkeypatch):
     folder = tmp_path / "in"
     folder.mkdir()
