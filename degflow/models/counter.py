@@ -51,9 +51,11 @@ def gaussian(
     for axis, count in enumerate((channels + channels % 2, height, width)):
         word = torch.arange(count, device=seed.device)
         if not axis:
-            key, word = key ^ second, word + first
+            word = word + first
         elif place is not None:
             word = word + place[:, axis - 1].view(-1, *[1] * key.ndim)
+        if axis == 2:  # not sooner: until then each row of a channel has one key of 32 bits
+            key = key ^ second.view(-1, 1, 1)
         key = mix(step(key[..., None], word))
     radius, angle = ((key.unflatten(1, (-1, 2)) + 0.5) * 2.0**-32).float().unbind(2)
     radius = (-2 * radius.log()).sqrt()

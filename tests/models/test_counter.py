@@ -84,6 +84,10 @@ def test_seeds_whose_first_keys_are_equal_have_numbers_of_their_own():
     assert first == other
     x = gaussian(seeds, 2, 64, 64)
     assert abs(correlation(x[0], x[1])) < 0.05
+    # Nor may both keys be hashed to one again: of half a million seeds some thirty pairs would then have equal numbers.
+    many = torch.randint(2**32, 2**63 - 1, (500_000,), generator=torch.Generator().manual_seed(0))
+    channel = gaussian(many, 1, 1, 2).flatten(1)
+    assert len(channel.unique(dim=0)) == len(channel)
     # Seeds below 2^32 have keys of their own.
     few = sample_keys(_NOISE, torch.arange(1_000_000))
     assert len(few.unique()) == len(few)
