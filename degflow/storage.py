@@ -253,7 +253,8 @@ class Place:
         try:
             kept = not self.write(hidden, b"", new=True)
             if kept and _is_s3(self.fs):
-                with contextlib.suppress(OSError):  # refused as it should be, or for another reason: then nobody knows
+                # Refused as it should be, or failed for another reason, and then nobody knows. Not all are OSErrors.
+                with contextlib.suppress(Exception):
                     self.fs.pipe_file(self.path(hidden), bytes(2 * _PIECE), chunksize=_PIECE, mode="create")
                     kept = False
         finally:

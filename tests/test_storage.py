@@ -8,7 +8,7 @@ import uuid
 import pytest
 import safetensors.torch
 import torch
-from botocore.exceptions import CredentialRetrievalError
+from botocore.exceptions import CredentialRetrievalError, EndpointConnectionError
 
 from degflow import storage
 from degflow.models.files import load_checkpoint, save_checkpoint
@@ -135,6 +135,20 @@ def test_a_store_that_puts_pieces_over_others_is_noticed_too(s3, monkeypatch):
 
     monkeypatch.setattr(place.fs, "pipe_file", over)
     assert not place.keeps_first("config.yaml")
+    assert place.files() == []
+
+
+def test_a_store_that_fails_at_that_question_ends_nothing(s3, monkeypatch):
+    place = Place(s3.uri("data"))
+    put = place.fs.pipe_file
+
+    def failing(path, data, **options):
+        if len(data) > 1 << 20:
+            raise EndpointConnectionError(endpoint_url="http://nowhere")
+        return put(path, data, **options)
+
+    monkeypatch.setattr(place.fs, "pipe_file", failing)
+    assert place.keeps_first("config.yaml")
     assert place.files() == []
 
 
