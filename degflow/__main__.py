@@ -97,11 +97,14 @@ def train_residual():
 def train_lfm():
     """Stage 2 of the published method: train the latent flow on a RealSR-like tree, stage 1 frozen.
 
+        degflow train-rae config=small_rae skips=hr 'scenes.reductions=[1.0]' scenes.data=runs/scenes/Canon/Train \\
+            output=runs/rae-hr
         degflow train-lfm config=small_lfm scenes.data=runs/scenes/Canon/Train \\
-            rae=runs/rae/rae.safetensors output=runs/lfm
+            rae=runs/rae-hr/rae.safetensors output=runs/lfm
         accelerate launch -m degflow train-lfm config=...     # on several GPUs
 
-    writes ONE file, output/degrader.safetensors, for `degflow synthesize model=...` and `Degrader.load`.
+    writes ONE file, output/degrader.safetensors, for `degflow synthesize model=...` and `Degrader.load`. Stage 1 must
+    have been trained with skips=hr and without reductions, as the first command does.
 
     After a stop, the same command continues from the last checkpoint. SIGTERM and SIGUSR1 save one and end the job with
     exit code 75 (accelerate's launcher turns every code but 0 into 1).
@@ -142,9 +145,10 @@ def evaluate():
 
         degflow evaluate data=runs/scenes/Canon/Test output=runs/fidelity
 
-    writes output/table.md (means over the scenes), measurements.parquet (every image), sweep.parquet (PSNR of every
-    scene over a fine grid of scales, against HR and each captured level), best_times.parquet and figure.png (captured
-    levels above generated images at even steps of t).
+    writes output/table.md (means over the scenes), measurements.parquet (every image), draws.parquet, frechet.parquet,
+    sweep.parquet (PSNR of every scene over a fine grid of scales, against HR and each captured level),
+    best_times.parquet, figure.png (captured levels above generated images at even steps of t), closeups.png (captured
+    beside drawn) and config.yaml.
     """
     from degflow.evaluation.run import EvaluateConfig, evaluate
 
@@ -227,7 +231,7 @@ def explore():
     prints the page's address. The page has a slider for the scale and a button for another draw. It shows HR, generated
     LR, bicubic, and HR with the optics' blur alone, side by side. Nothing leaves the machine.
     """
-    from degflow.explore.run import ExploreConfig, explore
+    from degflow.evaluation.explore.run import ExploreConfig, explore
 
     return explore, ExploreConfig
 
@@ -263,7 +267,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Run `degflow WORDS`, by default those of the command line. The exit code is 2 for an unknown command."""
     first, *rest = (sys.argv[1:] if words is None else words) or ["--help"]
     if first in config.HELP:
-        print(listing())
+        config.show(listing())
     elif first == "--version":
         print(f"degflow {__version__}")
     elif first in COMMANDS:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import io
 import math
 import os
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -65,10 +67,11 @@ def required(meaning: str, kind: type = str) -> Any:
 def load(schema: type[T], arguments: Sequence[str]) -> T:
     """Build a configuration.
 
-    A value is read as YAML, except that a word for a text field is taken literally: `output=007` is the folder 007.
-    Lists and dicts are given whole, and replace the default; the labels of a dict may be written as numbers. Numbers
-    are finite, and whole ones below 2^63. OmegaConf's `${...}` and `???` are refused: the first would put a variable of
-    the environment into the stored configuration, the second means that a key is missing.
+    A value is read as YAML, except that texts are taken literally, also in files, in lists and in dicts:
+    `output=007` is the folder 007, and `input: yes` the folder yes. Lists and dicts are given whole, and replace
+    the default; the labels of a dict may be written as numbers. Numbers are finite, and whole ones below 2^63.
+    OmegaConf's `${...}` and `???` are refused: the first would put a variable of the environment into the stored
+    configuration, the second means that a key is missing.
 
     Args:
         schema: a dataclass whose fields were made by `option` or `required`.
@@ -90,7 +93,8 @@ def _merged(schema: type[T], arguments: Sequence[str]) -> T:
         raise ValueError(f"argument {wrong[0]!r}: must be key=value (see --help)")
     files = [word.partition("=")[2] for word in words if word.startswith("config=")]
     words = [word for word in words if not word.startswith("config=")]
-    return _build(schema, [*((file, _file(file)) for file in files), *(("", _word(schema, word)) for word in words)])
+    parts = [(file, _file(schema, file)) for file in files]
+    return _build(schema, [*parts, *(("", _word(schema, word)) for word in words)])
 
 
 def parse(schema: type[T], values: dict[str, Any]) -> T:
@@ -141,7 +145,7 @@ def run(main: Callable[[T], None], schema: type[T], about: str | None, arguments
     try:
         if HELP & set(words):
             given = [word for word in words if word not in HELP | {"all"}]
-            print(usage(schema, about or "", given, everything="all" in words))
+            show(usage(schema, about or "", given, everything="all" in words))
             return
         config = load(schema, [word for word in words if word != _CHECK])
     except ValueError as error:
@@ -149,6 +153,8 @@ def run(main: Callable[[T], None], schema: type[T], about: str | None, arguments
     if _CHECK in words:
         return
     keep_freed_memory()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log shows each line at once
     try:
         main(config)
     except (ValueError, OSError, ImportError, Unfinished) as error:
@@ -222,6 +228,14 @@ def _keys(config: Any, prefix: str = "", common: bool = False) -> Iterator[Key]:
             below.append((value, f"{prefix}{field.name}.", known))
     for arguments in below:
         yield from _keys(*arguments)
+
+
+def show(text: str) -> None:
+    """Print a text, of which a reader as `head` may take as much as it wants."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would try to flush it again at its end
 
 
 def _build(schema: type[T], parts: Sequence[tuple[str, dict[str, Any]]]) -> T:
@@ -306,7 +320,7 @@ def _word(schema: type, word: str) -> dict[str, Any]:
             whole = ".".join(names[:depth])
             raise ValueError(f"{key}={text}: {whole} is given whole, as {whole}='{{LABEL: VALUE}}'")
         kind = typing.get_type_hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
-    values: Any = text if kind is str else _yaml(text, word)
+    values: Any = text if kind is str else _yaml(text, word, kind)
     for name in reversed(names):
         values = {name: values}
     return values
@@ -330,10 +344,11 @@ def found_file(file: str) -> Path:
     return ships[file]
 
 
-def _file(file: str) -> dict[str, Any]:
+def _file(schema: type, file: str) -> dict[str, Any]:
     path = found_file(file)
     try:
         values = OmegaConf.to_container(OmegaConf.load(path))
+        values = _as_written(values, yaml.compose(path.read_text("utf-8"), yaml.SafeLoader), schema)
     except Exception as error:  # the YAML parser's own, a broken encoding, an unreadable file
         raise ValueError(f"config={file}: {_line(error)}") from None
     if not isinstance(values, dict):
@@ -341,11 +356,35 @@ def _file(file: str) -> dict[str, Any]:
     return cast(dict[str, Any], values)
 
 
-def _yaml(text: str, word: str) -> Any:
+def _yaml(text: str, word: str, kind: Any) -> Any:
     try:
-        return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"])))["value"]
+        value = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"])))["value"]
+        return _as_written(value, yaml.compose(text, yaml.SafeLoader), kind)
     except Exception as error:
         raise ValueError(f"{word}: not YAML: {_line(error)}") from None
+
+
+def _as_written(value: Any, node: Any, kind: Any) -> Any:
+    """A value of a type, with its texts as they stand in the YAML node that it was read from.
+
+    Raises:
+        ValueError: a dict has a label twice. OmegaConf sees this for texts alone, not for numbers.
+    """
+    if kind is str and isinstance(node, yaml.ScalarNode) and value is not None:
+        return node.value
+    if isinstance(node, yaml.SequenceNode) and isinstance(value, list):
+        items = typing.get_args(kind)[:1] or (None,)
+        return [_as_written(item, below, items[0]) for item, below in zip(value, node.value, strict=True)]
+    if not isinstance(node, yaml.MappingNode) or not isinstance(value, Mapping):
+        return value
+    pairs = [(label.value, below) for label, below in node.value if label.tag != "tag:yaml.org,2002:merge"]
+    written = dict(pairs)
+    if len(written) < len(pairs):
+        labels = [label for label, _ in pairs]
+        raise ValueError(f"{next(label for label in labels if labels.count(label) > 1)} is given twice")
+    kinds = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+    items = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else None
+    return {label: _as_written(item, written.get(str(label)), kinds.get(label, items)) for label, item in value.items()}
 
 
 def _line(error: Exception) -> str:

@@ -1,17 +1,20 @@
-"""Degrader: HR image + scale -> LR image. The whole method in a few lines (DegFlow, section 2).
+"""Degrader: HR image + scale -> LR image (DegFlow, section 2). `_forward` is the whole method in a few lines.
 
 Images that would need more working memory than `memory` allows are encoded and decoded tile by tile, exactly as they
 would be at once: see `tiling`. What lies between works on the whole latent.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast, overload
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.fx.experimental import _config as symbols
 
 from degflow import images
 from degflow.capture.optics import Optics
@@ -109,22 +112,22 @@ class Degrader(nn.Module):
 
         Args:
             hr: float32 "B 3 H W" in [-1, 1]; any H and W from 8 up.
-            scale: "B", a scale for each image; or "B N", N scales of each image; or a number, for all images. It is
-                looked at: on the CPU, wherever hr lies, that waits for no device. So are seed and place.
-            seed: decides what is drawn. int64 of the shape of `scale`, in [0, 2^63), or a number: the first image's,
-                counted on from there, scale by scale and image by image. The published flow draws nothing.
+            scale: "B", a scale for each image; or "B N", N scales of each image; or a number, for all images. Its
+                values are read. On the CPU this never waits for a GPU. The same holds for seed and place.
+            seed: decides what is drawn. int64 of the shape of `scale`, in [0, 2^63), or a number, the first image's;
+                each further scale or image has the next number. The published flow draws nothing.
             spread: 1 gives draws from what a camera does, 0 their mean, between them less noise.
             place: int64 "B 2", row and column at which each image was cut from a larger one, multiples of `multiple`.
                 The noise is then the larger image's there; None: each image is whole.
             steps: solver steps; 0: the flow's own number. solver: euler, midpoint, heun, rk4 or rk5; "": its own.
-            memory: GB (1e9 bytes) to work in, beside the weights and the images in and out. What does not fit is done
-                image by image, and what still does not tile by tile; the result is the same to rounding.
+            memory: GB (1e9 bytes) to work in, beside the weights and the images in and out. A batch
+                that does not fit is split, and an image that does not fit is tiled; the result is the same to rounding.
             precision: float32, tf32, bfloat16 or float16, of the networks' matrix products and convolutions; the
                 latent, its steps and the last convolution stay in float32 (see `models.precision`).
             checks_range: False for images whose range is known: it is not looked at.
 
         Returns:
-            "B 3 H W" or "B N 3 H W" in [-1, 1].
+            "B 3 H W" or "B N 3 H W" in [-1, 1], without gradient.
 
         Raises:
             ValueError: images of another type, shape, device or range, a scale outside the trained range [low, high], a
@@ -139,6 +142,10 @@ class Degrader(nn.Module):
             self._check_range(hr)
         how = {"seed": seed, "spread": spread, "place": place, "steps": steps, "solver": solver, "memory": memory}
         return self._forward(hr, scales_of(scale, len(hr)), **how, precision=precision)
+
+    def train(self, mode: bool = True) -> "Degrader":
+        """Stay in eval mode, also inside a network that is trained: a degrader is applied, not trained."""
+        return super().train(False)
 
     def _check_range(self, hr: Tensor) -> None:
         """Raise ValueError unless the batch lies in [-1, 1]; on a GPU only once."""
@@ -162,6 +169,8 @@ class Degrader(nn.Module):
         """`forward` of checked images."""
         if not 0 <= spread <= 1:
             raise ValueError(f"spread={spread}: must lie in [0, 1]")
+        if (solver or steps) and not self.has_solver:
+            raise ValueError(f"solver={solver}, steps={steps}: this degrader has no solver; leave them out")
         check_solver(solver or self.flow.solver[0], steps or self.flow.solver[1])
         scale, seeds = scale.cpu(), seeds_of(seed, scale).cpu()
         self.check_scales(float(scale.min()), float(scale.max()))
@@ -172,14 +181,18 @@ class Degrader(nn.Module):
         default_solver, default_steps = self.flow.solver
         how = (scale.ndim > 1, spread, steps or default_steps, solver or default_solver)
         asked = [x.reshape(columns) for x in (scales, time, seeds)]
-        lr = hr.new_empty((*asked[0].shape, *hr.shape[1:]))
+        with torch.inference_mode(False):  # so that a training can use it
+            lr = hr.new_empty((*shape, *hr.shape[1:]))
+        made = lr.view(*asked[0].shape, *hr.shape[1:])
         plan = self.plan(hr.shape[-2], hr.shape[-1], memory)
-        with computing(precision, hr.device.type):
+        # Else a compilation that begins with a square image is for squares alone.
+        sizes = cast(Any, symbols).patch(use_duck_shape=False) if self._compiled else contextlib.nullcontext()
+        with computing(precision, hr.device.type), sizes:
             for first in range(0, len(hr), plan.batch):
                 at = slice(first, first + plan.batch)
                 draw = Draw(asked[0][at], asked[1][at], asked[2][at], *how, place=places[at])
-                self._degrade(hr[at], draw, lr[at], plan)
-        return lr.view(*shape, *hr.shape[1:])
+                self._degrade(hr[at], draw, made[at], plan)
+        return lr
 
     def _degrade(self, hr: Tensor, draw: Draw, lr: Tensor, plan: Plan) -> None:
         """Degrade what fits the memory at once, into `lr` "B N 3 H W"."""
@@ -206,10 +219,10 @@ class Degrader(nn.Module):
 
     def _encode(self, image: Tensor, plan: Plan, needs_skips: bool) -> Seen:
         """Pad and encode an image, tile by tile; skips are merged, and there are none unless needed and kept."""
-        # Channels last whether it was padded or not: a compiled network tells the two layouts from each other.
+        # Always channels last: for another layout, networks would be compiled again.
         padded = pad(image, self.multiple).contiguous(memory_format=torch.channels_last)
         if padded is image and not image.is_inference():
-            # Compiled networks tell inference mode's tensors, as padding makes them, from others.
+            # Padding makes tensors of inference mode; for others, networks would be compiled again.
             padded = image.clone()
         config, ways, (height, width) = self.autoencoder.config, self._ways, padded.shape[-2:]
         r, keep, grid = config.compression, plan.keep and needs_skips, plan.grid
@@ -217,16 +230,17 @@ class Degrader(nn.Module):
             latent, skips = ways.encode(padded)
             return Seen(padded, latent, ways.merge(skips) if keep else ())
         latent = padded.new_empty((len(padded), config.latent_channels, grid.height, grid.width))
-        kept = tuple(
-            padded.new_empty((len(padded), height >> level, width >> level, channels)).permute(0, 3, 1, 2)
-            for level, channels in enumerate(config.widths[:-1])
-            if keep
-        )
+        kept: tuple[Tensor, ...] = ()
         for tile in grid.tiles():
             inner, skips = ways.encode(tile.cut(padded, r))
             tile.paste(latent, inner, 1)
             if keep:
-                for level, (whole, part) in enumerate(zip(kept, ways.merge(skips), strict=True)):
+                merged = ways.merge(skips)
+                kept = kept or tuple(  # of the products' type, which may be a narrow one
+                    part.new_empty((len(padded), height >> level, width >> level, part.shape[1])).permute(0, 3, 1, 2)
+                    for level, part in enumerate(merged)
+                )
+                for level, (whole, part) in enumerate(zip(kept, merged, strict=True)):
                     tile.paste(whole, part, r >> level)
         return Seen(padded, latent, kept)
 
@@ -267,9 +281,9 @@ class Degrader(nn.Module):
     def compile(self, *args: Any, **options: Any) -> None:
         """torch.compile the networks (not what cuts and joins tiles); takes torch.compile's arguments.
 
-        With dynamic=True a compilation, which takes minutes on a busy CPU, does for images of nearly all sizes: a
-        batch of one image and one of several need one each, and so may some sizes. With dynamic=False each size costs
-        one. A copy of a compiled degrader is not compiled.
+        A compilation takes minutes on a busy CPU. With dynamic=True, single images and batches need one each, for
+        all sizes. (On CPUs small and large images need one each, because PyTorch convolves them differently.) With
+        dynamic=False every size needs one. A copy of a compiled degrader is not compiled.
 
         Raises:
             ValueError: a mode with CUDA graphs. A graph's next run overwrites what the last one returned, and latents
@@ -317,12 +331,15 @@ class Degrader(nn.Module):
     ) -> Image.Image | list[Image.Image]:
         """A picture in, an RGB PIL image of the same size out; alpha, 16-bit, ... by the rule of `images`.
 
+        A PIL image's EXIF orientation and colour profile are applied, too: LR is upright and in sRGB, where the image
+        that was given may not be.
+
         Args:
             picture: HR: a PIL image; a uint8 array "H W 3", "H W 4" or "H W"; or the path or URI of a file.
             scale: in [low, high]; or several scales, which share the work on HR.
             seed: another one gives another draw. The noise of one seed is nearly the same in all pictures, so give each
                 its own. The n-th of several scales has seed + n, from 0: its image is `degrade(picture, scale[n],
-                seed=seed + n)`. For picture i of those with N scales each, i * N is free of repetitions.
+                seed=seed + n)`. With N scales for each picture, seed=i * N for picture i repeats none.
             spread: 1 for draws, 0 for their mean.
             gray: what a gray picture's LR image has: "camera", a colour camera's slight colour; "keep", none.
             options: those of a call: steps, solver, memory, precision.
@@ -403,18 +420,20 @@ class Degrader(nn.Module):
         return checkpoint(state, description)
 
     @classmethod
-    def load(cls, uri: str = "shipped", device: str | torch.device = "cpu") -> "Degrader":
+    def load(cls, uri: str | os.PathLike[str] = "shipped", device: str | torch.device = "cpu") -> "Degrader":
         """Load a file of `save`; "shipped" is the degrader that comes with degflow.
 
         Raises:
             ValueError: the file is missing, or not a degrader; the one that ships is cut off or changed.
         """
+        uri = os.fspath(uri)
         tensors, description, digest = load_checkpoint(uri, "degrader")
         try:
             if wrong := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
                 raise ValueError(f"not finite: {', '.join(wrong[:3])}")
-            autoencoder = ResidualAutoencoder(parse(AutoencoderConfig, description["autoencoder"]))
-            degrader = cls(autoencoder, _flow(description, autoencoder.config), description["levels"])
+            with _undisturbed():
+                autoencoder = ResidualAutoencoder(parse(AutoencoderConfig, description["autoencoder"]))
+                degrader = cls(autoencoder, _flow(description, autoencoder.config), description["levels"])
             degrader.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
             degrader.provenance = description["provenance"]
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -422,6 +441,18 @@ class Degrader(nn.Module):
             raise ValueError(f"{uri}: a damaged degrader ({type(error).__name__}: {reason})") from None
         degrader.sha256 = digest
         return degrader.to(device).eval()
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Modules are made in float32, whatever PyTorch's default, and its random numbers stay where they are."""
+    default = torch.get_default_dtype()
+    with torch.random.fork_rng(devices=[]):
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(default)
 
 
 class _Ways(NamedTuple):

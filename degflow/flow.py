@@ -50,10 +50,9 @@ def integrate(velocity: Velocity, z0: Tensor, end_time: Tensor, *, steps: int = 
     Args:
         velocity: (z "B *S", time "B") -> dz/dt "B *S".
         z0: "B *S" at time 0.
-        end_time: "B": each sample takes `steps` steps of end_time / steps. "B N": one integration over [0, 1] on a
-            fixed grid of `steps` steps, as far as the last time needs, read off at the N times by cubic Hermite
-            interpolation, so that the result at one time does not depend on which others are asked for. Times are
-            looked at: on the CPU, wherever z0 lies, that waits for no device.
+        end_time: "B": each sample takes `steps` steps of end_time / steps. "B N": one integration on a fixed grid of
+            `steps` steps over [0, 1], up to the last time. Cubic Hermite interpolation gives the N times, so a result
+            does not depend on the other times. Their values are read: on the CPU this never waits for a GPU.
         steps: number of steps, >= 1.
         solver: euler, midpoint, heun, rk4 or rk5 (orders 1, 2, 2, 4, 5; read off between steps at most 4).
 
@@ -153,11 +152,11 @@ class Draw(NamedTuple):
     scale: Tensor  # "B N"
     time: Tensor  # "B N", of the scales, in [0, 1]
     seed: Tensor  # int64 "B N", decides what is drawn
-    many: bool  # whether N scales of each image were asked for, be N 1, or a scale for each image
+    many: bool  # True: N scales of each image (N may be 1); False: one scale for each image
     spread: float  # 1: draws; 0: their mean
     steps: int
     solver: str
-    place: Tensor  # int64 "B 2", row and column of the latents in those of the images that they were cut from
+    place: Tensor  # int64 "B 2", row and column of each latent in that of the whole image
 
 
 class Flow(Protocol):

@@ -17,7 +17,8 @@
 6. An embedded ICC profile is converted to sRGB (perceptual intent). It is ignored if it is unreadable, or for another
    kind of colour than the image's. Without a profile, values are read as sRGB (PNG's gAMA and cHRM are ignored), CIELAB
    with white D50, and CMYK as Pillow's plain complement (inverted in a JPEG, as Adobe stores it).
-7. Transparency (an alpha channel, a transparent colour or palette entry) is composited over white.
+7. Transparency (an alpha channel, a transparent colour or palette entry) is composited over white. Of 16-bit colours,
+   all with the upper bytes of the transparent one count as it.
 8. Gray and palette images become RGB.
 
 Memory: at most 20 bytes for each pixel in the header plus 2 for each byte of the file, so 4 GB for the largest image of
@@ -53,7 +54,6 @@ CODECS = ("png", "webp")  # of what `encode` makes
 MAX_PIXELS = 200_000_000
 GRAY = ("camera", "keep")  # what an LR image of a gray photograph has: a colour camera's slight colour, or none
 _PNG = b"\x89PNG\r\n\x1a\n"
-_PNG_BITS = 24  # place of the byte with the bits of a sample
 _WEBP_SIDE = 16383  # pixels of a WebP's longest side, by its format
 _MAX_SCANS = 100  # as libtiff
 _MAX_EXIF_PARTS = 64  # of 64 KiB; Pillow joins them in quadratic time
@@ -112,13 +112,19 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 def decoding_memory(data: bytes, *, max_pixels: int = MAX_PIXELS) -> int:
     """Bytes of memory that `decode` takes at most, by the file's header; no pixel is decompressed."""
+    height, width = size_of(data, max_pixels=max_pixels)
+    pixels = height * width
+    return bytes_to_decode(pixels if pixels <= max_pixels else 0, len(data))
+
+
+def size_of(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Height and width as stored, by the header of a file, whose beginning may do; (0, 0): `decode` will say why."""
     _silence()
     try:
         with _reader(data[:12])(data, max_pixels) as image:
-            pixels = image.height * image.width
-    except Exception:  # Pillow's readers raise many kinds of errors; `decode` will say what is wrong
-        pixels = 0
-    return bytes_to_decode(pixels if pixels <= max_pixels else 0, len(data))
+            return image.height, image.width
+    except Exception:  # Pillow's readers raise many kinds of errors
+        return 0, 0
 
 
 def bytes_to_decode(pixels: int, size: int) -> int:
@@ -130,6 +136,8 @@ def from_picture(picture: Image.Image, *, max_pixels: int = MAX_PIXELS) -> np.nd
     """Apply the module's rule to an opened PIL image, from step 2 on; see `decode`."""
     check_size(picture.height, picture.width, max_pixels)
     tags = picture.tag_v2 if isinstance(picture, TiffImageFile) else {}
+    if isinstance(picture, PngImageFile):
+        _mend_transparency(picture)
     picture.load()
     if picture.mode in ("P", "PA") and not picture.getpalette():
         raise ImageError("damaged image: indices into a missing palette")
@@ -182,14 +190,16 @@ def _reader(start: bytes) -> Callable[[bytes, int], ImageFile.ImageFile]:
 
 
 def _open_png(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
-    image = PngImageFile(io.BytesIO(data))
-    # A transparent colour (tRNS) has the file's bits; Pillow brings the pixels to 8 bits, but not the colour.
-    bits, clear = data[_PNG_BITS], image.info.get("transparency")
-    if isinstance(clear, tuple) and bits == 16:
+    return PngImageFile(io.BytesIO(data))
+
+
+def _mend_transparency(image: PngImageFile) -> None:
+    """Bring a transparent colour (tRNS) to 8 bits, as Pillow does with the pixels; before they are loaded."""
+    mode, clear = image.tile[0][3] if image.tile else "", image.info.get("transparency")
+    if isinstance(clear, tuple) and mode == "RGB;16B":
         image.info["transparency"] = tuple(value >> 8 for value in clear)
-    elif isinstance(clear, int) and image.mode == "L" and bits < 8:
-        image.info["transparency"] = clear * 255 // (2**bits - 1)
-    return image
+    elif isinstance(clear, int) and image.mode == "L" and mode in ("L;2", "L;4"):
+        image.info["transparency"] = clear * 255 // (2 ** int(mode[-1]) - 1)
 
 
 def _open_jpeg(data: bytes, max_pixels: int) -> ImageFile.ImageFile:

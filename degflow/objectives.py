@@ -21,12 +21,19 @@ from degflow.models.precision import exactly
 from degflow.models.residual import Guide, lost_detail
 from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear, next_knot, taylor_step
 
+BINS = 4  # of the time, for which the flow's error is logged apart
+
 
 class Losses(NamedTuple):
-    """The scalar to minimise, and its parts by name, for the log."""
+    """The scalar to minimise, and its parts by name, for the log.
+
+    `by_time` "2 BINS" has, for each quarter of the way along the flow, the sum of the samples' errors in it and their
+    number, both divided by the batch's size.
+    """
 
     total: Tensor
     parts: dict[str, Tensor]
+    by_time: Tensor | None = None
 
 
 class RAEObjective(nn.Module):
@@ -116,8 +123,9 @@ class LFMObjective(_Stage2):
         keys = (number[:, None] * points + torch.arange(points, device=number.device)).flatten()
         velocity = self.network(point.position, time, sample_keys(self.seed, keys)).float()
         flow = F.mse_loss(velocity, point.velocity)
+        by_time = _by_time(velocity, point.velocity, time)
         if self.perceptual is None:
-            return Losses(flow, {"cfm": flow.detach()})
+            return Losses(flow, {"cfm": flow.detach()}, by_time)
         # Where a Taylor step lands at the next knot, decoded, against that level's image.
         after, gap = next_knot(self.path.knots, time)
         decoder = self.autoencoder.decoder
@@ -126,7 +134,7 @@ class LFMObjective(_Stage2):
         level = after.view(len(image), points, 1, 1, 1).expand(-1, -1, *image.shape[2:])
         with exactly(image.device.type):
             lpips = self.perceptual(decoded, image.gather(1, level).flatten(0, 1)).mean()
-        return Losses(flow + self.weight * lpips, {"cfm": flow.detach(), "lpips": lpips.detach()})
+        return Losses(flow + self.weight * lpips, {"cfm": flow.detach(), "lpips": lpips.detach()}, by_time)
 
     @torch.no_grad()
     def _encode(self, image: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -167,7 +175,7 @@ class ResidualObjective(_Stage2):
         place = torch.lerp(begin, captured, tau[:, None, None, None])
         velocity = self.network(place, tau, guide).float()
         flow = F.mse_loss(velocity, captured - begin)
-        return Losses(flow, {"cfm": flow.detach()})
+        return Losses(flow, {"cfm": flow.detach()}, _by_time(velocity, captured - begin, tau))
 
 
 class LatentObjective(ResidualObjective):
@@ -202,6 +210,15 @@ def whitened(spread: Spread, guide: Guide, captured: Tensor) -> Tensor:
     """Captured latents "B C_z h w" -> their residuals, whitened."""
     _, deviation = spread.at(guide.time)
     return (captured - guide.optics) / (guide.gain * deviation)
+
+
+@torch.no_grad()
+def _by_time(velocity: Tensor, wanted: Tensor, time: Tensor) -> Tensor:
+    """`Losses.by_time` of velocities "B C h w" at times "B"."""
+    quarter = (BINS * time).long().clamp(max=BINS - 1)
+    inside = (quarter[:, None] == torch.arange(BINS, device=time.device)).float()
+    error = (velocity - wanted).square().flatten(1).mean(1)
+    return torch.stack(((error[:, None] * inside).sum(0), inside.sum(0))) / len(time)
 
 
 def _each(values: Tensor, points: int) -> Tensor:

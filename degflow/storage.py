@@ -8,6 +8,7 @@ Refusals (no such file or bucket, wrong credentials) are errors at once.
 
 import contextlib
 import errno
+import itertools
 import logging
 import math
 import os
@@ -16,7 +17,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
@@ -44,20 +45,29 @@ _WRONG = {
     "NotImplementedError",
 }
 _DAMAGED = {"Damaged", "ArrowInvalid", "TooLarge"}  # what a file itself is
+_PAGE = 1000  # keys, the most that S3 lists at once
+_OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"}  # schemes; their keys are no paths
 _PIECE = 5 << 20  # bytes: the smallest that S3 takes in an upload of several
 _S3 = {"connect_timeout": 10, "read_timeout": 60, "retries": {"mode": "standard", "max_attempts": 2}}
 _log = logging.getLogger(__name__)
 
 
 class StorageError(OSError):
-    """An operation that a store failed to do, after some attempts; the message names the file and the cause."""
+    """An operation that a store failed to do, after some attempts.
 
-    def __init__(self, message: str, attempts: int, host: str = ""):
+    Args:
+        message: names the file and the cause.
+        attempts: how many.
+        host: the machine, if it may be another one.
+        throttled: the store answers, and asks for fewer requests.
+    """
+
+    def __init__(self, message: str, attempts: int, host: str = "", throttled: bool = False):
         super().__init__(message)
-        self.message, self.attempts, self.host = message, attempts, host  # the machine, if it may be another one
+        self.message, self.attempts, self.host, self.throttled = message, attempts, host, throttled
 
     def __reduce__(self):
-        return type(self), (self.message, self.attempts, self.host)
+        return type(self), (self.message, self.attempts, self.host, self.throttled)
 
 
 class Damaged(ValueError):
@@ -87,6 +97,10 @@ class Place:
     Args:
         uri: any fsspec URI; one without a scheme is a local path.
         patience: seconds for which failures are retried; None: `PATIENCE`.
+
+    Attributes:
+        local: a folder of this machine, also of a shared file system.
+        is_object_store: S3, Google's or Azure's, where ".." in a key is a name like any other.
     """
 
     def __init__(self, uri: str, *, patience: float | None = None):
@@ -101,6 +115,7 @@ class Place:
         self.fs, root = fsspec.core.url_to_fs(self.uri, **_options(self.uri))
         self.root = root.rstrip("/")
         self.local = isinstance(self.fs, LocalFileSystem)
+        self.is_object_store = self.uri.partition("://")[0] in _OBJECT_STORES
         self.patience = patience
 
     def is_same(self, other: "Place") -> bool:
@@ -157,10 +172,10 @@ class Place:
 
     @property
     def _asking_once(self) -> Any:
-        """Of S3, one whose requests s3fs does not repeat: its five times take ten seconds, whatever our patience.
+        """An S3 filesystem without s3fs's own five tries, which take ten seconds, whatever our patience.
 
-        For requests that stand alone, which `_try` repeats. In a listing or an upload of many requests, `_try` would
-        begin again with the first one.
+        For requests that stand alone, which `_try` repeats. In an upload of many requests it would begin again with the
+        first one.
         """
         options = _options(self.uri)
         options["config_kwargs"] |= {"user_agent_extra": "degflow"}  # makes it another instance
@@ -253,7 +268,7 @@ class Place:
         try:
             kept = not self.write(hidden, b"", new=True)
             if kept and _is_s3(self.fs):
-                # Refused as it should be, or failed for another reason, and then nobody knows. Not all are OSErrors.
+                # A refusal is right; any other failure proves nothing. Not all are OSErrors.
                 with contextlib.suppress(Exception):
                     self.fs.pipe_file(self.path(hidden), bytes(2 * _PIECE), chunksize=_PIECE, mode="create")
                     kept = False
@@ -306,10 +321,35 @@ class Place:
                 with contextlib.suppress(FileNotFoundError):  # another driver deletes the same
                     self.fs.rm(path, recursive=True)
             return
-        found = [path] if self._try(name, lambda: self.fs.isfile(path)) else self._try(name, lambda: self.fs.find(path))
-        for file in found:  # rm would read [ ] * ? as a pattern
-            with contextlib.suppress(FileNotFoundError):  # an earlier attempt deleted it, but its answer was lost
-                self._try(name, lambda file=file: self.fs.rm_file(file))
+        if not self._try(name, lambda: self.fs.isfile(path)):
+            found = [file.removeprefix(f"{self.root}/") for file in self._try(name, lambda: self.fs.find(path))]
+            if _is_s3(self.fs):
+                self.delete_all(found)
+                return
+        else:
+            found = [name]
+        for file in found:
+            self._delete_file(file)
+
+    def _delete_file(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):  # another driver did, or an attempt whose answer was lost
+            self._try(name, lambda: self.fs.rm_file(self.path(name)))  # rm would read [ ] * ? as a pattern
+
+    def delete_all(self, names: Sequence[str]) -> None:
+        """Delete files, if they exist: on S3 a thousand with each request, one request after the other."""
+        if not _is_s3(self.fs):
+            for name in names:
+                self.delete(name)
+            return
+        for first in range(0, len(names), _PAGE):
+            keys = {self.fs.split_path(self.path(name))[1]: name for name in names[first : first + _PAGE]}
+            asked = {"Bucket": self.fs.split_path(self.root)[0], "Delete": {"Objects": [{"Key": key} for key in keys]}}
+            try:
+                left = [error["Key"] for error in self.fs.call_s3("delete_objects", **asked).get("Errors", [])]
+            except Exception:  # of many kinds: the store knows no such request, or fails for now
+                left = list(keys)
+            for key in left:
+                self._delete_file(keys[key])  # tries again, or says what is wrong
 
     def files(self, name: str = "") -> list[Source]:
         """All files in a folder of this place and its subfolders, sorted by key; empty if there is no such folder.
@@ -317,17 +357,37 @@ class Place:
         Raises:
             FileNotFoundError: no such bucket.
         """
+        return sorted(itertools.chain.from_iterable(self.pages(name)))
+
+    def pages(self, name: str = "") -> Iterator[list[Source]]:
+        """The same, in lists of at most a thousand on S3, where a listing of millions would take a kB for each key.
+
+        Raises:
+            FileNotFoundError: no such bucket.
+        """
+        if _is_s3(self.fs):
+            yield from self._s3_pages(name)
+            return
 
         def ask() -> dict[str, dict[str, Any]]:
             self.fs.invalidate_cache()
-            found = self.fs.find(self.path(name), withdirs=False, detail=True)
-            if not found and _is_s3(self.fs):  # a bucket that does not exist is an error
-                bucket, key, _ = self.fs.split_path(self.path(name))
-                self.fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=key and f"{key}/", MaxKeys=1)
-            return found
+            return self.fs.find(self.path(name), withdirs=False, detail=True)
 
         found = self._followed(self._try(name, ask))
-        return self._sources(self._try(name, lambda: self._entered(found, [os.path.realpath(self.root)])))
+        yield self._sources(self._try(name, lambda: self._entered(found, [os.path.realpath(self.root)])))
+
+    def _s3_pages(self, name: str) -> Iterator[list[Source]]:
+        bucket, key, _ = self.fs.split_path(self.path(name))
+        if not bucket:
+            raise ValueError(f"{self.uri}: names no bucket")
+        asked: dict[str, Any] = {"Bucket": bucket, "Prefix": key and f"{key}/", "MaxKeys": _PAGE}
+        while True:
+            page = self._try(name, lambda: self.fs.call_s3("list_objects_v2", **asked))
+            infos = {f"{bucket}/{info['Key']}": info | {"size": info["Size"]} for info in page.get("Contents", [])}
+            yield self._sources(infos)
+            if not page.get("IsTruncated"):
+                return
+            asked["ContinuationToken"] = page["NextContinuationToken"]
 
     def match(self, pattern: str) -> list[Source]:
         """The files of this place whose keys match a pattern with `*`, `**`, `?` or `[...]`, sorted by key."""
@@ -400,7 +460,8 @@ class Place:
                 patience = PATIENCE if self.patience is None else self.patience
                 deadline = min(deadline, time.monotonic() + patience)  # counted from the first failure
                 if time.monotonic() + pause > deadline:
-                    raise StorageError(f"{message} (attempts: {attempt})", attempt) from None
+                    throttled = getattr(error, "errno", None) == errno.EBUSY  # so s3fs calls "slow down"
+                    raise StorageError(f"{message} (attempts: {attempt})", attempt, throttled=throttled) from None
                 _log.info("%s; retrying", message)
             time.sleep(pause * random.uniform(0.5, 1.5))  # others may wait for the same store
             pause = min(2 * pause, _LONGEST_PAUSE)
@@ -449,8 +510,9 @@ def etag_of(info: dict[str, Any]) -> str:
     return ""
 
 
-def split_uri(uri: str) -> tuple[Place, str]:
+def split_uri(uri: str | os.PathLike[str]) -> tuple[Place, str]:
     """The folder of a file as a place, and the file's name in it."""
+    uri = os.fspath(uri)
     folder, _, name = uri.rpartition("/")
     if folder.endswith(":/"):  # a file in a filesystem's root, e.g. memory://name
         folder += "/"

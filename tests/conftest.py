@@ -92,7 +92,9 @@ def group_of(nodeid: str) -> str:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the long groups first, so that no process is left with one of them at the end."""
-    items.sort(key=lambda item: ORDER.get(item.nodeid.partition("::")[0], (len(GROUPS), 0)))
+    # In a group, tests that need a Ray of their own come last: the shared one is stopped for them.
+    places = {item: ORDER.get(item.nodeid.partition("::")[0], (len(GROUPS), 0)) for item in items}
+    items.sort(key=lambda item: (places[item][0], item.get_closest_marker("own_ray") is not None, places[item][1]))
 
 
 @pytest.hookimpl(optionalhook=True)

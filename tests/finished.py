@@ -23,7 +23,7 @@ from degflow.synthesis.shard import Turn
 class Here:
     """A pool of one maker in this process."""
 
-    threads = 1
+    gpus, threads = 0, 1
 
     def make(self, maker, plan, pending, price):
         for number in pending:

@@ -31,15 +31,6 @@ def photos(tmp_path_factory):
     return save_photos(tmp_path_factory.mktemp("photos"))
 
 
-@pytest.fixture(scope="module")
-def one_thread():
-    """PyTorch on one thread: with more, other tests on the machine slow it down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def save_model(path, seed=0, draws=False, blocks=1, levels=LEVELS, **autoencoder):
     """A degrader's file: of the published kind, or of the kind that draws, with a residual network of `blocks`."""
     torch.manual_seed(seed)

@@ -53,6 +53,7 @@ SMALL, SIZES = 27, ((4000, 3000), (1500, 1000), (800, 600))
 BAD = {"bad/empty.png": "decode", "bad/page.png": "decode", "bad/truncated.jpg": "decode"}
 FAULTS, ERRORS, PATIENCE = 0.03, 0.01, 900  # shares of requests and of calls that fail; seconds for one round
 USUAL, OTHER = ("3", "1"), ("1", "2")  # PNG level and threads of a driver
+AGENTS = (b"ray::DashboardAgent", b"ray::RuntimeEnvAgent")  # their node ends with them, and a driver there exits
 LEVELS = {b"\x78\x01": "1", b"\x78\x5e": "3"}  # by the first bytes of zlib's stream
 
 
@@ -106,7 +107,7 @@ class Driver:
 
     def start(self) -> None:
         command = [sys.executable, __file__, "drive", *self.words]
-        with self.errors.open("wb") as file:
+        with self.errors.open("ab") as file:
             self.process = subprocess.Popen(
                 command, env=os.environ | self.environment, stdout=subprocess.DEVNULL, stderr=file
             )
@@ -125,7 +126,8 @@ class Driver:
         for entry in Path("/proc").iterdir():
             try:
                 title = (entry / "cmdline").read_bytes()
-                if title.startswith(b"ray::") and mark.encode() in (entry / "environ").read_bytes():
+                named = title.startswith(b"ray::") and not title.startswith(AGENTS)
+                if named and mark.encode() in (entry / "environ").read_bytes():
                     found.append(int(entry.name))
             except (OSError, ValueError):
                 continue

@@ -17,7 +17,7 @@ from tests.conftest import GROUPS, group_of
 FLOORS = (  # from the top down; a room may import the rooms on lower floors only
     {"jobs"},
     {"__main__"},
-    {"protocol", "benchmarking", "explore"},
+    {"protocol", "benchmarking"},
     {"restoration"},
     {"training"},
     {"synthesis", "evaluation"},
@@ -30,6 +30,7 @@ FENCES = {  # package -> the rooms that may import it
     "ray": {"synthesis"},
     "accelerate": {"training"},
     "omegaconf": {"config"},
+    "yaml": {"config"},
     "fsspec": {"storage"},
     "s3fs": set(),
     "pyarrow": {"benchmarking", "evaluation", "dataset", "synthesis"},
@@ -38,13 +39,13 @@ FENCES = {  # package -> the rooms that may import it
     "scipy": {"benchmarking"},
     "huggingface_hub": {"models"},
     "cv2": {"benchmarking"},
-    "http": {"explore"},
+    "http": {"evaluation"},
 }
 APART = {"training", "restoration"}, "synthesis"  # they share checkpoint files, not code
 TORCH_ONLY = {"trajectory", "flow", "tiling"}
 SLOW = ("ray", "accelerate", "lpips", "torchvision", "pyarrow", "tensorboard", "datasets", "s3fs", "skimage", "scipy")
 SLOW += ("spandrel", "huggingface_hub")
-MOST_MODULES, MOST_FOLDERS = 10, 10  # directly in degflow/, beside __main__, which is a door as jobs/ is
+MOST_MODULES, MOST_FOLDERS = 10, 9  # directly in degflow/, beside __main__, which is a door as jobs/ is
 
 
 def room_of(path):
@@ -153,7 +154,7 @@ def test_each_kind_of_forbidden_import_is_seen(room, line):
         ("evaluation", "from degflow.degrader import Degrader"),
         ("__main__", "from degflow import config\nfrom degflow.protocol.run import run_protocol"),
         ("dataset", "import pyarrow\nfrom degflow.storage import Place"),
-        ("explore", "import http.server\nfrom degflow.evaluation.metrics import psnr"),
+        ("evaluation", "import http.server\nfrom degflow.capture.filters import blur"),
     ],
 )
 def test_allowed_imports_pass(room, line):
@@ -223,7 +224,7 @@ def test_degflow_has_few_modules_and_folders_at_its_root():
     assert is_small(ROOT / "degflow"), [path.name for path in (*modules, *folders)]
 
 
-@pytest.mark.parametrize(("modules", "folders", "small"), [(10, 10, True), (11, 10, False), (10, 11, False)])
+@pytest.mark.parametrize(("modules", "folders", "small"), [(10, 9, True), (11, 9, False), (10, 10, False)])
 def test_a_module_or_folder_too_many_is_seen(tmp_path, modules, folders, small):
     files = (
         ["__main__.py"]

@@ -1,5 +1,6 @@
 """The list of commands, and what a word that is none of them gets."""
 
+import os
 import resource
 import subprocess
 import sys
@@ -102,3 +103,13 @@ def test_a_word_that_is_no_command_gets_the_nearest_ones(word, said, capsys):
 def test_version(capsys):
     main(["--version"])
     assert capsys.readouterr().out == f"degflow {__version__}\n"
+
+
+@pytest.mark.parametrize("words", [["--help"], ["synthesize", "--help", "all"]])
+def test_help_ends_quietly_when_its_reader_has_gone(words):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "degflow", *words]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")

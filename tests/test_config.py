@@ -38,6 +38,12 @@ class Outer:
     tuned: Inner = option(Inner(crop=64, levels={"1": 1.0, "3": 3.0}))
 
 
+@dataclass(frozen=True)
+class Texts:
+    trees: dict[str, str] = option({}, "name -> folder")
+    words: list[str] = option([], "any texts")
+
+
 @pytest.fixture
 def yaml(tmp_path):
     def write(text):
@@ -452,3 +458,28 @@ def test_a_field_without_option_needs_no_meaning_to_load():
         sizes: list[int] = field(default_factory=lambda: [1])
 
     assert load(Bare, ["sizes=[2,3]"]).sizes == [2, 3]
+
+
+@pytest.mark.parametrize("text", ["007", "2024_01_15", "yes", "1:30", "1e3", "0x10", "2026-11-30"])
+def test_texts_are_taken_as_they_stand_in_files_too(text, yaml):
+    loaded = load(Outer, [yaml(f"output: {text}\nnote: '{text}'\n")])
+    assert (loaded.output, loaded.note) == (text, text)
+    assert load(Texts, [f"trees={{a: {text}, b: '{text}'}}"]).trees == {"a": text, "b": text}
+    assert load(Texts, [yaml(f"trees:\n  a: {text}\n")]).trees == {"a": text}
+    assert load(Texts, [f"words=[{text}, '{text}']"]).words == [text, text]
+
+
+def test_a_file_may_merge_a_group_and_leave_a_text_empty(yaml):
+    for tuned in ("{<<: *a, rate: 0.1}", "{rate: 0.1, <<: *a}"):
+        loaded = load(Outer, ["output=x", yaml(f"inner: &a {{crop: 32}}\ntuned: {tuned}\n")])
+        assert (loaded.tuned.crop, loaded.tuned.rate) == (32, 0.1)
+    for merged in ("{<<: *a, b: 008}", "{b: 008, <<: *a}"):
+        text = f"words: []\ntrees: {merged}\n".replace("*a", "{a: x}")
+        assert load(Texts, [yaml(text)]).trees == {"a": "x", "b": "008"}
+    assert "note" in refused([yaml("note: null\n")])
+
+
+@pytest.mark.parametrize("text", ["{1: 1.0, 2: 2.0, 2: 4.0}", "{1: 1.0, '2': 2.0, 2: 4.0}", "{a: 1.0, a: 2.0}"])
+def test_a_label_that_is_given_twice_is_refused(text, yaml):
+    for said in (refused([f"inner.levels={text}"]), refused([yaml(f"inner: {{levels: {text}}}")])):
+        assert re.search("given twice|duplicate|Conflicting", said)

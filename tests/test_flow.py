@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from degflow.benchmarking.predict import kernels
 from degflow.flow import SOLVERS, Draw, PathFlow, Seen, integrate
 from degflow.trajectory import NaturalCubicSpline
 from tests import problems
@@ -69,6 +70,16 @@ def test_dense_output_reads_one_integration_at_many_times():
     assert calls == 8 * 4 + 1
     for n in range(30):
         torch.testing.assert_close(out[:, n], problems.rotated(start(), times[:, n]), rtol=0, atol=2e-3)
+
+
+def test_dense_output_takes_as_many_operations_for_a_batch_as_for_an_image():
+    times = torch.tensor([[0.2, 0.5, 0.9, 1.0]])
+    counts = []
+    for n in (1, 8):
+        z0 = torch.empty(n, 4, 8, 8, device="meta")
+        counts.append(len(kernels(lambda z0=z0, n=n: integrate(lambda z, t: -z, z0, times.expand(n, -1)), {})))
+    one, eight = counts
+    assert one == eight
 
 
 def test_dense_output_goes_as_far_as_the_last_time_needs():

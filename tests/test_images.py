@@ -167,6 +167,18 @@ def test_a_transparent_gray_of_few_bits_is_composited_over_white(bits):
     np.testing.assert_array_equal(decoded[..., 0], np.where(levels == clear, 255, expected))
 
 
+def test_a_transparent_colour_is_the_same_in_an_opened_picture():
+    wide = np.tile(np.array([1000, 2000, 3000], ">u2"), (8, 8, 1))
+    packed = np.full((8, 4), 0x2B, np.uint8)
+    files = (
+        png(8, 8, 16, 2, wide, chunk(b"tRNS", struct.pack(">3H", 1000, 2000, 3000))),
+        png(8, 8, 4, 0, packed, chunk(b"tRNS", struct.pack(">H", 2))),
+    )
+    for data in files:
+        np.testing.assert_array_equal(images.from_picture(Image.open(io.BytesIO(data))), decode(data))
+        assert (decode(data)[0, 0] == 255).all()
+
+
 def test_16_bit_colours_keep_their_transparent_one():
     wide = np.full((8, 8, 3), 0x1234, ">u2")
     wide[:, 4:] = 0x3400  # its upper 8 bits are the lower ones of the transparent colour

@@ -1,14 +1,23 @@
 """Numbers of a device (`--device`, by default the CPU) against float64 on the CPU; on a GPU also what it waits for."""
 
 import copy
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+from degflow.config import load
 from degflow.models.counter import gaussian
 from degflow.models.precision import computing, differentiating
+from degflow.synthesis.run import synthesize
+from degflow.synthesis.settings import SynthesizeConfig
+from tests.finished import synthesize_here
+from tests.sources import png, rows_of, save_model, save_photos
+from tests.synthesis.clusters import own_ray
 from tests.test_degrader import degrader_of, pictures
 from tests.test_objectives import KINDS, batch_of, objective_of
+from tests.training.test_loop import BASE, PROBLEMS, train
 
 SCALES = torch.tensor([[2.0, 3.75]])
 
@@ -72,3 +81,33 @@ def test_a_degrader_does_not_wait_for_the_gpu(device, kind, memory):
         degrader(hr, SCALES, memory=memory)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_training_on_the_gpu_goes_on_where_it_was_stopped(device, tmp_path):
+    only_on_gpu(device)
+    config = replace(BASE, save_every=3, precision="bfloat16")
+    make, samples = PROBLEMS["rae"]
+    whole = train(tmp_path / "whole", config, make(), samples())
+    with pytest.raises(InterruptedError):
+        train(tmp_path / "cut", config, make(), samples(8 * 7, InterruptedError()))
+    resumed = train(tmp_path / "cut", config, make(), samples())
+    begun = make().network.state_dict()
+    for name, value in whole.network.state_dict().items():
+        learned = (value - begun[name].to(value.device)).norm()
+        assert (resumed.network.state_dict()[name] - value).norm() <= 0.2 * learned + 1e-6  # Adam enlarges rounding
+
+
+def test_actors_on_the_gpu_make_the_rows_of_the_cpu(device, tmp_path):
+    only_on_gpu(device)
+    photos, model = save_photos(tmp_path / "photos"), save_model(tmp_path / "draws.safetensors", draws=True)
+    synthesize_here(photos, tmp_path / "here", model)
+    words = [f"input={photos}", f"output={tmp_path / 'out'}", f"model={model}"]
+    gpus = int(device.type == "cuda")
+    with own_ray():
+        synthesize(load(SynthesizeConfig, [*words, f"actors.gpus={gpus}", "actors.max=1"]))
+    found, wanted = rows_of(tmp_path / "out"), rows_of(tmp_path / "here")
+    assert found.keys() == wanted.keys()
+    for key, row in found.items():
+        assert (row["scale"], row["noise_seed"]) == (wanted[key]["scale"], wanted[key]["noise_seed"])
+        lr, other = (png(made["lr"]["bytes"]).astype(int) for made in (row, wanted[key]))
+        assert np.abs(lr - other).max() <= 1

@@ -122,3 +122,14 @@ def test_half_precision_changes_less_than_eight_bits_show(degrader, precision, l
     agreement = 10 * torch.log10(4 / (exact - rounded).square().mean((1, 2, 3)))
     assert bool((agreement > least).all()), agreement
     assert not torch.equal(exact, rounded)
+
+
+@pytest.mark.parametrize("scale", [2.0, 4.0])
+@pytest.mark.parametrize("noise", [0.0, 0.5, 1.0, 2.0])
+def test_flat_places_get_about_the_camera_s_noise_from_photographs_of_little_noise(degrader, noise, scale):
+    """The camera has 0.7 levels of Y there."""
+    random = np.random.default_rng(0)
+    pixels = np.clip(np.round(100 + noise * random.standard_normal((3, 96, 96, 3))), 0, 255).astype(np.uint8)
+    made = images.to_pixels(degrader(images.to_tensor(pixels), scale, seed=1))[:, 8:-8, 8:-8]
+    deviation = (made @ [0.299, 0.587, 0.114]).std((1, 2)).mean()
+    assert 0.38 < deviation < 1.05, deviation

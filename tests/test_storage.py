@@ -68,13 +68,24 @@ def test_keys_are_literal(place):
         assert place.exists(name)
 
 
-def test_files_are_those_below_a_folder_with_keys_from_the_root(place):
+def test_files_are_those_below_a_folder_with_keys_from_the_root(place, monkeypatch):
     for name in ("z.txt", "data/part-1", "data/deep/er/part-2", "database/part-3"):
         place.write(name, b"x")
     assert [file.key for file in place.files()] == ["data/deep/er/part-2", "data/part-1", "database/part-3", "z.txt"]
     assert [file.key for file in place.files("data")] == ["data/deep/er/part-2", "data/part-1"]
     assert place.files("absent") == []
     assert Place(place.uri_of("absent")).files() == []
+    found = place.files()
+    monkeypatch.setattr(storage, "_PAGE", 3)
+    pages = list(place.pages())
+    assert [source for page in pages for source in page] == found
+    if "s3" in place.fs.protocol:
+        assert [len(page) for page in pages] == [3, 1]
+
+
+def test_s3_without_a_bucket_is_named(s3):
+    with pytest.raises(ValueError, match=r"^s3://: names no bucket$"):
+        Place("s3://").files()
 
 
 def test_a_files_tag_changes_with_its_content(place):
@@ -95,7 +106,38 @@ def test_delete_takes_its_name_literally(place):
     place.delete("star*.bin")
     place.delete("old")
     place.delete("never there")
-    assert [file.key for file in place.files()] == ["older/d", "part1.bin", "starfish.bin"]
+    place.delete_all(["starfish.bin", "never there"])
+    assert [file.key for file in place.files()] == ["older/d", "part1.bin"]
+
+
+def test_many_files_are_deleted_with_few_requests(s3, monkeypatch):
+    place = Place(s3.uri("many"))
+    names = [f"part[{number}] *&<.bin" for number in range(25)]
+    for name in [*names, "kept"]:
+        place.write(name, b"x")
+    monkeypatch.setattr(storage, "_PAGE", 10)
+    with monkeypatch.context() as patch, proxying(s3.endpoint) as (proxy, endpoint):
+        patch.setenv("AWS_ENDPOINT_URL", endpoint)
+        forget_clients()
+        Place(place.uri).delete_all([*names, "never there"])
+        assert proxy.met.total() == 3
+    forget_clients()
+    assert [file.key for file in place.files()] == ["kept"]
+
+
+def test_many_files_are_deleted_one_by_one_by_a_store_that_knows_no_other_request(s3, monkeypatch):
+    place, call = Place(s3.uri("many")), Place(s3.uri("many")).fs.call_s3
+
+    def refusing(method, *arguments, **options):
+        if method == "delete_objects":
+            raise OSError("A header you provided implies functionality that is not implemented.")
+        return call(method, *arguments, **options)
+
+    for name in ("a b/1", "a b/[2]", "c"):
+        place.write(name, b"x")
+    monkeypatch.setattr(place.fs, "call_s3", refusing)
+    place.delete("a b")
+    assert [file.key for file in place.files()] == ["c"]
 
 
 def test_a_new_file_never_replaces_another(place, tmp_path):

@@ -9,6 +9,7 @@ import torch
 
 from degflow import Degrader
 from degflow.models import AutoencoderConfig, ResidualAutoencoder
+from degflow.models.precision import PRECISIONS, computing
 from degflow.tiling import OVERHEAD, Costs, Grid, Plan, cheapest, finest, spans
 from tests import ROOT
 from tests.captures import path_flow, residual_flow
@@ -186,6 +187,17 @@ def test_tiled_is_untiled(height, width, sizes):
         torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-4, msg=lambda text, k=keep: f"keep={k}: {text}")
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_skips_that_are_kept_have_the_products_type_in_tiles_too(precision):
+    degrader, hr = make("residual"), image(1, 320, 384)
+    whole, tiled = (degrader.plan(320, 384, memory) for memory in (4.0, budgets(degrader, 320, 384)[True]))
+    with torch.no_grad(), computing(precision, "cpu"):
+        kept = [degrader._encode(hr, plan, needs_skips=True).skips for plan in (whole, tiled)]
+    assert {skip.dtype for skips in kept for skip in skips} == {PRECISIONS[precision]}
+    tolerance = {"float32": 1e-4, "bfloat16": 0.05}[precision]
+    torch.testing.assert_close(*kept, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_scale_for_each_image_is_tiled_too(kind):
     degrader, hr, scale = make(kind), image(2, 320, 384), torch.tensor([1.7, 3.0])
@@ -233,11 +245,12 @@ degrader(hr[..., :64, :64], torch.tensor([2.0]))
 def peak():
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return 1024 * int(lines["VmHWM"].split()[0])
-Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-before = peak()
-scales = torch.tensor([[float(scale) for scale in sys.argv[3:]]])
-degrader(hr, scales, steps=1, solver="euler", memory=float(sys.argv[2]))
-print((peak() - before - scales.numel() * 12 * hr[0, 0].numel()) / 1e9)
+for case in sys.argv[2:]:
+    memory, *scales = map(float, case.split())
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = peak()
+    degrader(hr, torch.tensor([scales]), steps=1, solver="euler", memory=memory)
+    print((peak() - before - len(scales) * 12 * hr[0, 0].numel()) / 1e9)
 """
 
 
@@ -248,10 +261,10 @@ def test_the_memory_asked_for_is_not_exceeded(kind, tmp_path):
     budget = [memory / 100 for memory in range(16, 99)]
     whole = next(memory for memory in budget if fits(degrader, memory) and fits(degrader, memory).grid.whole)
     tiled = 0.55 * whole
-    in_tiles, at_once = (measured(str(tmp_path / "model"), memory) for memory in (tiled, whole))
+    in_tiles, at_once = measured(str(tmp_path / "model"), f"{tiled} 2.0", f"{whole} 2.0")
     assert in_tiles < tiled
     assert 0.4 * whole < at_once < whole  # a budget holds 0.15 GB that a running process has taken before
-    assert at_once > 1.2 * in_tiles  # without tiles the same image needs more; the allocator varies by 15%
+    assert at_once > 2 * in_tiles
 
 
 def test_no_tensor_has_more_numbers_than_cuda_s_functions_take():
@@ -274,19 +287,19 @@ def test_more_draws_of_an_image_in_tiles_take_no_more_memory(tmp_path):
     degrader.save(str(tmp_path / "model"), {})
     plans = {memory / 100: fits(degrader, memory / 100) for memory in range(16, 99)}
     kept = max(memory for memory, plan in plans.items() if plan and plan.keep and not plan.grid.whole)
-    one, three = (measured(str(tmp_path / "model"), kept, *scales) for scales in ((2.0,), (2.0, 3.0, 3.5)))
+    one, three = measured(str(tmp_path / "model"), f"{kept} 2.0", f"{kept} 2.0 3.0 3.5")
     assert three < 1.05 * one
 
 
-def measured(model, memory, *scales):
-    """GB that a process takes to degrade an image: one of its own, for what another image left would be used again.
+def measured(model, *cases):
+    """GB that a process takes to degrade an image, for each case of a memory and scales.
 
-    Of several scales, GB that are taken at once: all memory is given back as soon as it is freed.
+    All memory is given back as soon as it is freed: what glibc keeps of it is chance, 0.06 to 0.18 GB here.
     """
-    command = [sys.executable, "-c", PEAK, model, str(memory), *map(str, scales or (2.0,))]
-    at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"} if scales else {}
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | at_once, capture_output=True, text=True, check=True)
-    return float(done.stdout)
+    given_back = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", PEAK, model, *cases]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | given_back, capture_output=True, text=True, check=True)
+    return map(float, done.stdout.split())
 
 
 def fits(degrader, memory):

@@ -185,7 +185,7 @@ class _RoundedToTF32(TorchFunctionMode):
     """Rounds the factors of products to TF32's 10 bits of mantissa, where the policy of precision allows TF32."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in PRODUCTS and policy._TF32.on:
+        if func in PRODUCTS and policy._TF32.on():
             args = tuple(_rounded(value) for value in args)
             kwargs = {name: _rounded(value) for name, value in (kwargs or {}).items()}
         return func(*args, **(kwargs or {}))

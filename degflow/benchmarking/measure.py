@@ -118,6 +118,17 @@ def machine(device: str) -> str:
     except OSError:
         lines = []
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    gpu = f", {torch.cuda.get_device_name()}" if device == "cuda" else ", no GPU"
+    gpu = f", {_gpu()}" if device == "cuda" else ", no GPU"
     load = f"load {os.getloadavg()[0]:.1f} at the start"
     return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads{gpu}; torch {torch.__version__}; {load}"
+
+
+def _gpu() -> str:
+    """The GPU, its driver, and the libraries that PyTorch was built with."""
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        driver = "unknown"
+    libraries = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+    return f"{torch.cuda.get_device_name()} (driver {driver}, {libraries})"

@@ -86,8 +86,8 @@ def benchmark(config: BenchmarkConfig) -> None:
     """Make the tables, print each as it is done, and save them all.
 
     A part that is finished is saved in `parts/`, and a later run takes it from there, if the keys that this part reads
-    are the same. A part that fails, or that the device has too little memory for, says so after its tables. The others
-    are still made, and the next run makes one that failed last. `benchmark.md` has every part that is saved, also those
+    are the same. If a part fails or runs out of memory, its error follows its tables. The others are still made, and
+    the next run makes one that failed last. `benchmark.md` has every part that is saved, also those
     that earlier runs made of the same model on the same machine.
 
     Raises:

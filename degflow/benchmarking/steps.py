@@ -92,7 +92,8 @@ def trainings(degrader: Degrader, gpu: GPU) -> Table:
         rows.append((name, f"{fit.steps} of {fit.batch} crops", f"{1e3 * seconds:.3g}", f"{hours:.2g}"))
     image = torch.empty(1, 3, 1000, 1000, device="meta")
     encoding = total(kernels(lambda: shadow.autoencoder.encode(image), {}), gpu, "float32")
-    count = len(FLIPS) * (2 * len(degrader.levels) - 1) * sum(1 / factor**2 for factor in stage2.scenes.reductions)
+    copies = len(FLIPS) * (1 + stage2.retouch)
+    count = copies * (2 * len(degrader.levels) - 1) * sum(1 / factor**2 for factor in stage2.scenes.reductions)
     about = (
         f"**Predicted, not measured**: for one GPU with {gpu.tflops:g} TFLOP/s in bfloat16 and {gpu.terabytes:g} TB/s, "
         f"without loading, validation and checkpoints. Before stage 2 all scenes are encoded in float32, at least "

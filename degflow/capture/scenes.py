@@ -8,6 +8,7 @@
    an interruption.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -30,7 +31,7 @@ from tqdm import tqdm
 
 from degflow import images
 from degflow.config import option, required
-from degflow.storage import Place, etag_of
+from degflow.storage import Place, Source
 
 HR_LABEL = "1"
 
@@ -197,14 +198,17 @@ class SceneImages:
         return pixels
 
     def _cached(self, scene: Scene) -> np.ndarray:
-        root = self.place.fs.unstrip_protocol(self.place.root)
-        identity = "\n".join((root, str(self.config.resize_lr), *map(self._version, scene.files)))
+        identity = "\n".join((self.place.everywhere, str(self.config.resize_lr), *map(self._version, scene.files)))
         path = Path(self.config.cache) / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npy"
         return kept(path, lambda: self._decode(scene))
 
+    @functools.cached_property
+    def _listed(self) -> dict[str, Source]:
+        return {source.key: source for source in self.place.files()}
+
     def _version(self, key: str) -> str:
-        info = self.place.fs.info(self.place.path(key))
-        return f"{key} {info.get('size')} {etag_of(info)}"
+        source = self._listed.get(key) or self.place.source(key)
+        return f"{key} {source.size} {source.etag}"
 
     def _decode(self, scene: Scene) -> np.ndarray:
         levels = []

@@ -26,7 +26,10 @@ class SimulateConfig:
     scales: dict[str, float] = option(
         {"1.532": 1.532, "2": 2.0, "3": 3.0, "3.361": 3.361, "4": 4.0}, "folder label -> optical scale"
     )
-    test_fraction: float = option(0.2, "share of each camera's photographs that goes to Test")
+    test_fraction: float = option(
+        0.2,
+        "share of each camera's photographs that goes to Test: at least one of two, unless `test` names some; 0: none",
+    )
     test: tuple[str, ...] = option((), "file names that always go to Test")
     longest_side: int = option(
         2048, "shrink photographs to this before the capture, so that HR is sharp; 0: no shrinking"
@@ -95,7 +98,10 @@ def assign(config: SimulateConfig, keys: list[str]) -> list[tuple[str, str, int,
     assigned = []
     for camera, share in shares.items():
         free = [key for key in share if key not in named]
-        test = {key for key in share if key in named} | set(free[: round(len(free) * config.test_fraction)])
+        count = round(len(free) * config.test_fraction)
+        if config.test_fraction and len(free) > 1 and not named:
+            count = max(count, 1)  # few photographs have a test scene too
+        test = {key for key in share if key in named} | set(free[:count])
         assigned += [(camera, "Test" if key in test else "Train", n, key) for n, key in enumerate(share, 1)]
     return assigned
 

@@ -153,9 +153,7 @@ def _claim(config: ExportConfig, source: FinishedDataset, output: Place) -> dict
     if stored is None and output.exists() and output.files():
         raise ValueError(f"output={config.output}: is not empty and holds no export of this job; choose another")
     if stored is not None and config.overwrite:
-        names = filter(_is_ours, [file.key for file in output.files()])
-        for name in sorted(names, key=lambda name: (name != SUCCESS, name == EXPORT)):
-            output.delete(name)
+        _clear(output)
     elif stored is not None:
         if changed := [
             f"{name} was {stored.get(name)}, now {asked[name]}" for name in asked if asked[name] != stored.get(name)
@@ -167,10 +165,20 @@ def _claim(config: ExportConfig, source: FinishedDataset, output: Place) -> dict
         done = _done(config, source, output)
         if finished:
             output.delete(SUCCESS)
+        if not done and stored.get("dataset") != source.sha256:
+            _clear(output)  # what an export of another dataset left that was stopped in its first parts
         for name in _leftovers(output):
             output.delete(name)
-    output.write(EXPORT, dump({"input": config.input} | asked).encode())
+    output.write(EXPORT, dump({"input": config.input, "dataset": source.sha256} | asked).encode())
     return done
+
+
+def _clear(output: Place) -> None:
+    """Delete the export's files but EXPORT, and no others: first what says that it or a part of it is done."""
+    names = [file.key for file in output.files() if _is_ours(file.key) and file.key != EXPORT]
+    for first in (lambda name: name == SUCCESS, lambda name: name.startswith(f"{INDEX}/"), lambda name: True):
+        output.delete_all(list(filter(first, names)))
+        names = [name for name in names if not first(name)]
 
 
 def _stored(output: Place) -> dict[str, Any] | None:

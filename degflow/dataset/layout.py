@@ -17,7 +17,7 @@ else follows from the objects that are there.
 - `overwrite=true` deletes `_SUCCESS` and the plan, stores the new configuration, and then deletes the rest. A writer of
   the overwritten run looks at the configuration before it puts, and so gives up. It can be late only if it looked
   before the new configuration and puts after the deletion. Then its object has another recipe, or a number that is not
-  planned. A writer of the new run which finds the name taken by it fails, and the shard stays pending.
+  planned. If it takes a name of the new run, that run's writer fails, and the shard stays pending.
 - Such a foreign object, or a damaged one, is deleted by the driver alone: when it claims the output, and before it
   finishes. It looks at the object once more just before, for another driver may have replaced it. While `_SUCCESS` is
   there nothing is deleted: the run stops, and names the object.

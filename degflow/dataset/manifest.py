@@ -33,7 +33,6 @@ from degflow.storage import Place, Source
 GONE = Record("", 0, 0, 0, "", "", 0.0, None, None, None)  # of a part that was deleted since it was listed
 _THREADS, _PROCESSES = 16, 4
 _CHUNK = 1000  # parts that a process reads at a time
-_STORES = ("s3://", "gs://", "gcs://", "az://", "abfs://")  # which processes reach by the environment alone
 _REJECTS_PART = part_name(REJECTS, 0)
 
 
@@ -55,6 +54,7 @@ def judge(
     plan: Plan,
     recipe: Callable[[Sequence[Source]], str],
     known: Mapping[int, Record] | None = None,
+    processes: bool = True,
 ) -> Shards:
     """Read the ends of data parts, to tell which shards are done.
 
@@ -64,6 +64,8 @@ def judge(
         plan: which shards there are.
         recipe: the digest of a shard with these planned files.
         known: records of shards that were done before; their parts are not read again.
+        processes: many parts of a store are read by several processes, as each request takes some 2 ms of a CPU; they
+            import the caller's script again, which a user's may not be made for.
     """
     known, shards, unread = known or {}, Shards({}, []), []
     for file in files:
@@ -74,19 +76,14 @@ def judge(
             unread.append(file)
         else:
             shards.foreign.append(file)
-    for file, record in zip(unread, _read_by_processes(output, unread), strict=True):
+    records = _read_by_processes(output, unread) if processes else read_records(output.uri, unread)
+    for file, record in zip(unread, records, strict=True):
         number = number_of(file.key)
         if record and record.recipe == recipe(plan[number]):
             shards.done[number] = record
         elif record != GONE:  # another driver has deleted it meanwhile
             shards.foreign.append(file)
     return shards
-
-
-def whole(output: Place, files: Sequence[Source]) -> list[Record]:
-    """The records of those data parts that are whole, in the order of their numbers."""
-    records = [record for record in read_records(output.uri, files) if record not in (None, GONE)]
-    return sorted(records, key=lambda record: number_of(record.part))
 
 
 def read_records(uri: str, files: Sequence[Source]) -> list[Record | None]:
@@ -105,9 +102,9 @@ def read_records(uri: str, files: Sequence[Source]) -> list[Record | None]:
 
 
 def _read_by_processes(output: Place, files: Sequence[Source]) -> list[Record | None]:
-    """`read_records`; of many parts of a store by several processes, as each request takes some 2 ms of a CPU."""
+    """`read_records`; of many parts of a store by several processes."""
     chunks = [files[first : first + _CHUNK] for first in range(0, len(files), _CHUNK)]
-    if len(chunks) > 1 and output.uri.startswith(_STORES):
+    if len(chunks) > 1 and output.is_object_store:  # which processes reach by the environment alone
         count = min(len(chunks), len(os.sched_getaffinity(0)), _PROCESSES)
         try:
             with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:

@@ -11,17 +11,18 @@
 
 import hashlib
 import itertools
+import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
-import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from degflow import images
+from degflow.dataset.epoch import SharedEpoch
 from degflow.dataset.order import lanes_of, merged, shuffled, slice_of
-from degflow.dataset.ranks import agreed_parts, processes
+from degflow.dataset.ranks import agreed_parts, check_rank, processes
 from degflow.dataset.reader import FinishedDataset, StoredDataset
 from degflow.dataset.writer import ROW_GROUP_BYTES, ROW_GROUP_ROWS
 
@@ -39,8 +40,9 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
 
     `crop` cuts `lr` to crop x crop at a random place, and `hr` at the same place. With `size=same` both crops have that
     size. With `size=scaled`, the HR crop has round(crop * scale) pixels a side, so a batch needs equal scales (or its
-    own collate_fn). The centres of the two crops are at most half an HR pixel apart; they are equal if the scale is
-    whole and HR's sides are multiples of it. An image smaller than its crop is extended by reflection.
+    own collate_fn). The centres of the two crops are equal if the scale is whole and HR's sides are multiples of it;
+    otherwise they are at most half an HR pixel apart, and at HR's far edge a quarter of the scale. An image smaller
+    than its crop is extended by reflection.
 
     All ranks must have the same number of loader workers. These may use any multiprocessing context, with any storage.
     `set_epoch` reaches them, persistent ones too. At the end of an epoch a rank may have up to one batch per worker
@@ -53,7 +55,8 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
     and without it all ranks need the same `parts`. To go on with a saved state later, give the `parts` of that time.
 
     A worker's memory holds `buffer` encoded rows, for each lane the rest of a row group (at most 100 rows or some 64
-    MB), and the pair being decoded. While a row group is read, Arrow's buffers take some 240 MB more.
+    MB, or one photograph with all its LR images if that is more), and the pair being decoded. While a row group is
+    read, Arrow's buffers take some 240 MB more.
 
     Args:
         uri: the dataset's folder or URI.
@@ -78,12 +81,14 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
     Raises:
         ValueError: no finished dataset, no row yet, a bad argument, or a launcher of several processes that does not
             tell this one its rank; while reading, a part or a source that is missing or has changed.
+            An iteration raises it, too, if torch.distributed has started after the object was made and says another
+            rank: then all ranks would read the same rows.
         OSError: a part that cannot be read.
     """
 
     def __init__(
         self,
-        uri: str,
+        uri: str | os.PathLike[str],
         *,
         crop: int | None = None,
         flips: bool = False,
@@ -99,12 +104,14 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
         unfinished: bool = False,
         parts: Sequence[str] | None = None,
     ):
+        uri, self._own_rank = os.fspath(uri), rank is None and world is None
         self.rank, self.world = processes(rank, world)
         rules = (
             ("crop", crop, crop is None or crop >= 1, "must be None or at least 1"),
             ("lanes", lanes, lanes is None or lanes >= 1, "must be None or at least 1"),
             ("buffer", buffer, buffer is None or buffer >= 1, "must be None or at least 1"),
             ("seed", seed, seed >= 0, "must not be negative"),
+            ("parts", parts, not isinstance(parts, str), "must be a list of names"),
         )
         for name, value, kept, rule in rules:
             if not kept:
@@ -120,7 +127,7 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
         self.lanes = lanes
         self.buffer = buffer or self._rows_in(_BUFFER_BYTES, _BUFFER_ROWS)
         self._scaled = self.dataset.recipe["size"] == "scaled"
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared with workers that are already running
+        self._epoch = SharedEpoch()
         self._at = (0, 0)  # epoch, and number of its rows that were given
         self._resume: tuple[int, int] | None = None
 
@@ -146,7 +153,7 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration."""
-        self._epoch.fill_(epoch)
+        self._epoch.set(epoch)
 
     def state_dict(self) -> dict[str, Any]:
         """The position of this process, for `load_state_dict` in the same worker of the same rank."""
@@ -166,7 +173,10 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
         if changed := [
             f"{name} was {there.get(name)}, now {value}" for name, value in here.items() if there.get(name) != value
         ]:
-            raise ValueError(f"{self.dataset.uri}: the state does not fit: {'; '.join(changed)}")
+            advice = (
+                " (the dataset has other parts now: give parts= of that time)" if changed[0][:6] == "parts " else ""
+            )
+            raise ValueError(f"{self.dataset.uri}: the state does not fit: {'; '.join(changed)}{advice}")
         self._resume = self._at = state["epoch"], state["position"]
         # torchdata loads states as an iteration begins, so after the caller's `set_epoch`.
         if not self._is_over(state["position"]) or int(self._epoch) < state["epoch"]:
@@ -203,6 +213,8 @@ class SynthesizedPairs(IterableDataset[dict[str, Any]]):
         return lanes_of(count, self.lanes or min(_LANES, count // (_LANE_GROUPS * group)))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self._own_rank:
+            check_rank(self.rank, self.world)
         self._at = self._resume or (int(self._epoch), 0)
         if self._resume and self._is_over(self._at[1]) and int(self._epoch) > self._at[0]:
             self._at = (int(self._epoch), 0)  # the state's epoch has ended, and the caller has gone on to another one
@@ -276,7 +288,7 @@ def aligned_crops(
         random: draws the place.
 
     Returns:
-        LR "crop crop 3" and HR "S S 3", S = round(crop * scale), with centres at most half an HR pixel apart.
+        LR "crop crop 3" and HR "S S 3", S = round(crop * scale); see `SynthesizedPairs` for their centres.
     """
     side, places = round(crop * scale), []
     for small, large in zip(lr.shape[:2], hr.shape[:2], strict=True):
@@ -301,7 +313,10 @@ def turned(
 
 
 def cut(pixels: np.ndarray, top: int, left: int, side: int) -> np.ndarray:
-    """A square of an image "H W 3", extended by reflection where the image ends."""
+    """A square of an image "H W 3", extended by reflection where the image ends.
+
+    The axis is the image's edge, which LR and HR of different sizes have in common, and not its last pixel.
+    """
     found = pixels[top : top + side, left : left + side]
     missing = [(0, side - length) for length in found.shape[:2]]
-    return np.pad(found, (*missing, (0, 0)), mode="reflect") if found.shape[:2] != (side, side) else found
+    return np.pad(found, (*missing, (0, 0)), mode="symmetric") if found.shape[:2] != (side, side) else found

@@ -37,14 +37,16 @@ class Plan:
         rows = self.table.select(SOURCE.names).slice(first, end - first)
         return [Source(*row) for row in zip(*(column.to_pylist() for column in rows.columns), strict=True)]
 
-    def task(self, number: int) -> pa.Table:
-        """A table of one row: the shard's number, its files as a list, and the keys in `elsewhere`."""
+    def task(self, number: int, **more: bool) -> pa.Table:
+        """A table of one row: the shard's number, its files as a list, the keys in `elsewhere`, and what is more."""
         first, end = self.offsets[number], self.offsets[number + 1]
         rows = self.table.select(SOURCE.names).slice(first, end - first).to_struct_array()
         whole = pa.concat_arrays(rows.chunks)
         files = pa.ListArray.from_arrays([0, len(whole)], whole)
         keys = pa.array([self.elsewhere(number)], pa.list_(pa.string()))
-        return pa.table({"shard": [number], "sources": files, "elsewhere": keys})
+        return pa.table(
+            {"shard": [number], "sources": files, "elsewhere": keys} | {name: [value] for name, value in more.items()}
+        )
 
     def elsewhere(self, number: int) -> list[str]:
         """The shard's keys that a newer shard has: a shard that is made again leaves them to that one."""
@@ -59,7 +61,7 @@ class Plan:
     @property
     def files(self) -> int:
         """Number of different files."""
-        return pc.count_distinct(self.table["key"]).as_py()
+        return pc.count_distinct(self.table["key"]).as_py() if self.parts > 1 else len(self.table)
 
     @property
     def bytes(self) -> int:
@@ -71,7 +73,12 @@ class Plan:
         return sum(int(self.offsets[n + 1] - self.offsets[n]) for n in numbers)
 
     def newest(self, among: Container[int] | None = None) -> dict[str, int]:
-        """The newest shard (of those in `among`, unless None) of every key that is planned more than once."""
+        """The newest shard (of those in `among`, unless None) of every key that is planned more than once.
+
+        A part names each file once, so of a plan of one part there is none. Counting keys takes a GB for 10 million.
+        """
+        if self.parts <= 1:
+            return {}
         counts = pc.value_counts(self.table["key"])
         repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
         again = self.table.filter(pc.is_in(self.table["key"], repeated))
@@ -91,6 +98,15 @@ class Plan:
         rows = self.table.select(SOURCE.names).take(pa.array(places, pa.int64()))
         return [Source(*row.values()) for row in rows.to_pylist()]
 
+    def largest(self, numbers: Sequence[int]) -> Source | None:
+        """The file of most bytes in these shards, if there is any whose size is known."""
+        rows = self.table.filter(pc.is_in(self.table["shard"], pa.array(numbers, pa.int32())))
+        most = pc.max(rows["size"]).as_py()
+        if most is None or most < 0:
+            return None
+        row = rows.select(SOURCE.names).slice(pc.index(rows["size"], most).as_py(), 1).to_pylist()[0]
+        return Source(*row.values())
+
     def next_part(self, sources: pa.Table, images: int, sizes: np.ndarray | None = None, most: int = 0) -> Part:
         """A part with these files, in new shards.
 
@@ -106,7 +122,7 @@ class Plan:
 
     def plus(self, part: Part) -> "Plan":
         """The plan with one more part."""
-        return Plan(pa.concat_tables([self.table, part]), self.parts + 1)
+        return Plan(pa.concat_tables([self.table, part]) if len(self.table) else part, self.parts + 1)
 
     @classmethod
     def empty(cls) -> "Plan":
@@ -140,7 +156,9 @@ def plan_files(output: Place) -> list[Source]:
     return [file for file in output.files(PLAN) if PART.fullmatch(file.key)]
 
 
-def read_plan(output: Place, files: Sequence[Source]) -> Plan:
-    """The plan in these files (see `plan_files`); without files nothing is planned."""
+def read_plan(output: Place, files: Sequence[Source], shards: Sequence[int] | None = None) -> Plan:
+    """The plan in these files (see `plan_files`), of all shards or of some; without files nothing is planned."""
     tables = [read_table(output, file.key).cast(PLAN_ROW) for file in files]
+    if shards is not None:
+        tables = [table.filter(pc.is_in(table["shard"], pa.array(shards, pa.int32()))) for table in tables]
     return Plan(pa.concat_tables(tables), len(tables)) if tables else Plan.empty()

@@ -25,6 +25,16 @@ def processes(rank: int | None, world: int | None) -> tuple[int, int]:
     return rank, world
 
 
+def check_rank(rank: int, world: int) -> None:
+    """Raise ValueError if torch.distributed has started meanwhile, and says something else."""
+    if _in_group() and (torch.distributed.get_rank(), torch.distributed.get_world_size()) != (rank, world):
+        raise ValueError(
+            f"made as rank {rank} of {world} before torch.distributed started, which says rank "
+            f"{torch.distributed.get_rank()} of {torch.distributed.get_world_size()}: make this object after that, or "
+            "give it rank and world"
+        )
+
+
 def own_rank() -> int:
     """The rank of this process: of torch.distributed, or else the launcher's.
 

@@ -12,8 +12,10 @@ import pyarrow.parquet as pq
 
 from degflow import config, images
 from degflow.dataset.footer import body_sha256
-from degflow.dataset.layout import CONFIG, MANIFEST, SUCCESS
-from degflow.dataset.manifest import data_files, whole
+from degflow.dataset.layout import CONFIG, EXPORT, MANIFEST, SUCCESS, number_of
+from degflow.dataset.manifest import data_files, judge
+from degflow.dataset.plan import plan_files, read_plan
+from degflow.dataset.recipe import Recipe
 from degflow.dataset.references import read_reference
 from degflow.storage import Damaged, Place
 
@@ -32,7 +34,9 @@ class Part(NamedTuple):
 def parts_there(uri: str, names: Sequence[str] | None = None) -> list[Part]:
     """The parts of a dataset that are there, in the order of their numbers, whether it is finished or not.
 
-    A finished dataset says it in its manifest, and another one in the footer of each part.
+    A finished dataset says it in its manifest. Of another one, a part belongs to it if the plan has its number, and its
+    footer says that it was made by this configuration. Parts that a run with `overwrite` has not deleted yet, or that a
+    late writer of the run before has put, do not belong to it.
 
     Args:
         uri: the dataset's folder or URI.
@@ -45,8 +49,15 @@ def parts_there(uri: str, names: Sequence[str] | None = None) -> list[Part]:
     if place.exists(SUCCESS):
         found = _listed(place)
     elif place.exists(CONFIG):
-        files = [file for file in data_files(place) if wanted is None or file.key in wanted]
-        found = [Part(record.part, record.rows, record.bytes, record.sha256) for record in whole(place, files)]
+        files = [file for file in data_files(place) if wanted is None or file.key in wanted]  # before the plan
+        try:
+            plan = read_plan(place, plan_files(place), [number_of(file.key) for file in files])
+        except FileNotFoundError:
+            raise ValueError(f"{uri}: is being overwritten (overwrite=true)") from None
+        recipe = Recipe.stored_in(place)
+        done = judge(place, files, plan, recipe.digest, processes=False).done
+        records = [done[number] for number in sorted(done)]
+        found = [Part(record.part, record.rows, record.bytes, record.sha256) for record in records]
     else:
         raise ValueError(f"{uri}: no dataset ({CONFIG} is missing)")
     if missing := sorted((wanted or set()) - {part.name for part in found}):
@@ -55,7 +66,12 @@ def parts_there(uri: str, names: Sequence[str] | None = None) -> list[Part]:
 
 
 def _listed(place: Place) -> list[Part]:
-    table = pq.read_table(pa.BufferReader(place.read(MANIFEST)), columns=["part", *Part._fields[1:]])
+    try:
+        data = place.read(MANIFEST)
+    except FileNotFoundError:
+        kind = "is an export, which is no dataset" if place.exists(EXPORT) else "no dataset"
+        raise ValueError(f"{place.uri}: {kind} ({MANIFEST} is missing)") from None
+    table = pq.read_table(pa.BufferReader(data), columns=["part", *Part._fields[1:]])
     return [Part(row.pop("part"), **row) for row in table.to_pylist()]
 
 

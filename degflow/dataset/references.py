@@ -31,7 +31,7 @@ def read_reference(row: Mapping[str, Any], recipe: Mapping[str, Any]) -> bytes:
     """
     path, key = row["hr"]["path"], row["key"]
     root = next((root for root in _roots(recipe) if _is_reference(path, root, key)), None)
-    if root is None or (root.local and ".." in key.split("/")):
+    if root is None or (".." in key.split("/") and not root.is_object_store):
         raise ValueError(f"{path}: is not opened, because it is not {key} below the run's input={recipe['input']}")
     try:
         data = root.read(key)
@@ -50,7 +50,7 @@ def _is_reference(path: str, root: Place, key: str) -> bool:
 
 
 def _roots(recipe: Mapping[str, Any]) -> Iterator[Place]:
-    """What the keys may be below; whether a name with a `*` is a folder or a pattern was known to the run alone."""
+    """Folders that may hold the keys. Only the run knew whether `*` in a name was a wildcard, so both are tried."""
     uri = recipe["input"]
     if recipe["root"]:
         yield Place(recipe["root"])

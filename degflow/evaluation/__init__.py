@@ -1,10 +1,12 @@
 """How close generated LR images come to captured ones: scores, realism, baselines, tables, pictures.
 
-1. `metrics` has the scores of the published protocol, `realism` measures what they miss.
-2. `fidelity` scores the degrader and the `baselines` against captured levels; `curve` scores the degrader over a fine
-   grid of scales.
+1. `metrics` has the scores of the published protocol, `realism` measures what they miss, `draws` the distribution of
+   draws, and `frechet` that of patches. `crops` says which part of a scene is compared.
+2. `fidelity` scores the degrader and the `baselines` (with `random_pipeline`) against captured levels; `curve` scores
+   the degrader over a fine grid of scales.
 3. `tables` and `pictures` show the results; `validation` is for trainings while they run.
 4. `run` is the job; `baseline_scenes` is the job that writes a baseline's LR images for SR networks.
+5. `explore` is a local page that compares the pictures of one's own photograph.
 """
 
 from degflow.evaluation.baselines import (

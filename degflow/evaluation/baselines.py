@@ -7,7 +7,7 @@ From HR alone:
 
 With the captured LR, as upper limits:
 - `reconstruct`: the captured LR through the autoencoder.
-- `interpolate`: a path through the latents of the captured trained levels, the best that a flow could learn.
+- `interpolate`: a path through the latents of the captured trained levels, which no degrader has.
 """
 
 import hashlib
@@ -83,13 +83,13 @@ def interpolate(degrader: Degrader, captured: Tensor, scale: float, path: str) -
 def fit_sigmas(scenes: SceneImages, levels: Mapping[str, float], crop: int = 0) -> dict[str, float]:
     """For each level but HR, the sigma in pixels of the Gaussian that makes HR most like the captured LR.
 
-    It has the highest mean PSNR-Y over the central 512 pixels of the scenes, and lies between no blur and the level's
-    scale; golden-section search to 0.005 pixels.
+    It has the highest mean PSNR-Y over the central 512 pixels of the scenes, between no blur and four times the
+    level's scale; golden-section search to 0.005 pixels.
     """
     side = min(crop or FIT_SIDE, FIT_SIDE)
     scene_lumas = [luma(images.to_tensor(central(pixels, side)))[:, None].float() for pixels in scenes.pixels]
     return {
-        label: fit_sigma([(y[:1], y[level]) for y in scene_lumas], max(scale, 1.0))
+        label: fit_sigma([(y[:1], y[level]) for y in scene_lumas], 4 * max(scale, 1.0))
         for level, (label, scale) in enumerate(levels.items())
         if label != HR_LABEL
     }

@@ -1,4 +1,6 @@
-"""The part of a scene that is compared or shown."""
+"""What of a scene is compared or shown: a part of its pixels, and draws that no other scene has."""
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -6,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from degflow.capture.scenes import SceneImages
+from degflow.dataset.scales import noise_seed_of
 from degflow.evaluation.metrics import luma
 
 
@@ -15,6 +18,14 @@ def central(pixels: np.ndarray, crop: int) -> np.ndarray:
         return pixels
     top, left = (max(0, side - crop) // 2 for side in pixels.shape[1:3])
     return pixels[:, top : top + crop, left : left + crop]
+
+
+def seeds_of(scene: str, labels: Sequence[str], count: int = 1) -> Tensor:
+    """The noise seeds of a scene's draws, `count` for each level, "1 K*count" int64.
+
+    Each image has seeds of its own: the noise of one seed is nearly the same in all images, and so would its errors be.
+    """
+    return torch.tensor([[noise_seed_of(0, f"{label} {scene}", n) for label in labels for n in range(count)]])
 
 
 def validation_crops(scenes: SceneImages, count: int = 6, side: int = 192) -> Tensor:

@@ -54,7 +54,7 @@ def sweep(
     crop: int = 0,
     **options: int | float | str,
 ) -> Iterator[list[SweepPoint]]:
-    """Score generated LR images of every scene at many scales.
+    """Score generated LR images of every scene at many scales: the means of draws, which differ by their scale alone.
 
     Args:
         degrader: the model.
@@ -62,7 +62,7 @@ def sweep(
         levels: label -> scale, in the scenes' order, HR first.
         count: scales of an even grid over the trained range, >= 2; the levels' own scales are added.
         crop: side of the central crop; 0 takes whole images.
-        options: `steps`, `solver`, `spread` of the degrader.
+        options: `steps`, `solver` of the degrader.
 
     Yields:
         The points of one scene.
@@ -76,7 +76,7 @@ def sweep(
         real = images.to_tensor(central(pixels, crop), device)
         points = []
         for part in torch.arange(len(scales)).split(BATCH):
-            made = degrader(real[:1], scales[None, part], **options)[0]  # type: ignore[arg-type]
+            made = degrader(real[:1], scales[None, part], **{**options, "spread": 0.0})[0]  # type: ignore[arg-type]
             for level, image in zip(levels, real, strict=True):
                 scores = psnr(made, image.expand_as(made)).tolist()
                 points += [

@@ -1,7 +1,7 @@
 """How well a degrader's draws follow the distribution of captured LR images.
 
-PSNR asks for a mean. These measures ask whether a draw could have been a capture, and whether draws are as unsure as
-they should be. All on Y in 16..235 with 4 pixels shaved, unless said otherwise.
+PSNR asks for a mean. These measures ask whether a draw could be a capture, and whether draws vary as much as captures
+do. All on Y in 16..235 with 4 pixels shaved, unless said otherwise.
 
 - `flat_noise`: noise level and its correlation in flat blocks, by brightness (dark, middle, bright).
 - `comb`: how far the spectrum at multiples of 1/8 and 1/4 cycles per pixel stands above its neighbours, in dB. A weave
@@ -25,7 +25,7 @@ from degflow import images
 from degflow.capture.filters import blur
 from degflow.capture.scenes import HR_LABEL, SceneImages
 from degflow.degrader import Degrader
-from degflow.evaluation.crops import central
+from degflow.evaluation.crops import central, seeds_of
 from degflow.evaluation.metrics import psnr, shaved_luma
 from degflow.evaluation.realism import flat_blocks, noise
 
@@ -86,14 +86,15 @@ def distribution(
         real = images.to_tensor(central(pixels, crop), device)
         for n, (label, scale) in enumerate(levels.items()):
             if label != HR_LABEL:
-                yield DrawScore(scene.name, label, *_scores(degrader, real[:1], real[n : n + 1], scale, count, options))
+                seeds = seeds_of(scene.name, [label], count)
+                yield DrawScore(scene.name, label, *_scores(degrader, real[:1], real[n : n + 1], scale, seeds, options))
 
 
 def _scores(
-    degrader: Degrader, hr: Tensor, lr: Tensor, scale: float, count: int, options: dict[str, Any]
+    degrader: Degrader, hr: Tensor, lr: Tensor, scale: float, seeds: Tensor, options: dict[str, Any]
 ) -> tuple[float, ...]:
-    scales = torch.full((1, count), scale, dtype=torch.float64)
-    made = _rounded(degrader(hr, scales, **options)[0])
+    scales = torch.full(seeds.shape, scale, dtype=torch.float64)
+    made = _rounded(degrader(hr, scales, seed=seeds, **options)[0])
     mean = _rounded(degrader(hr, scales[:, :1], **{**options, "spread": 0.0})[0])
     optics = _rounded(degrader.flow.guide(hr, scales[0, :1]))
     captured, drawn = (flat_noise(image, hr) for image in (lr, made[:1]))

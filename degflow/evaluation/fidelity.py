@@ -11,7 +11,7 @@ from degflow.capture.scenes import HR_LABEL, SceneImages
 from degflow.degrader import Degrader
 from degflow.evaluation import realism
 from degflow.evaluation.baselines import BASELINES, Baselines, bicubic, reconstruct
-from degflow.evaluation.crops import central
+from degflow.evaluation.crops import central, seeds_of
 from degflow.evaluation.frechet import CAPTURED, Frechet
 from degflow.evaluation.metrics import psnr, ssim
 
@@ -86,7 +86,7 @@ def measure(
         hr = real[:1]
         flat = realism.flat_blocks(hr)
         scales = torch.tensor([[levels[label] for label in labels]], dtype=torch.float64)
-        generated = degrader(hr, scales, **options)[0]  # type: ignore[arg-type]
+        generated = degrader(hr, scales, seed=seeds_of(scene.name, labels), **options)[0]  # type: ignore[arg-type]
         for n, label in enumerate(labels):
             lr = real[n + 1 : n + 2]
             made = {

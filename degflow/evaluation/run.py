@@ -132,7 +132,8 @@ def _evaluate(config: EvaluateConfig, device: str) -> None:
         shown = continuum(degrader, scenes, config.levels, config.crop, count=config.figure, **options)
         place.write("figure.png", encode_png(shown))
         if draws:
-            label = min(config.levels, key=lambda name: abs(config.levels[name] - 3))
+            lrs = (label for label in config.levels if label != HR_LABEL)
+            label = min(lrs, key=lambda name: abs(config.levels[name] - 3))
             shown = closeups(degrader, scenes, config.levels, label, config.crop, count=config.figure, **options)
             place.write("closeups.png", encode_png(shown))
     place.write("table.md", ("\n\n".join(texts) + "\n").encode())
@@ -196,10 +197,11 @@ def _swept(
     best = best_times(points, config.levels, degrader.timeline)
     curves = {label: mean_curve(points, label) for label in config.levels}
     curve = curves[HR_LABEL]
+    lr = "mean of draws (spread 0)" if degrader.draws else "generated LR"
     texts = (
-        "## Best-matching t\n\nThe t at which the generated LR has the highest PSNR-Y to the captured one.",
+        f"## Best-matching t\n\nThe t at which the {lr} has the highest PSNR-Y to the captured one.",
         tables.best_time_table(best, config.optical, degrader.timeline),
-        f"## Curve\n\nPSNR-Y of the LR generated at {len(curve)} scales. Against HR it "
+        f"## Curve\n\nPSNR-Y of the {lr} at {len(curve)} scales. Against HR it "
         f"{'falls' if tables.falls(curve) else 'DOES NOT fall'} monotonically.",
         tables.curve_table(curves),
     )

@@ -171,8 +171,9 @@ def _markdown(titles: Sequence[Any], rows: Iterable[Sequence[str]]) -> str:
 def draws_table(scores: Sequence[DrawScore]) -> str:
     """A row per level of `DrawScore`.
 
-    Of noise by brightness the median captured level, and the median over the scenes of drawn / captured: levels differ
-    tenfold from scene to scene, so medians of both would compare different scenes. Of the rest means, captured / drawn.
+    The columns of noise have the median captured level, and the median over the scenes of drawn / captured: levels
+    differ tenfold from scene to scene, so medians of both would compare different scenes. All other columns have means,
+    captured / drawn.
     """
     header = ("scale", "draws", "mean", "optics", *BRIGHTNESS, "correlation", "comb 8", "comb 4")
     header += ("gray's colour", "energy score, of the mean", "rank error, fine, all")

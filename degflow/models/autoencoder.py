@@ -1,4 +1,5 @@
-"""The residual autoencoder (DegFlow, section 2.1): one encoder for every level, a decoder that sees HR skips only.
+"""The residual autoencoder (DegFlow, section 2.1): one encoder for every level, and a decoder whose skips come from HR,
+or from HR after the optics.
 
 Convolutions and per-pixel LayerNorm only, so no output pixel depends on anything beyond a fixed receptive field.
 """
@@ -52,10 +53,10 @@ class AutoencoderConfig:
 
     @property
     def halo(self) -> int:
-        """Latent pixels around a window's inner part whose image pixels decide that part, in encoder and decoder.
+        """The receptive field of encoder and decoder, in latent pixels on each side.
 
-        Followed inwards from an edge where a window was cut, as the number of pixels that the cut has changed: a 3x3
-        convolution adds one, a stride of 2 halves them, an upsampling doubles them, a skip brings its own.
+        Counts the pixels that a cut edge changes: a 3x3 convolution adds one, a stride of 2 halves the count, an
+        upsampling doubles it, a skip may bring more.
         """
         block, changed, skips = 2 * self.blocks, 1, []
         for level in range(len(self.multipliers)):
@@ -135,8 +136,8 @@ class Expand(nn.Module):
     """Double the resolution and merge the skip.
 
     The network is W (1x1 convolution to 4 x width), a pixel shuffle, N (1x1 convolution), and M (1x1 convolution of the
-    result beside the skip). All of it is linear, so that M N W is multiplied out, which spares the tensors between, and
-    what M makes of the skip is a term of its own (`merged`), the same for every latent that is decoded with the skip.
+    result beside the skip). All of it is linear. So M N W is one matrix, without tensors between. What M makes of the
+    skip is a separate term (`merged`), computed once for all latents that are decoded with it.
     """
 
     def __init__(self, coarse: int, fine: int, hr_skips: bool):
@@ -204,7 +205,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent and HR skips -> image."""
+    """Latent and skips -> image."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -271,7 +272,7 @@ class ResidualAutoencoder(nn.Module):
         return self.encoder.skips(image)
 
     def decode(self, latent: Tensor, skips: tuple[Tensor, ...]) -> Tensor:
-        """Latent of any level and the *HR* image's skips -> image "B 3 H W", not clamped."""
+        """Latent of any level, and skips of HR (or of HR after the optics) -> image "B 3 H W", not clamped."""
         return self.decoder(latent, self.decoder.merged(skips))
 
     @torch.no_grad()

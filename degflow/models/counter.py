@@ -1,4 +1,4 @@
-"""Random numbers that are functions of where they stand: of a key and a position, and of nothing that was drawn before.
+"""Random numbers that depend only on a key and a position, and on nothing that was drawn before.
 
 A generator's state ties a number to the process that draws it. A hash of the position gives the same bits whatever the
 batch, the tiles, the processes or the interruptions. Integer arithmetic makes the bits the same on every device, in
@@ -54,10 +54,10 @@ def gaussian(
             word = word + first
         elif place is not None:
             word = word + place[:, axis - 1].view(-1, *[1] * key.ndim)
-        if axis == 2:  # not sooner: until then each row of a channel has one key of 32 bits
+        if axis == 2:  # only here: a second key mixed in earlier would be hashed to 32 bits
             key = key ^ second.view(-1, 1, 1)
         key = mix(step(key[..., None], word))
-    radius, angle = ((key.unflatten(1, (-1, 2)) + 0.5) * 2.0**-32).float().unbind(2)
+    radius, angle = ((key.float().unflatten(1, (-1, 2)) + 0.5) * 2.0**-32).unbind(2)
     radius = (-2 * radius.log()).sqrt()
     pair = torch.stack((radius * (2 * math.pi * angle).cos(), radius * (2 * math.pi * angle).sin()), 2)
     return pair.flatten(1, 2)[:, :channels]

@@ -100,8 +100,8 @@ class Excess:
     def filter(self, scale: float) -> Tensor:
         """The symmetric filter "SIDE SIDE" nearest to the target at a scale, by the error's power in a draw.
 
-        Least squares, weighted with the power of the draws that were measured. It is 60 dB higher at low frequencies:
-        those must pass to a thousandth. Where draws have less power than 8-bit rounding, the rounding's counts.
+        Least squares, weighted with the power of the draws that were measured. Their power is 60 dB higher at low
+        frequencies, where the gain must be 1 within 0.001. The weight is at least the power of 8-bit rounding.
         """
         turns = torch.arange(SIDE // 2 + 1) * torch.fft.fftfreq(self.side, dtype=torch.float64)[:, None]
         waves = torch.cos(2 * torch.pi * turns)

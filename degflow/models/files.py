@@ -12,7 +12,7 @@ from torch import Tensor
 from degflow.storage import split_uri
 
 SHIPPED = str(Path(__file__).parent / "weights" / "canon-simulated.safetensors")
-SHIPPED_SHA256 = "9473e13f006c3f996b97d9450c4c6bb2ee3e0a7e83171a4ff22582013daad61e"
+SHIPPED_SHA256 = "7e572d91b5ad1f4a554bdb9560b8598f52cc738c8b46febfc738a6b6f9e2c154"
 
 
 def save_checkpoint(uri: str, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:

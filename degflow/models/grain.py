@@ -110,8 +110,8 @@ class Lack:
     def curve(self) -> Tensor:
         """gain^2 at the knots, not negative.
 
-        Weighted least squares, for what is lacked varies as the detail does. The ratios of gain^2 to the detail at
-        neighbouring knots are held together, so that a knot that no image has follows its neighbours.
+        Least squares, weighted because the missing power varies with the detail. A penalty keeps the ratios gain^2 /
+        detail of neighbouring knots close, so a knot without data follows its neighbours.
         """
         knots = torch.tensor(KNOTS, dtype=torch.float64)
         steps = torch.eye(len(KNOTS), dtype=torch.float64).diff(dim=0)

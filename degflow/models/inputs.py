@@ -1,4 +1,4 @@
-"""What a degrader takes: pictures, batches, scales and seeds; what breaks a rule is named, and how to mend it."""
+"""What a degrader takes: pictures, batches, scales and seeds. An error names the broken rule and the remedy."""
 
 import math
 import operator
@@ -121,9 +121,9 @@ def seeds_of(seed: int | Tensor, scale: Tensor) -> Tensor:
             seed = operator.index(seed)
         except TypeError:
             raise ValueError(f"seed={seed}: must be a whole number, or an int64 tensor") from None
-        if not 0 <= seed < 2**63 - scale.numel():
-            raise ValueError(f"seed={seed}: must lie in [0, 2^63)")
-        return torch.arange(seed, seed + scale.numel()).view(scale.shape)
+        if not 0 <= seed <= 2**63 - scale.numel():
+            raise ValueError(f"seed={seed}: must lie in [0, 2^63), and so must those of further scales and images")
+        return (torch.arange(scale.numel()) + seed).view(scale.shape)
     if seed.dtype != torch.int64 or seed.shape != scale.shape:
         raise ValueError(f"seed: {seed.dtype} {list(seed.shape)}: must be int64 {list(scale.shape)}, as scale is")
     if int(seed.min()) < 0:

@@ -1,13 +1,14 @@
 """Where and in which numbers the networks compute: the one place that knows, for inference and for training.
 
-float32 means float32. PyTorch's own default on NVIDIA GPUs does not: there cuDNN rounds what it convolves to TF32, with
-10 bits of mantissa in place of 23. `computing` sets that too. A narrower precision is for the networks' many products.
+float32 means float32. By PyTorch's default it does not on NVIDIA GPUs, where cuDNN computes convolutions in TF32, with
+10 bits of mantissa instead of 23. `computing` sets that too. A narrower precision is for the networks' many products.
 What decides an image's last bits stays in float32 (`exactly`): the latent, its path and its steps, the first and the
 last image, the targets of a training and LPIPS.
 """
 
 import contextlib
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, cast
@@ -68,8 +69,8 @@ def differentiating(precision: str) -> AbstractContextManager[Any]:
 
 def exactly(device: str) -> AbstractContextManager[Any]:
     """Float32 inside of `computing`, whatever its precision. Of narrower tensors make float32 ones first."""
-    # torch.compile cannot trace the switch, and begins another graph here; outside of `computing` it leaves it alone.
-    if _TF32.on or (_TF32.on is None and not torch.compiler.is_compiling()):
+    # torch.compile cannot trace the switch, so the graph breaks here. Outside `computing` the switch is not set.
+    if _TF32.on() or (_TF32.on() is None and not torch.compiler.is_compiling()):
         stack = contextlib.ExitStack()
         stack.enter_context(_TF32(False))
         stack.enter_context(_autocast(device, enabled=False))
@@ -105,22 +106,50 @@ class _Exactness(contextlib.AbstractContextManager[None]):
 
 
 class _TF32:
-    """A context in which NVIDIA GPUs may, or may not, round float32 factors to TF32."""
+    """A context in which NVIDIA GPUs may, or may not, round float32 factors to TF32.
 
-    on: bool | None = None  # what the innermost context says; outside of all, PyTorch's default may be on
+    PyTorch's switches are those of the process, so threads share them: TF32 is on while all threads that are inside a
+    context allow it. The first context to begin notes the process's own switches, and the last one to end sets them
+    again.
+    """
+
+    _lock, _thread = threading.Lock(), threading.local()
+    _inside: dict[int, list[bool]] = {}  # noqa: RUF012 (of the class) thread -> what its contexts say, the innermost last
+    _outside: tuple[bool | str, bool | str]
 
     def __init__(self, allowed: bool):
         self.allowed = allowed
 
+    @classmethod
+    def on(cls) -> bool | None:
+        """What this thread's innermost context says; None outside of all, where PyTorch's default may be on."""
+        return getattr(cls._thread, "on", None)
+
     def __enter__(self) -> None:
-        switches = _switches()
-        self.before, _TF32.on = (_TF32.on, switches), self.allowed
-        allowed = {bool: self.allowed, str: "tf32" if self.allowed else "ieee"}[type(switches[0])]
-        _switch(allowed, allowed)
+        self.before, _TF32._thread.on = _TF32.on(), self.allowed
+        with _TF32._lock:
+            if not _TF32._inside:
+                _TF32._outside = _switches()
+            _TF32._inside.setdefault(threading.get_ident(), []).append(self.allowed)
+            _TF32._set()
 
     def __exit__(self, *error: object) -> None:
-        _TF32.on, switches = self.before
-        _switch(*switches)
+        _TF32._thread.on = self.before
+        with _TF32._lock:
+            mine = _TF32._inside[threading.get_ident()]
+            mine.pop()
+            if not mine:
+                del _TF32._inside[threading.get_ident()]
+            _TF32._set()
+
+    @classmethod
+    def _set(cls) -> None:
+        if not cls._inside:
+            _switch(*cls._outside)
+            return
+        tf32 = all(said[-1] for said in cls._inside.values())
+        allowed = {bool: tf32, str: "tf32" if tf32 else "ieee"}[type(_switches()[0])]
+        _switch(allowed, allowed)
 
 
 def _switches() -> tuple[bool | str, bool | str]:

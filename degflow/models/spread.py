@@ -1,4 +1,4 @@
-"""Gaussian noise with a spectrum: white noise of `counter`, filtered. Of residuals of latents, and of images' grain."""
+"""Gaussian noise with a spectrum: filtered white noise of `counter`, for latent residuals and for the grain."""
 
 from itertools import pairwise
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from degflow.config import option
-from degflow.models.dropout import SampleDropout, number_layers
+from degflow.models.dropout import Bits, SampleDropout, number_layers
 
 TIME_FACTOR = 999.0  # of the time embedding, as released
 
@@ -91,15 +91,15 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs or resample else nn.Identity()
 
-    def forward(self, x: Tensor, embedding: Tensor, key: Tensor | None = None) -> Tensor:
-        """ "B C H W", the embedding and the samples' keys -> "B C' H W", H and W doubled or halved by `resample`."""
+    def forward(self, x: Tensor, embedding: Tensor, bits: Bits | None = None) -> Tensor:
+        """ "B C H W", the embedding and dropout's bits -> "B C' H W", H and W doubled or halved by `resample`."""
         y = F.silu(self.norm1(x))
         if self.resample == "up":
             x, y = (F.interpolate(part, scale_factor=2.0, mode="nearest") for part in (x, y))
         elif self.resample == "down":
             x, y = (F.avg_pool2d(part, 2) for part in (x, y))
         y = self.conv1(y) + self.embed(F.silu(embedding))[:, :, None, None]
-        y = self.conv2(self.dropout(F.silu(self.norm2(y)), key))
+        y = self.conv2(self.dropout(F.silu(self.norm2(y)), bits))
         return (self.skip(x) + y) / math.sqrt(2)
 
 
@@ -155,7 +155,7 @@ class VelocityNetwork(nn.Module):
                 self.up.append(ResidualBlock(channels, channels, config, "up"))
         self.head_norm = _norm(channels)
         self.head = nn.Conv2d(channels, config.latent_channels, 3, padding=1)
-        number_layers(self)
+        self.layers, self.widest = number_layers(self), max(widths)
 
     def forward(self, latent: Tensor, time: Tensor, key: Tensor | None = None) -> Tensor:
         """Velocity.
@@ -168,14 +168,16 @@ class VelocityNetwork(nn.Module):
         Returns:
             dz/dt, "B C_z H W".
         """
-        embedding = self.embedding(time)
+        embedding, bits = self.embedding(time), None
+        if key is not None and self.training and self.config.dropout:
+            bits = Bits.of(key, self.layers, self.widest, *latent.shape[2:])
         x = self.stem(latent)
         kept = [x]
         for block in self.down:
-            x = block(x, embedding, key)
+            x = block(x, embedding, bits)
             kept.append(x)
         before, attention, after = self.middle
-        x = after(attention(before(x, embedding, key)), embedding, key)
+        x = after(attention(before(x, embedding, bits)), embedding, bits)
         for block in self.up:
-            x = block(x if block.resample else torch.cat((x, kept.pop()), 1), embedding, key)
+            x = block(x if block.resample else torch.cat((x, kept.pop()), 1), embedding, bits)
         return self.head(F.silu(self.head_norm(x)))

@@ -15,7 +15,10 @@ from typing import Any
 from degflow.config import Unfinished, found_file
 from degflow.protocol.plan import Cell
 from degflow.storage import Place, split_uri
+from degflow.training.checkpoints import MACHINE
 from degflow.training.stopping import EXIT_CODE, Stopped
+
+_MACHINE = re.compile(rf"{MACHINE}|batch|device|actors\..+")  # keys
 
 
 def finished(cell: Cell, place: Place) -> bool:
@@ -27,9 +30,10 @@ def finished(cell: Cell, place: Place) -> bool:
     if not place.exists(f"cells/{cell.name}.json"):
         return False
     found, now = json.loads(place.read(f"cells/{cell.name}.json")), record(cell, place)
+    found["words"] = _deciding(found.get("words", []))
     if any(found.get(part) != now[part] for part in now):
         reads = {item[0] for item in set(found.get("reads", {}).items()) ^ set(now["reads"].items())}
-        changed = sorted(set(found.get("words", [])) ^ set(now["words"])) or sorted(reads) or ["order of its words"]
+        changed = sorted(set(found["words"]) ^ set(now["words"])) or sorted(reads) or ["order of its words"]
         raise ValueError(
             f"{place.uri_of(f'cells/{cell.name}.json')}: finished with another {changed[0]}; "
             "use the same configuration or another output, or delete this file and the cell's folder"
@@ -90,10 +94,11 @@ def perform(cell: Cell, place: Place, launch: Sequence[str]) -> float:
 def record(cell: Cell, place: Place) -> dict[str, Any]:
     """A cell's job, its words, and digests of what it reads; OUTPUT stands for the experiment's folder, which may move.
 
-    That is: files of keys and degraders that its words name, and the records of the cells whose folders they name. They
-    may change where the words do not. Scenes outside of the experiment's folder are not looked at.
+    Words that change how a job runs, and not what comes out, are left out.
+    It reads the files of keys and degraders in its words, and the records of cells whose folders are in its words.
+    These may change while the words do not. Scenes outside the experiment's folder are not checked.
     """
-    words = [word.replace(place.uri, "OUTPUT") for word in cell.words]
+    words = _deciding([word.replace(place.uri, "OUTPUT") for word in cell.words])
     reads = {}
     for word in cell.words:
         name, _, value = word.partition("=")
@@ -108,6 +113,10 @@ def record(cell: Cell, place: Place) -> dict[str, Any]:
             asked = {part: value for part, value in json.loads(file.read_bytes()).items() if part != "seconds"}
             reads[f"cells/{name}.json"] = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     return {"job": cell.job, "words": words, "reads": reads}
+
+
+def _deciding(words: Sequence[str]) -> list[str]:
+    return [word for word in words if not _MACHINE.fullmatch(word.partition("=")[0])]
 
 
 def _digest(uri: str) -> str:

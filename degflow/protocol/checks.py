@@ -12,8 +12,10 @@ from degflow.evaluation.baseline_scenes import BaselineScenesConfig
 from degflow.evaluation.run import EvaluateConfig
 from degflow.perceptual import Perceptual
 from degflow.protocol.plan import Cell
+from degflow.restoration.networks import build
 from degflow.restoration.settings import TrainSRConfig
 from degflow.storage import Place
+from degflow.synthesis.inventory import Input
 from degflow.synthesis.settings import SynthesizeConfig
 from degflow.training.lfm import TrainLFMConfig
 from degflow.training.rae import TrainRAEConfig
@@ -43,26 +45,31 @@ def check(cells: Sequence[Cell], output: str) -> None:
         OSError: a file cannot be read.
     """
     known: set[Any] = set()
-    degraders: dict[str, tuple[float, ...]] = {}  # file -> scales of its levels
+    degraders: dict[str, dict[str, float]] = {}  # file -> its levels
     for cell in cells:
         try:
             settings = load(SCHEMAS[cell.job], cell.words)
-            for uri, labels in _trees(settings):
+            model = getattr(settings, "model", "")
+            if model and not model.startswith(f"{output}/") and model not in degraders:
+                degraders[model] = Degrader.load(model).levels
+            for uri, labels in _trees(settings, degraders.get(model, {})):
                 if not uri.startswith(f"{output}/") and (uri, labels) not in known and not Place(uri).exists(SUCCESS):
                     find_scenes(uri, labels)
                 known.add((uri, labels))
-            model = getattr(settings, "model", "")
-            if model and not model.startswith(f"{output}/") and model not in degraders:
-                degraders[model] = tuple(Degrader.load(model).levels.values())
             if isinstance(settings, TrainLFMConfig | TrainResidualConfig):
-                degraders[f"{settings.output}/degrader.safetensors"] = tuple(settings.scenes.levels.values())
+                degraders[f"{settings.output}/degrader.safetensors"] = settings.scenes.levels
             if model in degraders:
-                _check_scales(settings, degraders[model])
+                _check_scales(settings, tuple(degraders[model].values()))
+            if isinstance(settings, SynthesizeConfig) and not settings.input.startswith(f"{output}/"):
+                Input(settings.input, settings.root).images()
+            if isinstance(settings, TrainSRConfig) and repr(settings.network) not in known:
+                build(settings.network)  # a size that cannot be, or a package that is missing
+                known.add(repr(settings.network))
             backbone = _backbone(settings)
             if backbone and backbone not in known:
                 Perceptual(*backbone)
                 known.add(backbone)
-        except ValueError as error:
+        except (ValueError, ImportError) as error:
             raise ValueError(f"{cell.name}: {cell.job}: {error}") from None
 
 
@@ -80,10 +87,12 @@ def _check_scales(settings: Any, scales: Sequence[float]) -> None:
             raise ValueError(f"{name}={value:g}: must lie in [{scales[0]:g}, {scales[-1]:g}], the degrader's range")
 
 
-def _trees(settings: Any) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The trees of scenes that a job needs, each with its levels."""
+def _trees(settings: Any, levels: dict[str, float]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The trees of scenes that a job needs, each with its labels; `levels` are those of the job's degrader."""
     if isinstance(settings, TrainRAEConfig | TrainLFMConfig | TrainResidualConfig):
         yield settings.scenes.data, tuple(settings.scenes.levels)
+    elif isinstance(settings, BaselineScenesConfig):
+        yield settings.data, tuple(levels or settings.levels)
     elif isinstance(settings, EvaluateConfig):
         yield from ((uri, tuple(settings.levels)) for uri in (settings.data, settings.fit_data) if uri)
     elif isinstance(settings, TrainSRConfig):

@@ -12,6 +12,7 @@ from degflow.evaluation.baseline_scenes import BETWEEN
 TEST_LEVEL = "3"  # label and scale of the test images
 DRAWING = ("spread=", "solver.")  # what a degrader's words say to synthesize, and to evaluate
 SYNTHESIS = ("scale.", *DRAWING)
+_OURS = ("train=", "test=", "test_level=", "output=", "fit.seed=")  # keys that a cell of train-sr has anyway
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,14 @@ class ProtocolConfig:
                         raise ValueError(f"degraders: {name}: {word}: does nothing beside model=, which is not trained")
         if not self.networks:
             raise ValueError("networks={}: needs at least one entry")
+        groups = {"sr": self.sr} | {
+            f"{kind}: {name}": words
+            for kind in ("networks", "row_words")
+            for name, words in getattr(self, kind).items()
+        }
+        for group, words in groups.items():
+            if wrong := [word for word in words if word.startswith(_OURS)]:
+                raise ValueError(f"{group}: {wrong[0]}: the protocol itself gives each train-sr this key")
         if not self.between or {float(TEST_LEVEL), 1.0} & set(self.between.values()):
             rule = f"at least one level, and neither scale 1 nor the test level {TEST_LEVEL}"
             raise ValueError(f"between={self.between}: {rule}")

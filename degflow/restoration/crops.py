@@ -8,6 +8,7 @@
 """
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -188,6 +189,16 @@ class PairCrops(Dataset[dict[str, Tensor]]):
             "coordinates": pixel_centres(side, side)[chosen],
             "cell": torch.full((2,), 2 / side),
         }
+
+    def identity(self) -> str:
+        """A digest of the pairs' scales, sizes and some of their pixels, the same wherever they lie."""
+        digest = hashlib.sha256()
+        for source in self.sources:
+            for pair in source:
+                digest.update(json.dumps([pair.scale, *pair.hr.shape]).encode())
+                digest.update(pair.lr[::8, ::8].tobytes() + pair.hr[::8, ::8].tobytes())
+            digest.update(b"next source")
+        return digest.hexdigest()
 
     def _side(self, pair: Pair) -> int:
         """Of the crop of a pair, in pixels of HR."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from degflow import images
+from degflow.dataset.epoch import SharedEpoch
 from degflow.dataset.pairs import cut, turned
 from degflow.dataset.scales import noise_seed_of, scales_of
 from degflow.degrader import Degrader
@@ -68,7 +69,7 @@ class DegradedCrops(Dataset[dict[str, Any]]):
         photographs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         crop: int = 128,
         *,
-        model: Degrader | str = "shipped",
+        model: Degrader | str | os.PathLike[str] = "shipped",
         scale: str | Sequence[float] = "uniform",
         low: float | None = None,
         high: float | None = None,
@@ -100,7 +101,7 @@ class DegradedCrops(Dataset[dict[str, Any]]):
         self.degrader = load(model)
         self.scale = replace(scale_config(scale, low, high, self.degrader), per_image=per_photograph)
         self.options: dict[str, Any] = {"spread": spread, "steps": steps, "solver": solver, "precision": precision}
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared with workers that are already running
+        self._epoch = SharedEpoch()
 
     def __len__(self) -> int:
         """Number of crops in an epoch."""
@@ -108,7 +109,7 @@ class DegradedCrops(Dataset[dict[str, Any]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose other places, scales and noise."""
-        self._epoch.fill_(epoch)
+        self._epoch.set(epoch)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Crop `index` of the epoch; the crops of a photograph follow each other."""

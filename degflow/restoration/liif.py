@@ -91,7 +91,7 @@ class LIIF(nn.Module):
             offset = (coordinates - ((2 * index + 1) / size - 1)) * size
             cells = (cell * size)[:, None].expand_as(offset)
             answers.append(self.function(torch.cat((found, offset.to(found.dtype), cells.to(found.dtype)), -1)))
-            areas.append(offset.abs().prod(-1) + 1e-9)
+            areas.append((offset.abs() + 1e-6).prod(-1))  # a query in a row of centres has two corners there
         weights = torch.stack(areas[::-1])  # the corner opposite to (-1, -1) is (1, 1), and so on
         weights = (weights / weights.sum(0))[..., None]
         return (torch.stack(answers) * weights).sum(0)

@@ -23,6 +23,7 @@ class MambaIRConfig:
     states: int = option(16, "states of each scanned channel")
     compress: int = option(3, "the convolutions of a block have width / compress channels inside")
     squeeze: int = option(30, "channel attention has width / squeeze channels inside")
+    drop_path: float = option(0.1, "stochastic depth of the last block's scan, while training")
 
     def __post_init__(self):
         if not self.depths or min(self.depths) < 1:
@@ -32,6 +33,8 @@ class MambaIRConfig:
                 raise ValueError(f"mambair.{name}={getattr(self, name)}: must be above 0")
         if self.width < max(self.compress, self.squeeze):
             raise ValueError(f"mambair.width={self.width}: must be at least compress and squeeze")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"mambair.drop_path={self.drop_path}: must lie in [0, 1)")
 
 
 class Scan2d(nn.Module):
@@ -40,7 +43,7 @@ class Scan2d(nn.Module):
     def __init__(self, width: int, expand: float, states: int):
         super().__init__()
         inner, self.rank, self.states = round(expand * width), math.ceil(width / 16), states
-        self.enter = nn.Linear(width, 2 * inner)
+        self.enter = nn.Linear(width, 2 * inner, bias=False)
         self.local = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
         bound = inner**-0.5
         self.select = nn.Parameter(torch.empty(4, self.rank + 2 * states, inner).uniform_(-bound, bound))
@@ -52,7 +55,9 @@ class Scan2d(nn.Module):
         self.log_decay = nn.Parameter(torch.arange(1.0, states + 1).log().expand(4, inner, states).clone())
         self.direct = nn.Parameter(torch.ones(4, inner, 1))
         self.norm = nn.LayerNorm(inner)
-        self.leave = nn.Linear(inner, width)
+        self.leave = nn.Linear(inner, width, bias=False)
+        for layer in (self.enter, self.leave):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         """ "B H W C" -> the same shape."""
@@ -100,10 +105,16 @@ class ChannelAttention(nn.Module):
 
 
 class StateSpaceBlock(nn.Module):
-    """Scan, then channel attention; each after a LayerNorm, and added to a learned multiple of its input."""
+    """Scan, then channel attention; each after a LayerNorm, and added to a learned multiple of its input.
 
-    def __init__(self, config: MambaIRConfig):
+    Args:
+        config: sizes.
+        drop: probability with which a sample goes without the scan, while training.
+    """
+
+    def __init__(self, config: MambaIRConfig, drop: float):
         super().__init__()
+        self.drop = drop
         self.norm1, self.norm2 = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
         self.scan = Scan2d(config.width, config.expand, config.states)
         self.attention = ChannelAttention(config.width, config.compress, config.squeeze)
@@ -111,16 +122,22 @@ class StateSpaceBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """ "B H W C" -> the same shape."""
-        x = self.keep1 * x + self.scan(self.norm1(x))
+        x = self.keep1 * x + self._dropped(self.scan(self.norm1(x)))
         return self.keep2 * x + self.attention(self.norm2(x))
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        """Without some of the samples, while training; the others stand for them (stochastic depth)."""
+        if not self.training or not self.drop:
+            return x
+        return x * x.new_empty(len(x), 1, 1, 1).bernoulli_(1 - self.drop) / (1 - self.drop)
 
 
 class Group(nn.Module):
     """State space blocks and a convolution, added to the input."""
 
-    def __init__(self, config: MambaIRConfig, depth: int):
+    def __init__(self, config: MambaIRConfig, drops: list[float]):
         super().__init__()
-        self.blocks = nn.Sequential(*(StateSpaceBlock(config) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(StateSpaceBlock(config, drop) for drop in drops))
         self.conv = nn.Conv2d(config.width, config.width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -140,7 +157,9 @@ class MambaIR(nn.Module):
     def __init__(self, config: MambaIRConfig, inputs: int, outputs: int, one_step: bool = False):
         super().__init__()
         self.first = nn.Conv2d(inputs, config.width, 3, padding=1)
-        self.groups = nn.Sequential(*(Group(config, depth) for depth in config.depths))
+        self.first_norm = nn.LayerNorm(config.width)
+        drops = iter(torch.linspace(0, config.drop_path, sum(config.depths)).tolist())
+        self.groups = nn.Sequential(*(Group(config, [next(drops) for _ in range(n)]) for n in config.depths))
         self.norm = nn.LayerNorm(config.width)
         self.conv_after_body = nn.Conv2d(config.width, config.width, 3, padding=1)
         self.tail = nn.Sequential(
@@ -150,7 +169,8 @@ class MambaIR(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """ "B inputs H W" -> "B outputs 4H 4W"."""
         x = self.first(x)
-        deep = self.norm(self.groups(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        deep = self.groups(self.first_norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+        deep = self.norm(deep.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return self.tail(x + self.conv_after_body(deep))
 
 

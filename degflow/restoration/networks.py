@@ -66,6 +66,8 @@ class HATConfig:
 
     def __post_init__(self):
         _check_transformer("hat", self)
+        if self.window % 4:  # so that the windows that overlap, 1.5 times as large, do so by as much on both sides
+            raise ValueError(f"hat.window={self.window}: must be a multiple of 4")
         if not 1 <= max(self.compress, self.squeeze) <= self.width:
             raise ValueError(f"hat.compress={self.compress}, hat.squeeze={self.squeeze}: must lie in [1, hat.width]")
 
@@ -283,13 +285,14 @@ def _body(config: NetworkConfig) -> nn.Module:
     if isinstance(size, HATConfig):
         sizes |= {"compress_ratio": size.compress, "squeeze_factor": size.squeeze, "overlap_ratio": 0.5}
     sizes |= {"drop_path_rate": size.drop_path, "upsampler": "pixelshuffle"}
-    body = published(in_chans=_CHANNELS, upscale=UNSHUFFLE, **sizes)
+    # The size that it is built for decides the largest window, and the size of the masks that it stores.
+    body = published(in_chans=_CHANNELS, upscale=UNSHUFFLE, img_size=2 * size.window, **sizes)
     body.upsample, body.conv_last = upsampler(body.conv_last.in_channels, 3, one), nn.Identity()
     return body
 
 
 def _start_at_zero(body: nn.Module) -> None:
-    """Start the last layer at zero, so that training starts from the LR image; and the last one of the deep features.
+    """Set two layers to zero: the last one, so that training starts from the LR image, and the deep features' last one.
 
     Deep features end in a LayerNorm, so they have unit spread, ten times that of the shallow ones. In short trainings
     their initial noise would hide what there is to learn.

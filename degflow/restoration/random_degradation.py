@@ -4,6 +4,7 @@ A scale and a noise seed are pure functions of (seed, rank, call, place in the b
 same LR images, a longer batch begins with those of a shorter one, and every rank draws its own.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -58,7 +59,7 @@ class RandomDegradation:
 
     def __init__(
         self,
-        model: Degrader | str = "shipped",
+        model: Degrader | str | os.PathLike[str] = "shipped",
         scale: str | Sequence[float] = "uniform",
         *,
         low: float | None = None,
@@ -191,12 +192,9 @@ def check_arguments(**numbers: int) -> None:
             raise ValueError(f"{name}={number}: must not be negative")
 
 
-def load(model: Degrader | str) -> Degrader:
-    """The degrader; making one with fresh weights must not move PyTorch's random numbers."""
-    if isinstance(model, Degrader):
-        return model
-    with torch.random.fork_rng(devices=[]):
-        return Degrader.load(model)
+def load(model: Degrader | str | os.PathLike[str]) -> Degrader:
+    """The degrader, or that in a file."""
+    return model if isinstance(model, Degrader) else Degrader.load(model)
 
 
 def scale_config(

@@ -33,7 +33,8 @@ def train_sr(config: TrainSRConfig) -> None:
         if test:
             test.report(network)
 
-    fit(objective, samples, config.fit, config.output, config, validate if test else None, finish)
+    data = samples.identity()
+    fit(objective, samples, config.fit, config.output, config, validate if test else None, finish, data)
 
 
 def training_crops(config: TrainSRConfig) -> PairCrops:

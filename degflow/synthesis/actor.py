@@ -25,19 +25,21 @@ from degflow.synthesis.codec import Threads
 from degflow.synthesis.metrics import ActorMetrics
 from degflow.synthesis.reports import between_reports, columns, note_failure, seldom
 from degflow.synthesis.settings import ActorsConfig
-from degflow.synthesis.shard import BrokenTurn, ShardMaker, Turn
+from degflow.synthesis.shard import BrokenTurn, ShardMaker, Turn, Withheld
 from degflow.synthesis.tasks import Tasks, attempts_before
 
-_OF_ONE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # errors of its disk; others are those of storage
+# Errors of a machine's own disk, memory or limits; others are those of storage.
+_OF_ONE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
+_OF_ONE_MACHINE |= {errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE}
 
 
 class ShardActor:
     """A Ray Data callable: takes one planned shard, yields reports; the last one has the shard's record.
 
     A failure is reported as well, because an exception in one actor would end Ray Data's whole run. The actor then
-    waits `PAUSE` seconds, lest one bad machine take the shards of all good ones. Then its process ends, because some
-    errors of a GPU stay with their process: as soon as it is given another shard, or has one that waits for its turn.
-    Ray starts it anew and gives it that shard again.
+    waits `PAUSE` seconds, lest one bad machine take the shards of all good ones. When it gets another shard, or one
+    waits for its turn, its process ends, because some errors of a GPU stay with their process. Ray starts it again and
+    gives it that shard again.
 
     On CPUs an actor loads and encodes in threads. A shard whose actor died uses tasks: if a file killed the actor, that
     file now kills only a task, and becomes a reject. If Ray has given the shard to the actor `TRIES` times, because its
@@ -93,13 +95,15 @@ class ShardActor:
                 if self.turn.broken:
                     raise BrokenTurn
                 torch.set_num_threads(self.threads)  # of this call's thread
-                yield from self._make(shard["shard"], sources, shard["elsewhere"])
+                yield from self._make(shard["shard"], sources, shard["elsewhere"], shard["last"], shard["resigned"])
         except BrokenTurn:
             self.calls.wait()
             time.sleep(max(self.GRACE, self.rests_until - time.monotonic()))
             os._exit(1)
 
-    def _make(self, number: int, sources: list[Source], elsewhere: list[str]) -> Iterator[dict[str, list[Any]]]:
+    def _make(
+        self, number: int, sources: list[Source], elsewhere: list[str], last: bool, resigned: bool
+    ) -> Iterator[dict[str, list[Any]]]:
         again = attempts_before() > 0
         workers = self.tasks if again else self.usual
         try:
@@ -110,15 +114,20 @@ class ShardActor:
                 raise RuntimeError(f"its device hung for {self.watch.timeout:g} s (actors.timeout)")
             maker, metrics = self.loaded(mark)
             maker = replace(maker, tally=defaultdict(float), watched=partial(self.watch, mark))
-            reports = metrics.counting(maker, maker.make(number, sources, workers, self.turn, again, elsewhere))
+            made = maker.make(number, sources, workers, self.turn, elsewhere, last, resigned)
+            reports = metrics.counting(maker, made)
             for images, rejects, record in seldom(reports, self.between_reports):
                 yield columns(number, images, rejects, record=record)
         except BrokenTurn:
             raise
+        except Withheld as error:
+            if again:
+                note_failure(self.reference, number, withheld=str(error))
+            yield columns(number, withheld=str(error))
         except Exception as error:
             self.turn.broken = True
             if again:
-                note_failure(self.reference, number, traceback.format_exc())
+                note_failure(self.reference, number, failure=traceback.format_exc())
             if isinstance(error, NoCompiler) or (isinstance(error, OSError) and error.errno not in _OF_ONE_MACHINE):
                 why, host = f"shard {number}: {type(error).__name__}: {error}", getattr(error, "host", "")
                 self.rests_until = time.monotonic() + self.PAUSE  # but the report goes at once: it may end the run

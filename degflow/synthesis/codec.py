@@ -19,6 +19,7 @@ from degflow.dataset.layout import Reject
 from degflow.dataset.references import reference_to
 from degflow.storage import Place, Source, StorageError, TooLarge
 
+DIED = "its process died"  # in the error of a reject whose codec died
 _USUAL_SIZE = 4 << 20  # bytes, of a file whose size is unknown
 
 
@@ -34,6 +35,9 @@ class Postponed(NamedTuple):
     """The store answers, but does not give this file now."""
 
     key: str
+    error: str
+    attempts: int
+    throttled: bool  # it asked for fewer requests; it did not fail
 
 
 class NeedsMemory(NamedTuple):
@@ -112,12 +116,14 @@ class Codec:
         except images.ImageError as error:
             return Reject(source.key, "read", str(error))
         except (StorageError, PermissionError) as error:
-            if not place.answers():
+            if not getattr(error, "throttled", False) and not place.answers():
                 raise self._unseen(error) from None
             if patience is not None and isinstance(error, StorageError):
-                return Postponed(source.key)
+                return Postponed(source.key, str(error), error.attempts, error.throttled)
             return Reject(source.key, "read", str(error), getattr(error, "attempts", 1))
         except Exception as error:  # object stores do not only raise OSErrors
+            if not place.answers():
+                raise self._unseen(error) from None
             return Reject(source.key, "read", _reason(error))
         if source.size not in (-1, len(data)) or source.etag not in ("", etag):
             planned = f"size {source.size}, tag {source.etag}"
@@ -130,7 +136,7 @@ class Codec:
             return Reject(source.key, "decode", _reason(error))
         return Loaded(source.key, pixels, hashlib.sha256(data).hexdigest())
 
-    def _unseen(self, error: OSError) -> StorageError:
+    def _unseen(self, error: Exception) -> StorageError:
         # A task may run on another machine than its actor.
         return StorageError(str(error), getattr(error, "attempts", 1), socket.gethostname())
 

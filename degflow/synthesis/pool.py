@@ -12,10 +12,12 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import pyarrow as pa
 import ray
 import ray.data
 import ray.exceptions
@@ -27,7 +29,7 @@ from degflow.dataset.plan import Plan
 from degflow.synthesis.actor import ShardActor
 from degflow.synthesis.cluster import Watch, check_address, check_compiler, lack, machines, unstarted
 from degflow.synthesis.metrics import DriverMetrics
-from degflow.synthesis.reports import Count, noted_failure, row
+from degflow.synthesis.reports import BROKE, Count, noted_failure, row
 from degflow.synthesis.settings import ActorsConfig
 from degflow.synthesis.shard import ShardMaker
 
@@ -44,18 +46,21 @@ class Pool:
         gpus: for each actor.
         threads: for each actor.
         room: how many actors fit into the cluster now.
+        own: this process started Ray, so the cluster is this machine, and fixed.
     """
 
     actors: ActorsConfig
     gpus: int
     threads: int
     room: int
+    own: bool = False
 
     def make(self, maker: ShardMaker, plan: Plan, pending: list[int], price: float = 0.0) -> None:
         """Make the pending shards of the plan, and show the progress, with what it costs at a `price` per actor's hour.
 
-        A shard whose actor failed is tried again, by another process, after all others (of its 20 000); after three
-        failures it is set aside.
+        A shard whose actor failed is tried again, by another process, after all others; after three failures it is set
+        aside. A shard with a photograph that the store withholds comes again after all others, too; in the third
+        attempt such a photograph is a reject.
 
         Raises:
             OSError: storage that failed, or a node without a compiler.
@@ -66,54 +71,79 @@ class Pool:
         total, ray_maker = plan.images(pending), ray.put(maker)
         bar = tqdm(total=total, desc="degrading", unit="image", mininterval=_interval())
         watch = Watch(partial(unstarted, self.gpus, self.threads), lambda: bar.n, bar.write)
-        with _quiet_ray_data(), bar, watch:
+        with self._quiet_ray_data(), bar, watch:
             count = Count(bar, len(pending), price, DriverMetrics(maker.output), self._machines)
-            for first in range(0, len(pending), ROUND):
-                waiting, alone = pending[first : first + ROUND], False
-                while waiting:
-                    self._try(maker, ray_maker, plan, waiting, alone, count)
-                    waiting = count.to_repeat(waiting)
-                    alone = all(number in count.failures for number in waiting)
+            while pending:
+                left = []
+                for first in range(0, len(pending), ROUND):
+                    some = pending[first : first + ROUND]
+                    self._try(maker, ray_maker, plan, some, all(number in count.failures for number in some), count)
+                    left += count.to_repeat(some)
+                pending = left
         count.check()
 
     def _try(
         self, maker: ShardMaker, ray_maker: ray.ObjectRef, plan: Plan, waiting: list[int], alone: bool, count: Count
     ) -> None:
         """Try to make each of the shards once, and count what is reported of them."""
-        for report in self._reports(ray_maker, plan, waiting, alone):
+        tasks = [plan.task(n, last=count.is_last(n), resigned=count.is_resigned(n)) for n in waiting]
+        for report in self._reports(ray_maker, tasks, alone):
             count.take(report)
         # Ray drops what an actor's second process reports, until it has reported as often as the first one.
-        for number, seen in list(count.open.items()):
-            if record := maker.put_before(number, plan[number]):
-                left = len(plan[number]) - seen["images"], record.rejects - seen["rejects"]
-                count.take(row(number, *left, record=record))
+        seen = dict(count.open)
+        with ThreadPoolExecutor(16) as threads:
+            for number, record in zip(seen, threads.map(lambda n: maker.put_before(n, plan[n]), seen), strict=True):
+                if record:
+                    left = len(plan[number]) - seen[number]["images"], record.rejects - seen[number]["rejects"]
+                    count.take(row(number, *left, record=record))
         for number in count.silent(waiting):
             if report := noted_failure(ray_maker, number):
                 count.take(report)
+
+    @contextlib.contextmanager
+    def _quiet_ray_data(self) -> Iterator[None]:
+        """Ray Data without its own progress bar, and without delay of the reports."""
+        context = DataContext.get_current().copy()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        context.target_max_block_size = 1  # byte, so that every report is a block, which is passed on at once
+        # A pool grows as soon as all its actors have all the shards that they take.
+        context.autoscaling_config = replace(context.autoscaling_config, actor_pool_util_upscaling_threshold=1.0)
+        # One machine of many where actors cannot start (a package is missing) must not break the pool. There they are
+        # started again and again, and once the other machines are full no start succeeds, which would set the count to
+        # 0. If none starts anywhere, `Watch` says so every minute.
+        most = max(3, self.room)
+        context.max_consecutive_actor_init_deaths = most if self.own else 100 * most
+        context.execution_no_progress_timeout_s = -1  # a cluster may need long for its first GPU
+        for handler in logging.getLogger("ray.data").handlers:
+            if isinstance(handler, logging.StreamHandler):
+                handler.setLevel(logging.CRITICAL)
+        with DataContext.current(context):
+            yield
 
     def _machines(self) -> int:
         count = machines(self.gpus, self.threads)
         return min(count, self.actors.max) if self.actors.max else count
 
-    def _reports(self, maker: ray.ObjectRef, plan: Plan, waiting: list[int], alone: bool) -> Iterator[dict[str, Any]]:
-        """Map a pool of actors over the shards once. A pool that breaks ends the reports early, and says why.
+    def _reports(self, maker: ray.ObjectRef, tasks: list[pa.Table], alone: bool) -> Iterator[dict[str, Any]]:
+        """Map a pool of actors over the shards' tasks once. A pool that breaks ends the reports early, and says why.
 
         An actor has one shard at a time if they are `alone`, for one of them may kill its actor and the other with it.
         """
-        strategy = self._strategy(len(waiting), 1 if alone else SHARDS_AT_ONCE)
-        reports = ray.data.from_arrow([plan.task(number) for number in waiting]).map_batches(
-            ShardActor,
-            fn_constructor_args=(maker, self.actors, self.gpus, self.threads, strategy.max_size),
-            compute=strategy,
-            batch_size=1,
-            batch_format="pyarrow",
-            num_cpus=0 if self.gpus else self.threads,  # a GPU places its actor; the CPUs are left to the tasks
-            num_gpus=self.gpus,
-        )
+        strategy = self._strategy(len(tasks), 1 if alone else SHARDS_AT_ONCE)
         try:
+            reports = ray.data.from_arrow(tasks).map_batches(
+                ShardActor,
+                fn_constructor_args=(maker, self.actors, self.gpus, self.threads, strategy.max_size),
+                compute=strategy,
+                batch_size=1,
+                batch_format="pyarrow",
+                num_cpus=0 if self.gpus else self.threads,  # a GPU places its actor; the CPUs are left to the tasks
+                num_gpus=self.gpus,
+            )
             yield from reports.iter_rows()
-        except ray.exceptions.RayError as error:
-            yield row(failure=f"as the pool of actors broke: {type(error).__name__}: {error}")
+        except Exception as error:  # Ray Data does not only raise RayErrors: it also asserts
+            yield row(failure=f"{BROKE}{type(error).__name__}: {error}")
 
     def _strategy(self, shards: int, at_once: int) -> ActorPoolStrategy:
         most = min(shards, self.actors.max or shards)
@@ -170,7 +200,7 @@ def _measured(actors: ActorsConfig, own: bool) -> Pool:
     print(f"running on {cluster}: actors {kind}, with {threads} threads; room for {sum(fits)} now", flush=True)
     if missing := lack(gpus, threads):
         print(missing, flush=True)
-    return Pool(actors, gpus, threads, sum(fits))
+    return Pool(actors, gpus, threads, sum(fits), own)
 
 
 def _nodes(own: bool) -> list[dict[str, float]]:
@@ -191,20 +221,3 @@ def _nodes(own: bool) -> list[dict[str, float]]:
 
 def _interval() -> float:
     return 0.2 if sys.stderr.isatty() else 15.0
-
-
-@contextlib.contextmanager
-def _quiet_ray_data() -> Iterator[None]:
-    """Ray Data without its own progress bar, and without delay of the reports."""
-    context = DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.target_max_block_size = 1  # byte, so that every report is a block, which is passed on at once
-    # A pool grows as soon as all its actors have all the shards that they take.
-    context.autoscaling_config = replace(context.autoscaling_config, actor_pool_util_upscaling_threshold=1.0)
-    context.execution_no_progress_timeout_s = -1  # a cluster may need long for its first GPU
-    for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.setLevel(logging.CRITICAL)
-    with DataContext.current(context):
-        yield

@@ -1,8 +1,9 @@
 """Reports: what actors say of the shards that they make, and what it adds up to.
 
-A report is a row of Ray Data: the shard's number, its images and rejects since the report before, and four texts.
-`record` is JSON, and empty but in the last report of a shard. `failure` says why an attempt failed, and `fatal` that
-storage failed, which is not the shard's fault. `host` is the machine of either, and `node` Ray's name for it.
+A report is a row of Ray Data: the shard's number, its images and rejects since the report before, and texts. `record`
+is JSON, and empty but in the last report of a shard. `failure` says why an attempt failed, `withheld` that the store
+did not give a photograph, and `fatal` that storage failed; the last two are not the shard's fault. `host` is the
+machine of a failure, and `node` Ray's name for it.
 """
 
 import contextlib
@@ -27,6 +28,7 @@ ATTEMPTS = 3  # of a shard
 HOPELESS = 10  # failures end the run as long as no shard is made
 JUDGED = 200  # images in made shards, after which a run ends if most of them are rejects
 REPORTS = 10  # a second, from all actors of a run; Ray Data keeps 0.7 kB of each, so 0.6 GB a day
+BROKE = "as the pool of actors broke: "  # begins the reason of a failure of the whole pool
 SEEN = 3  # machines that fail before a run without a made shard ends, if the pool may have so many
 
 
@@ -38,6 +40,7 @@ def row(
     record: Record | None = None,
     failure: str = "",
     fatal: str = "",
+    withheld: str = "",
     host: str = "",
 ) -> dict[str, Any]:
     """A report of this machine, or of another `host`; a shard of -1 stands for the whole pool."""
@@ -48,6 +51,7 @@ def row(
         "record": json.dumps(asdict(record)) if record else "",
         "failure": failure,
         "fatal": fatal,
+        "withheld": withheld,
         "host": host or (socket.gethostname() if failure or fatal else ""),
         "node": ray.get_runtime_context().get_node_id() if failure and ray.is_initialized() else "",
     }
@@ -78,15 +82,15 @@ def between_reports(most: int, gpus: int, threads: int) -> float:
     return max(1.0, min(most, room) / REPORTS)
 
 
-def note_failure(run: ray.ObjectRef, number: int, why: str) -> None:
-    """Note in Ray why a repeated call failed: of its reports Ray drops as many as the first call has made.
+def note_failure(run: ray.ObjectRef, number: int, *, failure: str = "", withheld: str = "") -> None:
+    """Note in Ray why a repeated call made no shard: of its reports Ray drops as many as the first call has made.
 
     Args:
         run: the reference of its maker.
         number: of the shard.
-        why: a traceback.
+        failure, withheld: of the report, one of them.
     """
-    text = json.dumps(row(number, failure=why))
+    text = json.dumps(row(number, failure=failure, withheld=withheld))
     with contextlib.suppress(Exception):  # the report may come through all the same
         internal_kv._internal_kv_put(f"degflow failed {run.hex()} {number}".encode(), text.encode())
 
@@ -130,6 +134,8 @@ class Count:
         self.made: set[int] = set()
         self.failed: set[int] = set()  # in this round
         self.spared: dict[int, str] = {}  # shards of this round that storage failed, and why
+        self.withheld: Counter[int] = Counter()  # attempts of shards, given up because the store withheld a photograph
+        self.waiting: set[int] = set()  # such shards of this round
         self.fruitful = False  # whether this round made a shard
         self.broke = "on an unknown machine: no report came back"
 
@@ -145,6 +151,12 @@ class Count:
             return
         if report["failure"]:
             self._failed(number, (place if number >= 0 else "") + report["failure"], report["node"])
+            return
+        if report["withheld"]:
+            self._take_back(number)
+            self.withheld[number] += 1
+            self.waiting.add(number)
+            self.bar.write(f"shard {number} comes again later: {report['withheld']}")
             return
         shard = self.open.setdefault(number, Counter())
         shard.update(images=report["images"], rejects=report["rejects"])
@@ -201,6 +213,7 @@ class Count:
     def _failed(self, number: int, why: str, node: str = "") -> None:
         if number < 0:
             self.broke = why
+            self.bar.write(f"the pool of actors broke: {_last_line(why)}")
             return
         self._take_back(number)
         self.failed.add(number)
@@ -213,9 +226,26 @@ class Count:
         if hopeless and len(self.failing) >= min(SEEN, self.machines()):
             raise Unfinished(f"{HOPELESS} attempts failed and no shard was made; the last one {why}")
 
+    def _failed_together(self, shards: list[int]) -> None:
+        """Count a failure of each, and say it once: these may be thousands."""
+        for number in shards:
+            self.failures.setdefault(number, []).append(self.spared.get(number, self.broke))
+        if shards:
+            last = _last_line(self.failures[shards[0]][-1])
+            again = sum(len(self.failures[number]) < ATTEMPTS for number in shards)
+            self.bar.write(f"no shard was made; {again} of {len(shards)} shards come again: {last}")
+
+    def is_last(self, number: int) -> bool:
+        """Whether the next attempt of a shard is its last one."""
+        return len(self.failures.get(number, [])) == ATTEMPTS - 1
+
+    def is_resigned(self, number: int) -> bool:
+        """Whether the next attempt of a shard does without photographs that the store withholds."""
+        return self.is_last(number) or self.withheld[number] >= ATTEMPTS - 1
+
     def silent(self, tried: list[int]) -> list[int]:
         """The shards of the last round that were not made, and of which no report says why."""
-        told = self.made | self.failed | self.spared.keys()
+        told = self.made | self.failed | self.waiting | self.spared.keys()
         return [number for number in tried if number not in told]
 
     def to_repeat(self, tried: list[int]) -> list[int]:
@@ -224,10 +254,8 @@ class Count:
         for number in left:
             self._take_back(number)
         if not self.fruitful:  # else the pool broke at some shard, which nobody knows, or a machine had no storage
-            for number in left:
-                if number not in self.failed:
-                    self._failed(number, self.spared.get(number, self.broke))
-        self.failed, self.spared, self.fruitful = set(), {}, False
+            self._failed_together([number for number in left if number not in self.failed | self.waiting])
+        self.failed, self.waiting, self.spared, self.fruitful = set(), set(), {}, False
         self._show()
         return [number for number in left if len(self.failures.get(number, [])) < ATTEMPTS]
 
@@ -240,6 +268,10 @@ class Count:
                 f"{len(aside)} of {self.shards} shards were set aside after {ATTEMPTS} failures each (shards {names}). "
                 f"All others are made; the same command tries these again. The last failure, {aside[max(aside)][-1]}"
             )
+
+
+def _last_line(why: str) -> str:
+    return why.strip().splitlines()[-1].removeprefix(BROKE)
 
 
 def _log_line(record: Record) -> str:

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
-from degflow import storage
+from degflow import images, storage
 from degflow.config import Unfinished, dump, plain
 from degflow.dataset.card import card, preview, samples
 from degflow.dataset.croissant import croissant
@@ -24,20 +24,22 @@ from degflow.dataset.layout import (
 )
 from degflow.dataset.manifest import first_rejects, parts_in_manifest, rejects_of, write_manifest, write_rejects
 from degflow.dataset.plan import Part, Plan, joined, write_part
+from degflow.dataset.recipe import Recipe
 from degflow.dataset.scales import scales_of
-from degflow.degrader import Degrader
+from degflow.degrader import MEMORY, Degrader
 from degflow.storage import Place, Source
 from degflow.synthesis.codec import Codec, Loaded
 from degflow.synthesis.inventory import Input
 from degflow.synthesis.pool import pool_of
-from degflow.synthesis.resuming import Recipe, continued
+from degflow.synthesis.resuming import continued
 from degflow.synthesis.settings import SynthesizeConfig, resolve
-from degflow.synthesis.shard import ShardMaker
+from degflow.synthesis.shard import FIRST_PATIENCE, ShardMaker
 from degflow.synthesis.sizes import bytes_per_pixel, next_part
 from degflow.synthesis.state import State
 from degflow.synthesis.window import WindowDegrader
 
 _SAMPLES = 8  # files that an estimate reads
+_HEAD = 1 << 20  # bytes of a file that hold its image's size
 
 
 def synthesize(config: SynthesizeConfig) -> None:
@@ -82,7 +84,7 @@ class Run:
         self.degrader, self.output = degrader, Place(config.output)
         self.config = config = continued(resolve(config, degrader), self.output)
         self.input = Input(config.input, config.root, without=self.output, limit=config.limit)
-        self.recipe = Recipe(config)
+        self.recipe = Recipe(plain(config))
         self.codec = Codec(
             root=self.input.root.everywhere,
             max_pixels=config.max_pixels,
@@ -164,9 +166,8 @@ class Run:
         for name in filter(is_doomed_first, find_objects(self.output)):
             self.output.delete(name)
         self._save_config()
-        for name in find_objects(self.output):  # listed again: a late writer may have put a part
-            if name != CONFIG:
-                self.output.delete(name)
+        # Listed again: a late writer may have put a part.
+        self.output.delete_all([name for name in find_objects(self.output) if name != CONFIG])
 
     def _save_config(self, new: bool = False) -> bool:
         orders = {"overwrite": False, "dry_run": False, "extend": False, "retry_rejects": False}
@@ -186,6 +187,7 @@ class Run:
             if pool.threads != self.config.actors.threads:
                 self.config = replace(self.config, actors=replace(self.config.actors, threads=pool.threads))
                 self._save_config()
+            self._say_if_too_large(pending, self.config.memory or (0 if pool.gpus else MEMORY))
             try:
                 pool.make(self.maker(), self.state.plan, pending, self.config.price.per_hour)
             except (ValueError, Unfinished):  # it may point to the rejects
@@ -197,6 +199,21 @@ class Run:
         if missing := [number for number in pending if number not in self.state.done]:
             same = "the same command without overwrite=true" if self.config.overwrite else "the same command"
             raise Unfinished(f"{len(missing)} of {len(self.state.plan)} shards are missing; {same} makes them")
+
+    def _say_if_too_large(self, pending: list[int], memory: float) -> None:
+        """Say if the largest file, probably the largest image, does not fit. Memory 0: that of GPUs, unknown here."""
+        if not memory or not (largest := self.state.plan.largest(pending)):
+            return
+        try:
+            head = Place(self.input.root.uri, patience=FIRST_PATIENCE).read(largest.key, 0, min(largest.size, _HEAD))
+        except OSError:  # if it stays away, it will be a reject
+            return
+        height, width = images.size_of(head, max_pixels=self.config.max_pixels)
+        try:
+            if height and width:
+                self.degrader.plan(height, width, memory)
+        except ValueError as error:
+            print(f"{largest.key} and images as large will be rejects: {error}", flush=True)
 
     def maker(self) -> ShardMaker:
         """What makes this run's shards, wherever it is sent."""

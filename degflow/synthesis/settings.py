@@ -170,8 +170,9 @@ def resolve(config: SynthesizeConfig, degrader: Degrader) -> SynthesizeConfig:
     for name, value in plain(solver).items():
         if value and not degrader.has_solver:
             raise ValueError(f"solver.{name}={value}: {model} has no solver; leave it out")
-    own_solver, own_steps = degrader.flow.solver
-    solver = SolverConfig(solver.solver or own_solver, solver.steps or own_steps)
+    if degrader.has_solver:
+        own_solver, own_steps = degrader.flow.solver
+        solver = SolverConfig(solver.solver or own_solver, solver.steps or own_steps)
     scale = config.scale
     if scale.distribution != "list":
         low = degrader.low if scale.low is None else scale.low

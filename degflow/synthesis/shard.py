@@ -21,12 +21,13 @@ import numpy as np
 
 from degflow import storage
 from degflow.dataset.layout import CONFIG, DATA, Record, Reject, part_name
+from degflow.dataset.recipe import Recipe
 from degflow.dataset.writer import ShardWriter, record_there
 from degflow.storage import Place, Source
-from degflow.synthesis.codec import Codec, CodecDied, Handle, Postponed, Workers
-from degflow.synthesis.resuming import Recipe
+from degflow.synthesis.codec import DIED, Codec, CodecDied, Handle, Postponed, Workers
 from degflow.synthesis.window import Item, WindowDegrader
 
+SUSPICIOUS = 8  # photographs of a shard from which on a machine is suspected that loses most of them
 FIRST_PATIENCE = 5.0  # seconds; a file that takes longer must not keep the device waiting
 
 
@@ -39,7 +40,11 @@ class Progress(NamedTuple):
 
 
 class BrokenTurn(RuntimeError):
-    """A shard of this process has failed, and all others may: some errors of a GPU stay with their process."""
+    """A shard of this process failed. Some errors of a GPU last as long as the process, so others may fail, too."""
+
+
+class Withheld(RuntimeError):
+    """The store gave some photographs of a shard not even after `storage.PATIENCE`; later it may."""
 
 
 class Turn:
@@ -78,7 +83,7 @@ class Turn:
             return self._begun[-1]
 
     def end(self, begun: float) -> float:
-        """Seconds for which a shard or more were made, and which were not counted for a shard that ended before."""
+        """Seconds in which any shard was made and that no shard which ended earlier has counted."""
         with self._count:
             now = time.monotonic()
             spent = now - max(min(self._begun), self._counted)
@@ -117,10 +122,11 @@ class ShardMaker:
         sources: Sequence[Source],
         workers: Workers,
         turn: Turn,
-        again: bool = False,
         elsewhere: Sequence[str] = (),
+        last: bool = True,
+        resigned: bool = True,
     ) -> Iterator[Progress]:
-        """Make one shard and put it into the output; yields a report for each finished window.
+        """Make one shard and put it into the output, unless it is there; yields a report for each finished window.
 
         A file that cannot be used becomes a reject. Any other failure, e.g. of the output, is raised.
 
@@ -129,19 +135,26 @@ class ShardMaker:
             sources: its planned files.
             workers: run the codec.
             turn: of this process; the shard is degraded while it has the turn.
-            again: another process began it, and perhaps put it.
             elsewhere: see `Plan.elsewhere`.
+            last: no other process will try it. Else, if most photographs are lost by what may be this machine's fault,
+                the shard is not put.
+            resigned: photographs that the store still throttles are rejects. Else the shard is not put.
 
         Raises:
-            OSError: this machine does not see the output, or another run has overwritten it.
+            Withheld: the store throttles a photograph.
+            Unfinished: the part that is there is of another recipe, or damaged.
+            RuntimeError: most photographs were lost: results are not finite, or did not fit into memory, or processes
+                died.
+            OSError: this machine does not see the output, or another run has overwritten it, or the store answers
+                nothing.
         """
         self._check_output()
-        if again and (record := self.put_before(number, sources)):
+        if record := self.put_before(number, sources):
             yield Progress(len(sources), record.rejects, record)
             return
-        digest, later = self.recipe.digest(sources), list[Source]()
-        own = [source for source in sources if source.key not in elsewhere]
-        windows = self._windows(own, workers, min(FIRST_PATIENCE, storage.PATIENCE), later)
+        digest, own = self.recipe.digest(sources), [source for source in sources if source.key not in elsewhere]
+        first: _Postponed = {}
+        windows = self._windows(own, workers, min(FIRST_PATIENCE, storage.PATIENCE), first)
         with ShardWriter(Place(self.output), number, digest) as writer, ThreadPoolExecutor(1) as second:
             for key in elsewhere:
                 writer.reject(Reject(key, "plan", "a newer shard has it"))
@@ -151,13 +164,44 @@ class ShardMaker:
             with turn.taken():
                 begun = turn.begin()
                 yield from (rows.follow(window, self._degrade(window)) for window in windows)
-            if later:  # what the store did not give soon
-                windows = self._windows(later, workers, None, [])
+            withheld: _Postponed = {}
+            if first:  # what the store did not give soon
                 with turn.taken():
-                    yield from (rows.follow(window, self._degrade(window)) for window in windows)
+                    for window in self._windows_one_by_one(list(first), workers, withheld):
+                        yield rows.follow(window, self._degrade(window))
+                        if not resigned and any(file.throttled for file in withheld.values()):
+                            break
+            if withheld:
+                if not resigned and any(file.throttled for file in withheld.values()):
+                    turn.end(begun)
+                    raise Withheld(f"the store does not give {next(iter(withheld)).key}")
+                rejects = self._withheld(withheld)
+                yield rows.follow(rejects, rejects)
             yield from rows.rest()
             self._check_output()
+            if not last and len(own) >= SUSPICIOUS and rows.lost > len(own) / 2:
+                what = f"{rows.lost} of {len(own)} photographs were lost here, the last one: {rows.why}"
+                raise RuntimeError(f"{what}. Another process tries the shard, because this machine may be at fault")
             yield Progress(0, 0, writer.finish(turn.end(begun), *rows.means()))
+
+    def _withheld(self, files: "_Postponed") -> list[Reject]:
+        """Rejects of the files that the store withholds.
+
+        Raises:
+            StorageError: it withholds what is not there, too, so it is at fault, not the files.
+        """
+        if not Place(self.codec.root).answers():
+            file = next(iter(files.values()))
+            raise storage.StorageError(file.error, file.attempts)
+        return [Reject(file.key, "read", file.error, file.attempts) for file in files.values()]
+
+    def _windows_one_by_one(
+        self, sources: Sequence[Source], workers: Workers, later: "_Postponed"
+    ) -> Iterator[list[Item | Reject]]:
+        """Windows of files that the store did not give soon; none is loaded ahead, for the caller may stop."""
+        for start in range(0, len(sources), self.batch):
+            window = sources[start : start + self.batch]
+            yield from self._windows(window, workers, storage.PATIENCE, later, FIRST_PATIENCE)
 
     def put_before(self, number: int, sources: Sequence[Source]) -> Record | None:
         """The record of a shard that is in the output; None if it is not.
@@ -184,7 +228,7 @@ class ShardMaker:
         return lrs
 
     def _windows(
-        self, sources: Sequence[Source], workers: Workers, patience: float | None, later: list[Source]
+        self, sources: Sequence[Source], workers: Workers, patience: float, later: "_Postponed", least: float = 0.0
     ) -> Iterator[list[Item | Reject]]:
         """The windows of some files; the first one is being loaded when this returns.
 
@@ -193,7 +237,8 @@ class ShardMaker:
 
         def submit(start: int) -> list[tuple[Source, Handle]]:
             chosen = sources[start : start + self.batch]
-            return [(source, workers.load(self.codec, source, patience)) for source in chosen]
+            left = max(min(least, patience), patience / (1 + len(later)))  # while all are throttled, few wait so long
+            return [(source, workers.load(self.codec, source, left)) for source in chosen]
 
         def windows(ahead: list[tuple[Source, Handle]]) -> Iterator[list[Item | Reject]]:
             for start in range(0, len(sources), self.batch):
@@ -202,17 +247,20 @@ class ShardMaker:
 
         return windows(submit(0))
 
-    def _decoded(self, window: Sequence[tuple[Source, Handle]], later: list[Source]) -> list[Item | Reject]:
+    def _decoded(self, window: Sequence[tuple[Source, Handle]], later: "_Postponed") -> list[Item | Reject]:
         """Wait for the files of a window. Postponed ones go to `later`."""
         started, items = time.monotonic(), []
         for source, call in window:
             loaded = _result(source.key, "decode", call)
             if isinstance(loaded, Postponed):
-                later.append(source)
+                later[source] = loaded
             else:
                 items.append(loaded if isinstance(loaded, Reject) else Item(call, loaded, self.scales(source.key)))
         self.tally["waiting"] += time.monotonic() - started
         return items
+
+
+_Postponed = dict[Source, Postponed]
 
 
 class _Taken(NamedTuple):
@@ -236,10 +284,11 @@ class _Rows:
         self.maker, self.writer, self.workers, self.second = maker, writer, workers, second
         self.waiting: list[tuple[str, Handle | Reject]] = []  # the last window, which is being encoded
         self.sums, self.count = np.zeros(3), 0
+        self.lost, self.why = 0, ""  # photographs, perhaps by this machine's fault, and how the last one was
         self.taken: Future[_Taken] = second.submit(self.take, [], [])
 
     def follow(self, window: Sequence[Item | Reject], lrs: Sequence[np.ndarray | Reject]) -> Progress:
-        """Have a window taken, as soon as the one before is; returns what that one's taking wrote."""
+        """Start to write a window when the one before is written; returns the one before's counts."""
         done = self.taken.result()
         self.taken = self.second.submit(self.take, window, lrs)
         return self._counted(done)
@@ -264,10 +313,18 @@ class _Rows:
             if isinstance(result, Reject):
                 self.writer.reject(result)
                 rejects.append(result.stage)
+                if self._lost_here(result):
+                    self.lost, self.why = self.lost + 1, f"{result.key} ({result.stage}: {result.error})"
             else:
                 self.writer.add(result.rows)
                 self.sums, self.count = self.sums + result.statistics, self.count + len(result.rows)
         return _Taken(len(done), rejects)
+
+    def _lost_here(self, reject: Reject) -> bool:
+        """Whether another machine might make rows of the photograph."""
+        refused = reject.error.startswith("memory=") and not self.maker.degrader.limited_by_machine
+        device = reject.stage in ("degrade", "encode") and not refused
+        return device or DIED in reject.error or reject.error.startswith("MemoryError")
 
     def means(self) -> tuple[float | None, ...]:
         """Of psnr, clipped and colour_shift; None where there are no rows."""

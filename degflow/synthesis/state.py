@@ -8,8 +8,8 @@ import contextlib
 from degflow.dataset.layout import SUCCESS, Record
 from degflow.dataset.manifest import data_files, judge
 from degflow.dataset.plan import Plan, plan_files, read_plan
+from degflow.dataset.recipe import Recipe
 from degflow.storage import Place, Source
-from degflow.synthesis.resuming import Recipe
 
 
 class State:

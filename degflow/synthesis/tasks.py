@@ -10,19 +10,20 @@ import ray.exceptions
 from ray._private import worker as ray_worker
 
 from degflow.storage import Source
-from degflow.synthesis.codec import Codec, CodecDied, Draw, NeedsMemory
+from degflow.synthesis.codec import DIED, Codec, CodecDied, Draw, NeedsMemory
 
-CRASHES = 3  # after which Ray starts a task again
+CRASHES = 3  # after which Ray starts a task again; lost results, after which we do
 KILLS = 5  # by Ray's memory monitor; it alone would start a task again for ever
 _LEAST = 256 << 20  # bytes asked for, always a power of two: Ray keeps a queue for each size
+_OF_A_NODE = (ray.exceptions.NodeDiedError, ray.exceptions.RaySystemError, ray.exceptions.ObjectLostError)
 _FRESH = 60.0  # seconds for which the nodes' memory is believed
 
 
 @ray.remote(max_retries=CRASHES)
 def _call(function: Callable[..., Any], *arguments: Any) -> Any:
-    # A task with max_retries=0 would not be started again; but Ray then kills the actor instead of it.
+    # With max_retries=0, Ray would kill the actor instead of this task when memory runs out.
     if attempts_before() >= KILLS:
-        raise CodecDied(f"its process died, {KILLS} times over: killed as its node ran out of memory")
+        raise CodecDied(f"{DIED}, {KILLS} times over: killed as its node ran out of memory")
     return function(*arguments)
 
 
@@ -36,18 +37,31 @@ class _Task:
     """A Ray task; a `codec.Handle`. `start` starts it, with so many bytes of memory."""
 
     def __init__(self, start: Callable[[int], ray.ObjectRef], memory: int):
-        self.start, self.reference = start, start(memory)
+        self.start, self.memory, self.lost = start, memory, 0
+        self.reference = start(memory)
 
     def result(self) -> Any:
-        """Wait for its result, and raise what the function raised; one that needs more memory is started again."""
+        """Wait for its result, and raise what the function raised.
+
+        One that needs more memory is started again, and so is one whose node is gone or starts no process.
+        """
+        while isinstance(found := self._found(), NeedsMemory):
+            self.memory = found.bytes
+            self.reference = self.start(self.memory)
+        return found
+
+    def _found(self) -> Any:
         try:
-            while isinstance(found := ray.get(self.reference), NeedsMemory):
-                self.reference = self.start(found.bytes)
-            return found
+            return ray.get(self.reference)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
         except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
-            raise CodecDied(f"its process died, {CRASHES + 1} times over ({type(error).__name__})") from None
+            raise CodecDied(f"{DIED}, {CRASHES + 1} times over ({type(error).__name__})") from None
+        except _OF_A_NODE:
+            self.lost += 1
+            if self.lost > CRASHES:
+                raise
+            return NeedsMemory(self.memory)
 
 
 class Tasks:

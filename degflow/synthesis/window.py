@@ -43,7 +43,7 @@ class Buffers:
     """
 
     LEAST = 32 << 20  # bytes; what smaller arrays free, malloc keeps (`config.keep_freed_memory`)
-    WASTE = 4  # times as much memory as an array needs is not taken for it
+    WASTE = 4  # memory of this many times the array's size is not used for it
 
     def __init__(self):
         self._kept: list[tuple[bytearray, weakref.ref[np.ndarray] | None]] = []  # memory, and the array in it
@@ -110,6 +110,11 @@ class WindowDegrader:
         """The draws of a photograph."""
         times = self.degrader.timeline.time(torch.tensor(item.scales, dtype=torch.float64))
         return [Draw(*row) for row in zip(item.scales, times.tolist(), self._noise_seeds(item), strict=True)]
+
+    @property
+    def limited_by_machine(self) -> bool:
+        """Whether another machine may have more memory for a forward pass; else all refuse the same photographs."""
+        return not self.memory and self._device.type == "cuda"
 
     def _noise_seeds(self, item: Item) -> list[int]:
         return [noise_seed_of(self.seed, item.loaded.key, draw) for draw in range(len(item.scales))]

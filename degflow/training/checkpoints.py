@@ -11,14 +11,18 @@ from torch import Tensor, nn
 from degflow.models.files import load_checkpoint
 from degflow.storage import Place, split_uri
 
+# Keys that change how a training runs, and not what comes out.
+MACHINE = (
+    r"fit\.(workers|log_every|validate_every|save_every|keep|resume|compile|accumulate|timeout|profile)"
+    r"|(scenes\.)?cache|memory"
+)
 # Keys that may differ between a run and its continuation.
 _FREE = re.compile(
-    r"fit\.(workers|log_every|validate_every|save_every|keep|resume|compile|accumulate|timeout)"
-    r"|scenes\.(cache|data)|rae"  # scenes and stage 1 may have moved: what they hold is compared
-    r"|cache|memory|output|validation|half|test(_\w+|\..+)?"
+    rf"{MACHINE}|output|validation|half|test(_\w+|\..+)?"
+    r"|scenes\.data|train\..+|rae"  # scenes, pairs and stage 1 may have moved: what they hold is compared
 )
 
-_ORDERED = re.compile(r"train|(scenes\.)?levels")  # dicts whose order decides which sample is which
+_ORDERED = re.compile(r"train|(scenes\.)?levels")  # dicts whose names and order decide which sample is which
 
 
 class Checkpoints:
@@ -69,7 +73,7 @@ class Checkpoints:
             frozen: fingerprint of the weights that are not trained; "": any. data: of the scenes; the same.
 
         Raises:
-            ValueError: it is unreadable, or was made with another configuration, other scenes or frozen weights.
+            ValueError: it is unreadable, or was made with another configuration, other scenes, pairs or frozen weights.
         """
         uri, state = self.place.uri_of(name), read_checkpoint(self.place, name)
         advice = "use the same configuration, another output, or fit.resume=never"
@@ -78,7 +82,7 @@ class Checkpoints:
         if frozen and state["frozen"] != frozen:
             raise ValueError(f"{uri}: was made with other frozen weights; {advice}")
         if data and state.get("data", data) != data:
-            raise ValueError(f"{uri}: was made with other scenes, or another stage 1; {advice}")
+            raise ValueError(f"{uri}: was made with other scenes or pairs, or another stage 1; {advice}")
         return state
 
 
@@ -119,7 +123,8 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
         a, b, name = old.get(key), new.get(key), f"{prefix}{key}"
         if isinstance(a, dict) and isinstance(b, dict):
             yield from _differences(a, b, f"{name}.")
-            if _ORDERED.fullmatch(name) and a.keys() == b.keys() and list(a) != list(b):
-                yield f"order of {name} ({', '.join(a)} then, {', '.join(b)} now)"
+            if _ORDERED.fullmatch(name) and list(a) != list(b):
+                what = "order" if a.keys() == b.keys() else "names"
+                yield f"{what} of {name} ({', '.join(a)} then, {', '.join(b)} now)"
         elif a != b and not _FREE.fullmatch(name):
             yield f"{name} ({a} then, {b} now)"

@@ -28,10 +28,12 @@ from degflow.models.precision import computing, differentiating
 from degflow.storage import Place
 from degflow.training.average import Average
 from degflow.training.checkpoints import Checkpoints, part_for, stored_weights
-from degflow.training.logs import Logs, Means
+from degflow.training.logs import QUARTER, Logs, Means, quarters
 from degflow.training.processes import FINISH, Hosts, gathered, is_main_process, join, lost
+from degflow.training.profile import profiling
 from degflow.training.settings import FitConfig
 from degflow.training.stopping import Notice, Shield, Stopped
+from degflow.training.usage import memory_of, on_meta, rate_of, work_of
 
 _EXACT = "fit.precision=float32"
 POLL = 4  # steps after which the processes tell each other of signals
@@ -93,12 +95,11 @@ def fit(
         objective: called with a batch's fields as keywords, returns Losses; its `network` is trained and saved.
         samples: an endless map-style dataset of dicts of tensors.
         config: how to train.
-        output: folder or URI for config.yaml, checkpoints, previews and TensorBoard logs.
+        output: folder or URI for config.yaml, checkpoints, previews and logs.
         settings: the job's resolved configuration, saved as config.yaml; a resume with another one is refused.
         validate: called with the averaged network.
-        finish: called with the result on the main process, to write the files of the training. The other processes
-            wait for its end, and fail if it fails: so a launcher starts all of them again. One that had ended well
-            would not come back.
+        finish: called with the result on the main process, to write the files of the training. The other processes wait
+            for it, and fail if it fails, because a launcher starts only failed processes again.
         data: what a resume must find again, e.g. a digest of the scenes, wherever they are.
 
     Returns:
@@ -153,22 +154,24 @@ def _train(
     config, main = run.config, run.accelerator.is_main_process
     terminal = sys.stderr.isatty()
     batches, counted, seconds = run.loader(samples), run.step, 0.0
-    with tqdm(total=config.steps, initial=run.step, disable=not (main and terminal), unit="step") as bar:
+    bar = tqdm(total=config.steps, initial=run.step, disable=not (main and terminal), unit="step")
+    with bar, profiling(run.place, config.profile if main else 0) as timed:
         while run.step < config.steps:
             begun = time.perf_counter()
             parts = run.train_step(batches)
             seconds += time.perf_counter() - begun
             bar.update()
+            timed()
             if parts:
-                norm = {"gradient_norm": parts.pop("gradient_norm")} if "gradient_norm" in parts else {}
-                rate = (run.step - counted) * config.batch / seconds
-                counted, seconds = run.step, 0.0
-                line = ", ".join(f"{name} {value:.4g}" for name, value in parts.items()) + f", {rate:.1f} images/s"
+                rate, waited = (run.step - counted) * config.batch / seconds, run.waited / seconds
+                counted, seconds, run.waited = run.step, 0.0, 0.0
+                shown = {n: value for n, value in parts.items() if n != "gradient_norm" and not n.startswith(QUARTER)}
+                line = ", ".join(f"{name} {value:.4g}" for name, value in shown.items()) + f", {rate:.1f} images/s"
                 bar.set_postfix_str(line)
                 if main and not terminal:
                     print(f"step {run.step} of {config.steps}: {line}", flush=True)
-                scalars = {**parts, **norm, "learning_rate": learning_rate(run.step - 1, config), "images_per_s": rate}
-                run.log(scalars)
+                speed = {"images_per_s": rate, "data_wait": waited, **run.usage(rate)}
+                run.log({**parts, "learning_rate": learning_rate(run.step - 1, config), **speed})
             if validate and main and run.due(config.validate_every):
                 run.report(validate(run.averaged()))
             stop = run.hosts.largest(notice.given()) if run.due(POLL) or run.hosts.alone else 0
@@ -223,11 +226,14 @@ class _Run:
         trainable, on_gpu = [p for p in self.network.parameters() if p.requires_grad], accelerator.device.type == "cuda"
         adam = torch.optim.Adam(trainable, lr=config.learning_rate, betas=config.betas, fused=on_gpu or None)
         self.frozen, self.data = _digest(objective), data
+        self.rate, self.work = rate_of(accelerator.device, config.precision), 0.0  # the second one of an image, in FLOP
+        self.shadow = on_meta(objective) if self.rate else None
         if config.compile:
             objective.compile()
         self.objective, self.optimizer = accelerator.prepare(objective, adam)
         self.average = Average(self.network, config.ema)
         self.means, self.hosts = Means(accelerator), Hosts(accelerator, config.timeout)
+        self.waited = 0.0  # seconds, for data, since the last log line
         self.logs: Logs | None = None
         self.checkpoints = Checkpoints(place, config.keep)
         self.shield = Shield()
@@ -251,7 +257,7 @@ class _Run:
             )
         if self.accelerator.is_main_process:
             if found and self.config.resume == "never":
-                # Else a later run with resume=auto could take an old checkpoint of a higher step for one of this run.
+                # Otherwise a later resume=auto could pick an old run's checkpoint of a higher step.
                 count = self.checkpoints.clear()
                 print(f"fit.resume=never: removed {count} checkpoint(s) of an earlier run in {self.place.uri}")
             self.place.write("config.yaml", configuration.dump(self.settings).encode())
@@ -287,17 +293,21 @@ class _Run:
         self.objective.train()
         device, totals = self.accelerator.device, {}
         for micro in range(self.config.accumulate):
+            begun = time.perf_counter()
             batch = {k: v.to(device, non_blocking=True) for k, v in next(batches).items()}
+            self.waited += time.perf_counter() - begun
+            if self.shadow:
+                images_here = self.config.batch // self.accelerator.num_processes // self.config.accumulate
+                self.work, self.shadow = work_of(self.shadow.train(), batch, self.config.precision) / images_here, None
             with _synchronised(self.accelerator, self.objective, micro == self.config.accumulate - 1):
                 with computing(self.config.precision, device.type):
                     losses = self.objective(**batch)
                 with differentiating(self.config.precision):
                     self.accelerator.backward(losses.total / self.config.accumulate)
-            for name, value in losses.parts.items():
+            for name, value in (losses.parts | quarters(losses.by_time)).items():
                 totals[name] = totals.get(name, 0) + value / self.config.accumulate
-        if self.config.clip:
-            norm = self.accelerator.clip_grad_norm_(self.network.parameters(), self.config.clip)
-            totals["gradient_norm"] = cast(Tensor, norm)
+        norm = self.accelerator.clip_grad_norm_(self.network.parameters(), self.config.clip or math.inf)
+        totals["gradient_norm"] = cast(Tensor, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -328,13 +338,18 @@ class _Run:
         network.load_state_dict(self.average.state)
         return network.eval()
 
+    def usage(self, rate: float) -> dict[str, float]:
+        """`mfu` at this rate of images, where work and GPU are known, and `memory_gb` of a GPU."""
+        share = rate / self.accelerator.num_processes * self.work / (1e12 * self.rate) if self.rate else 0.0
+        return ({"mfu": share} if share else {}) | memory_of(self.accelerator.device)
+
     def log(self, scalars: dict[str, float]) -> None:
-        """Write scalars to TensorBoard."""
+        """Write scalars to the logs."""
         if self.logs:
             self.logs.add("train", scalars, self.step)
 
     def report(self, validation: Validation) -> None:
-        """Write a validation to the terminal, TensorBoard and previews/."""
+        """Write a validation to the terminal, the logs and previews/."""
         line = ", ".join(f"{name} {value:.3f}" for name, value in validation.scalars.items())
         tqdm.write(f"step {self.step}: {line}")
         if validation.picture is not None:

@@ -1,5 +1,6 @@
 """Stage 1: train the residual autoencoder on a RealSR-like tree."""
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, cast
 
@@ -58,7 +59,10 @@ def train_rae(config: TrainRAEConfig) -> None:
         print(scenes.describe())
     optics, stacks = None, scenes.pixels
     if config.skips == "optics":
-        optics = Optics.fit(scenes)
+        with warnings.catch_warnings():
+            if not main:
+                warnings.simplefilter("ignore", UserWarning)  # the main process has said it
+            optics = Optics.fit(scenes)
         made = stacks_of(scenes, optics, config.scenes.reductions, quiet=not main, share=local_share())
         stacks = [stack.pixels for stack in made]
     crops = watched_crops(scenes, config.validation) if main else None

@@ -44,6 +44,9 @@ class TrainResidualConfig:
     )
     output: str = required("folder or URI for checkpoints, previews and degrader.safetensors")
     residual: ResidualConfig = option(ResidualConfig())
+    retouch: bool = option(
+        True, "train also on a copy of each scene whose HR image has more noise, or less", common=True
+    )
     encode_once: bool = option(
         False, "encode whole scenes before the first step, not a crop in every step", common=True
     )
@@ -70,7 +73,9 @@ def train_residual(config: TrainResidualConfig) -> None:
     if main:
         print(scenes.describe())
     crops = watched_crops(scenes, config.validation) if main else None
-    stacks = stacks_of(scenes, optics, config.scenes.reductions, quiet=not main, share=local_share())
+    stacks = stacks_of(
+        scenes, optics, config.scenes.reductions, quiet=not main, share=local_share(), retouch=config.retouch
+    )
     timeline = Timeline(tuple(config.scenes.levels.values()))
     times = [tuple(timeline.time(scale) for scale in stack.scales) for stack in stacks]
     torch.manual_seed(config.fit.seed)
@@ -122,6 +127,7 @@ def fit_spread(
     """The Gaussian of captured residuals at every time that the stacks have.
 
     For residuals of variance gain^2 C it is the maximum of the likelihood: C = mean of residual residual^T / gain^2.
+    It is that of the scenes without their retouched copies.
 
     Args:
         autoencoder: the trained autoencoder.
@@ -138,7 +144,7 @@ def fit_spread(
     unit.filters[0] = unit.filters[1]  # deviation 1 everywhere: the residual divided by its gain alone
     covariances = []
     for time in tqdm(found, "fitting the spread", disable=quiet):
-        places = _places(times, time)
+        places = [(n, k) for n, k in _places(times, time) if not stacks[n].retouched]
         total = torch.zeros(channels, channels, dtype=torch.float64)
         for number in range(batches):
             random = np.random.default_rng((number, round(1e6 * time)))
@@ -164,9 +170,9 @@ def fit_finish(
 ) -> None:
     """Fit the cutoff and the grain of a trained degrader.
 
-    The cutoff comes first. It is measured on the scenes that were not reduced; without any, it changes nothing. The
-    grain is what draws lack after the cutoff, and after rounding to 8 bits, as captures are. It is measured at every
-    time that the stacks have.
+    Both are measured on the scenes without their retouched copies. The cutoff comes first. It is measured on the
+    scenes that were not reduced; without any, it changes nothing. The grain is what draws lack after the cutoff,
+    and after rounding to 8 bits, as captures are. It is measured at every time that the stacks have.
 
     Args:
         degrader: trained; its cutoff and grain have the times 0 and those of the stacks.
@@ -178,8 +184,9 @@ def fit_finish(
     r = flow.compression
     crop = min(CROP, *(side for stack in stacks for side in stack.pixels.shape[1:3])) // r * r
     side, scales, found = min(WINDOW, crop), tuple(degrader.levels.values())[1:], _distinct(times)
+    plain = [n for n, stack in enumerate(stacks) if not stack.retouched]
     # Reduced scenes are rounded to 8 bits twice, and do not show what a camera holds at the highest frequencies.
-    whole = [n for n, stack in enumerate(stacks) if stack.scales == scales]
+    whole = [n for n in plain if stacks[n].scales == scales]
 
     def decoded(time: float, among: Sequence[int]) -> Iterator[_Decoded]:
         chosen = [stacks[n] for n in among], [times[n] for n in among]
@@ -194,7 +201,7 @@ def fit_finish(
             flow.cutoff.fit([degrader.timeline.scale(time) for time in found], excess)
         lack = [Lack(side, r) for _ in found]
         for each, time in zip(lack, tqdm(found, "fitting the grain", disable=quiet), strict=True):
-            for hr, skeleton, lr, *made in decoded(time, range(len(stacks))):
+            for hr, skeleton, lr, *made in decoded(time, plain):
                 mean, draw = (flow.cutoff(image, hr.new_full((batch,), time)).clamp(-1, 1) for image in made)
                 each.add(hr, skeleton, lr, mean, ((draw + 1) * 127.5).round() / 127.5 - 1)
         flow.grain.fit(lack)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from degflow import Degrader, images
+from degflow.benchmarking import measure
 from degflow.benchmarking.inference import (
     accuracy,
     comparison,
@@ -306,3 +307,21 @@ def test_parts_that_compare_solvers_need_a_model_with_one(tmp_path):
 def test_a_bad_key_is_named(word, message):
     with pytest.raises(ValueError, match=message):
         load(BenchmarkConfig, [word])
+
+
+def test_a_report_names_the_gpu_its_driver_and_its_libraries(monkeypatch):
+    there = True
+
+    def run(command, **options):
+        assert (command[0], options["check"]) == ("nvidia-smi", True)
+        if not there:  # as in some containers
+            raise FileNotFoundError
+        return subprocess.CompletedProcess(command, 0, "580.65.06\n580.65.06\n", "")
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91300)
+    monkeypatch.setattr(subprocess, "run", run)
+    assert ", NVIDIA H100 80GB HBM3 (driver 580.65.06, CUDA 13.0, cuDNN 91300); torch" in measure.machine("cuda")
+    there = False
+    assert "(driver unknown, CUDA 13.0" in measure.machine("cuda")

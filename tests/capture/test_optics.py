@@ -6,6 +6,8 @@ import torch
 from scipy.ndimage import convolve1d
 
 from degflow import images
+from degflow.capture import optics
+from degflow.capture.camera import CAMERAS
 from degflow.capture.optics import CORNER, FLOOR, Optics, to_linear, to_srgb
 from degflow.capture.scenes import SceneConfig, SceneImages
 
@@ -102,6 +104,41 @@ def test_each_channel_has_its_own_transfer_function(tmp_path):
     assert (found - gaussian(variances[..., 0], frequency)).abs().max() < 0.01
 
 
+def seen_by_canon(photos, scales=(1.0, 2.0, 4.0)):
+    """What the simulated canon captures of photographs "H W 3" uint8."""
+    return [[CAMERAS["canon"].capture(photo, scale) for scale in scales] for photo in photos]
+
+
+def test_blue_under_a_warm_light_has_the_optics_of_any_light(tmp_path):
+    """Its detail in LR is green's, from demosaicing; where there is no blue at all, nothing tells its blur."""
+    lights = [texture(300, 400, n) * torch.tensor([1.0, 0.9, 0.8], dtype=torch.float64)[:, None, None] for n in (1, 2)]
+    lights = [0.5 * light + 0.5 * light.mean(0) for light in lights]  # colours of a photograph: near to gray
+    found = []
+    for name, blue in (("white", 1.0), ("warm", 0.1), ("none", 0.0)):
+        warm = torch.tensor([1.0, 0.6 if blue < 1 else 1.0, blue], dtype=torch.float64)[:, None, None]
+        (tmp_path / name).mkdir()
+        scenes = seen_by_canon([captured(light * warm) for light in lights])
+        if not blue:
+            for scene in scenes:
+                for picture in scene:
+                    picture[..., 2] = 0
+        optics = Optics.fit(tree(tmp_path / name, scenes, LEVELS))
+        frequency = torch.tensor([0.02, 0.05, 0.1], dtype=torch.float64)
+        found.append(torch.stack([optics.transfer(frequency, torch.tensor([s]))[0] for s in (2.0, 4.0)]))
+    white, warm, none = found
+    assert (warm - white)[:, :2].abs().max() < 0.1  # red and green
+    assert (warm - white)[:, 2].abs().max() < 0.15
+    assert (none - white)[:, 2].abs().max() < 0.15
+
+
+def test_windows_lie_in_all_of_a_scene():
+    """A scene has as many rows of windows as windows are taken: evenly spaced ones would all lie in the last column."""
+    pixels = np.zeros((2, 1536, 2048, 3), np.uint8)
+    pixels[:, 64::128, :, 0] = np.arange(2048) // 8  # a column's level says where it is
+    levels = optics._spectra(pixels, 24).abs().sum((1, 2, 3, 4))
+    assert len(levels.unique()) > 12
+
+
 def test_scenes_that_are_shifted_and_brighter_or_darker_give_the_same(tmp_path):
     shifts, gains = [(0.4, -0.7), (-1.2, 0.3), (0.9, 1.5)], [1.1, 0.85, 1.0]
     scenes = [
@@ -109,7 +146,9 @@ def test_scenes_that_are_shifted_and_brighter_or_darker_give_the_same(tmp_path):
         + [captured(light, lens(s), shift, gain, offset=0.02) for s in (2.0, 4.0)]
         for n, (shift, gain) in enumerate(zip(shifts, gains, strict=True))
     ]
-    optics = Optics.fit(tree(tmp_path, scenes, LEVELS))
+    with pytest.warns(UserWarning, match=r"level [24]: LR lies 1\.2 pixels beside HR \(median\)") as warned:
+        optics = Optics.fit(tree(tmp_path, scenes, LEVELS))
+    assert len(warned) == 2
     assert max(departure(optics, scale) for scale in (1.532, 2.0, 3.0, 4.0)) < 0.02
 
 
@@ -128,7 +167,8 @@ def test_a_window_that_shows_another_picture_does_not_count(tmp_path):
 
     levels = {"1": 1.0, "2": 2.0}
     (tmp_path / "both").mkdir()
-    mixed = Optics.fit(tree(tmp_path / "both", [scene(3), scene(4)], levels))
+    with pytest.warns(UserWarning, match="level 2: 50% of the windows count for the optics"):
+        mixed = Optics.fit(tree(tmp_path / "both", [scene(3), scene(4)], levels))
     assert departure(mixed, 2.0) < 0.01
     (tmp_path / "other").mkdir()
     with pytest.raises(ValueError, match="level=2: no window shows HR's picture"):

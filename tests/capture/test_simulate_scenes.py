@@ -179,6 +179,13 @@ def test_the_fraction_reaches_its_ends(fraction):
     assert splits == {"Test" if fraction else "Train"}
 
 
+def test_of_few_photographs_one_is_kept_for_the_test():
+    for count, tests in ((1, 0), (2, 1), (3, 1), (8, 2)):
+        scenes = assigned([f"{n}.jpg" for n in range(2 * count)])
+        for camera in ("canon", "nikon"):
+            assert sum(split == "Test" for name, split, _, _ in scenes if name == camera) == tests
+
+
 def test_photographs_that_cannot_be_assigned_are_refused():
     with pytest.raises(ValueError, match=r"test=d\.jpg: no such photograph"):
         assigned(["a.jpg", "b.jpg"], test=("d.jpg",))

@@ -69,6 +69,33 @@ def test_reduced_hr_is_sharper_and_loses_more_to_the_same_scale():
     assert losses[0] > 1.05 * losses[1]
 
 
+def test_a_retouched_copy_changes_each_lr_image_by_what_its_optics_let_through(tmp_path):
+    optics = gaussian_optics((1.0, 2.0, 4.0))
+    made = stacks_of(scenes(), optics, FACTORS, quiet=True, retouch=True)
+    assert [stack.retouched for stack in made] == [False, True] * 5
+    for plain, whole in zip(stacks(), made[::2], strict=True):
+        np.testing.assert_array_equal(plain.pixels, whole.pixels)
+    for factor, (whole, copy) in zip([1, 1, 8 / 7, 8 / 7, 1.6], zip(made[::2], made[1::2], strict=True), strict=True):
+        assert copy.scales == whole.scales
+        assert np.abs(copy.pixels[0].astype(int) - whole.pixels[0]).std() > 0.5
+        before, after = (images.to_tensor(stack.pixels[:1]) for stack in (whole, copy))
+        for k, scale in enumerate(whole.scales):
+            at = torch.tensor([scale], dtype=torch.float64)
+            skeleton = optics(after, at, factor)
+            np.testing.assert_array_equal(copy.pixels[3 + k], images.to_pixels(skeleton)[0])
+            change = (skeleton - optics(before, at, factor))[0].permute(1, 2, 0).numpy() * 127.5
+            wanted = np.clip(whole.pixels[1 + k] + change, 0, 255)
+            assert np.abs(copy.pixels[1 + k] - wanted).max() < 0.501
+    cached = [
+        stacks_of(scenes(cache=tmp_path), optics, FACTORS, quiet=True, share=share, retouch=True)
+        for share in ((0, 2), (1, 2))
+    ]
+    for one, *others in zip(made, *cached, strict=True):
+        for other in others:
+            assert is_mapped(other.pixels)
+            np.testing.assert_array_equal(one.pixels, other.pixels)
+
+
 def test_scenes_that_a_reduction_makes_smaller_than_the_crop_are_left_out():
     found = scenes(((64, 64), (33, 64)), crop=32)
     assert [len(stacks(found, factors=(factor,))) for factor in (1.0, 1.03, 1.04, 1.9)] == [2, 2, 1, 1]

@@ -24,6 +24,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from degflow.dataset.footer import body_sha256
 from tests import ROOT
+from tests.finished import synthesize_here
 from tests.sources import rows_of, save_model
 
 SHARDS = 16
@@ -152,10 +153,24 @@ def words(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(cluster, words, tmp_path_factory):
-    """Output, CLI exit status and CLI text of an uninterrupted run."""
-    output = tmp_path_factory.mktemp("finished") / "set"
-    return output, *cluster.submit("finished", *words, f"output={output}")
+def stopped_and_finished(cluster, words, tmp_path_factory):
+    """A job that is stopped amid its shards, then a second one that completes its output.
+
+    Returns the output, the parts that the first one left, and the second one's exit status and text.
+    """
+    output = tmp_path_factory.mktemp("submitted") / "set"
+    assert cluster.submit("stopped", *words, f"output={output}", options=["--no-wait"])[0] == 0
+    deadline = time.monotonic() + 600
+    while len(list(output.glob("data/part-*"))) < 2:
+        assert time.monotonic() < deadline, cluster.logs("stopped")
+        assert cluster.info("stopped")["status"] in ("PENDING", "RUNNING"), cluster.logs("stopped")
+        time.sleep(0.1)
+    cluster.stop_job("stopped")
+    assert cluster.info("stopped")["status"] == "STOPPED"
+    time.sleep(2)
+    assert not (output / "_SUCCESS").exists()
+    left = {name: digest for name, digest in content(output).items() if name.startswith("part-")}
+    return output, left, *cluster.submit("finished", *words, f"output={output}")
 
 
 def content(output):
@@ -168,13 +183,12 @@ def body_of(path):
         return body_sha256(file)
 
 
-def test_a_submitted_job_succeeds(cluster, finished):
-    output, code, said = finished
+def test_a_submitted_job_succeeds(cluster, stopped_and_finished):
+    output, _, code, said = stopped_and_finished
     assert code == 0, said
     assert f"{SHARDS * 4} LR images of {SHARDS} photographs in {SHARDS} shards, 0 rejects" in said
     assert f"dataset: {output}" in said
     assert "running on a Ray cluster (nodes with CPUs: 1): actors on CPUs" in said
-    assert "Job 'finished' succeeded" in cluster.job("status", "finished")[1]
     info = cluster.info("finished")
     assert (info["status"], info["driver_exit_code"]) == ("SUCCEEDED", 0)
     assert (output / "_SUCCESS").exists()
@@ -196,33 +210,24 @@ def test_a_failing_job_has_its_status_and_says_why(cluster, words, tmp_path, nam
     assert not (tmp_path / "set").exists()
 
 
-def test_a_stopped_job_is_completed_by_a_second_submission(cluster, words, finished, tmp_path):
-    output = tmp_path / "set"
-    assert cluster.submit("stopped", *words, f"output={output}", options=["--no-wait"])[0] == 0
-    deadline = time.monotonic() + 600
-    while len(list(output.glob("data/part-*"))) < 2:
-        assert time.monotonic() < deadline, cluster.logs("stopped")
-        assert cluster.info("stopped")["status"] in ("PENDING", "RUNNING"), cluster.logs("stopped")
-        time.sleep(0.1)
-    cluster.stop_job("stopped")
-    assert cluster.info("stopped")["status"] == "STOPPED"
-    time.sleep(2)
-    done = {name: digest for name, digest in content(output).items() if name.startswith("part-")}
-    assert 2 <= len(done) < SHARDS
-    assert not (output / "_SUCCESS").exists()
-    code, said = cluster.submit("again", *words, f"output={output}")
-    assert code == 0, said
+def test_a_stopped_job_is_completed_by_a_second_submission(words, stopped_and_finished, tmp_path):
+    output, left, _, said = stopped_and_finished
+    assert 2 <= len(left) < SHARDS
     found = re.search(rf"^{SHARDS} images .* in {SHARDS} shards, (\d+) of them done", said, re.M)
     assert found
-    assert len(done) <= int(found[1]) < SHARDS
-    assert content(output) == content(finished[0])
-    assert content(output).items() >= done.items()
-    assert len(rows_of(output)) == SHARDS * 4
+    assert len(left) <= int(found[1]) < SHARDS
+    assert content(output).items() >= left.items()
+    rows = rows_of(output)
+    synthesize_here(*(word.partition("=")[2] for word in (words[0], f"output={tmp_path}/here", words[1])), *words[2:])
+    told = ("scale", "time", "noise_seed", "hr_sha256", "height", "width")
+    expected = {place: [row[name] for name in told] for place, row in rows_of(tmp_path / "here").items()}
+    assert {place: [row[name] for name in told] for place, row in rows.items()} == expected
+    assert sorted(rows) == [(f"{number:02d}.png", draw) for number in range(SHARDS) for draw in range(4)]
 
 
-def test_only_sources_are_sent(cluster, finished):
+def test_only_sources_are_sent(cluster, stopped_and_finished):
     """The folder that the job ran in has no file that the runtime environment excludes."""
-    assert finished[1] == 0
+    assert stopped_and_finished[2] == 0
     folders = [Path(path).parent for path in Path(cluster.log.name).parent.glob("**/working_dir_files/*/jobs")]
     assert folders
     for folder in folders:

@@ -1,1 +1,1 @@
-from tests.sources import model, one_thread, photos  # noqa: F401 (fixtures)
+from tests.sources import model, photos  # noqa: F401 (fixtures)

@@ -419,6 +419,43 @@ def test_a_finished_export_is_left_alone_unless_overwritten(made, twofold, tmp_p
     assert sorted(files_in(output)) == sorted([*parts, "_SUCCESS", "export.yaml", "gt/mine.txt"])
 
 
+class Stopped(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("layout", ["paired", "realsr"])
+def test_an_overwrite_that_is_stopped_leaves_nothing_that_counts_as_done(made, tmp_path, layout, monkeypatch):
+    words = [f"layout={layout}", *(["labels={2: 2.0, 3: 3.0}"] if layout == "realsr" else [])]
+    reference = files_in(run(made, tmp_path / "out", *words))
+    for count in (1, 2, 4, len(reference) - 2):
+        left, delete = iter(range(count)), Place.delete
+
+        def stop(self, name, left=left, delete=delete):
+            if next(left, None) is None:
+                raise Stopped
+            delete(self, name)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Place, "delete", stop)
+            with pytest.raises(Stopped):
+                run(made, tmp_path / "out", "overwrite=true", *words)
+        assert files_in(run(made, tmp_path / "out", *words)) == reference
+
+
+def test_what_an_export_left_that_was_stopped_in_its_first_part_goes(photos, model, tmp_path):
+    source = finish(save_coordinates(tmp_path / "in", 3), tmp_path / "set", model)
+    output = run(source, tmp_path / "out")
+    (output / "_SUCCESS").unlink()
+    shutil.rmtree(output / "index")
+    (output / "gt/mine.txt").write_text("keep me")
+    shutil.rmtree(tmp_path / "set")
+    (tmp_path / "in/001.png").unlink()
+    source = finish(tmp_path / "in", tmp_path / "set", model)
+    run(source, output)
+    assert {file.name for file in (output / "gt").iterdir()} == {"000_png_0.png", "002_png_0.png", "mine.txt"}
+    assert {file.name for file in (output / "lq").iterdir()} == {"000_png_0.png", "002_png_0.png"}
+
+
 def test_parts_added_to_the_dataset_are_exported_and_the_others_left(photos, model, tmp_path):
     (tmp_path / "in").mkdir()
     for name in ("astronaut.PNG", "cat.jpeg", "coffee.jpg", "smallest.png"):

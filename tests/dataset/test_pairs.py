@@ -1,13 +1,17 @@
 import errno
+import hashlib
 import itertools
 import json
+import pickle
 import re
 import shutil
 import socket
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,12 +22,14 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from degflow import images, storage
+from degflow.config import load
 from degflow.dataset import writer
 from degflow.dataset.card import read_rows
+from degflow.dataset.exports import ExportConfig, export
 from degflow.dataset.order import lanes_of, merged
 from degflow.dataset.pairs import SynthesizedPairs, aligned_crops
 from degflow.dataset.reader import FinishedDataset
-from degflow.dataset.references import _is_reference
+from degflow.dataset.references import _is_reference, read_reference, reference_to
 from degflow.storage import Place
 from tests import ROOT
 from tests.finished import finish, save_coordinates
@@ -304,8 +310,9 @@ def test_a_row_by_its_number_is_refused_with_what_to_use_instead(grid):
     assert next(iter(rows))["key"] == "000.png"
 
 
-def test_set_epoch_reaches_workers_that_are_already_running(grid):
-    pairs = SynthesizedPairs(grid, crop=8)
+@pytest.mark.parametrize("way", [identity, deepcopy, lambda pairs: pickle.loads(pickle.dumps(pairs))])
+def test_set_epoch_reaches_workers_that_are_already_running(grid, way):
+    pairs = way(SynthesizedPairs(grid, crop=8))
     loader = DataLoader(pairs, batch_size=None, num_workers=2, persistent_workers=True, collate_fn=identity)
     epochs = []
     for epoch in range(2):
@@ -387,7 +394,19 @@ def test_an_image_smaller_than_the_crop_is_continued_by_reflection(made):
         assert full[name].shape == (3, 8, 9)
         assert small[name].shape == (3, 20, 20)
         assert torch.equal(small[name][:, :8, :9], full[name])
-        assert torch.equal(small[name][:, 8:15, 0], full[name][:, :7, 0].flip(1))
+        assert torch.equal(small[name][:, 8:16, 0], full[name][:, :, 0].flip(1))
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_shrunk_images_smaller_than_the_crop_are_continued_alike(scale):
+    """Where both end, HR and LR have the same edge, and so the same reflection."""
+    random = np.random.default_rng(0)
+    hr = images.resize(random.integers(0, 256, (5, 5, 3), dtype=np.uint8), 24 * scale, 24 * scale)
+    lr, large = aligned_crops(images.resize(hr, 24, 24), hr, 40, scale, random)
+    assert large.shape == (40 * scale, 40 * scale, 3)
+    apart = images.resize(large, 40, 40).astype(float) - lr
+    inside, beyond = apart[4:20, 4:20], apart[28:, 28:]
+    assert np.abs(beyond).mean() < 2 * np.abs(inside).mean() + 1
 
 
 @pytest.mark.parametrize(
@@ -583,6 +602,52 @@ def test_the_parts_of_an_unfinished_dataset_are_chosen_once(grid, copy):
         SynthesizedPairs(str(copy), unfinished=True)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "right"), [("size: same", "size: scaled"), ("seed: 0", "seed: 1"), ("codec: png", "codec: webp")]
+)
+def test_parts_of_an_overwritten_run_are_no_part_of_an_unfinished_dataset(copy, wrong, right):
+    """As `overwrite=true` leaves them for a moment: the new configuration is there, and the old parts still are."""
+    (copy / "_SUCCESS").unlink()
+    assert len(SynthesizedPairs(str(copy), unfinished=True)) == 40
+    config = (copy / "config.yaml").read_text()
+    assert config.count(f"\n{wrong}\n") == 1
+    (copy / "config.yaml").write_text(config.replace(wrong, right))
+    with pytest.raises(ValueError, match="copy: no rows yet"):
+        SynthesizedPairs(str(copy), unfinished=True)
+    (copy / "config.yaml").write_text(config)
+    shutil.rmtree(copy / "plan")
+    with pytest.raises(ValueError, match="copy: no rows yet"):
+        SynthesizedPairs(str(copy), unfinished=True)
+
+
+def test_a_part_whose_number_is_not_planned_is_left_out(copy):
+    (copy / "_SUCCESS").unlink()
+    shutil.copy(copy / "data/part-000001.parquet", copy / "data/part-000003.parquet")
+    assert SynthesizedPairs(str(copy), unfinished=True).parts == [f"data/part-00000{n}.parquet" for n in range(3)]
+
+
+def test_ranks_that_start_after_the_object_was_made_are_refused(grid, tmp_path):
+    script = """
+import sys, torch
+from degflow import SynthesizedPairs
+rank, store, uri = int(sys.argv[1]), *sys.argv[2:]
+early, given = SynthesizedPairs(uri), SynthesizedPairs(uri, rank=0, world=1)
+torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+try:
+    next(iter(early))
+except ValueError as error:
+    print(error)
+print(len(list(given)), len(list(SynthesizedPairs(uri))))
+"""
+    command = [sys.executable, "-c", script]
+    words = [str(tmp_path / "store"), grid]
+    jobs = [subprocess.Popen([*command, str(n), *words], cwd=ROOT, stdout=subprocess.PIPE, text=True) for n in range(2)]
+    said = [job.communicate(timeout=600)[0].splitlines() for job in jobs]
+    for rank, (error, counts) in enumerate(said):
+        assert error.startswith(f"made as rank 0 of 1 before torch.distributed started, which says rank {rank} of 2:")
+        assert counts == "40 20"
+
+
 def test_ranks_agree_on_the_parts_that_rank_0_has_seen(grid, copy, tmp_path):
     """Each rank lists a folder of its own, as if they had looked at different moments."""
     (copy / "_SUCCESS").unlink()
@@ -690,6 +755,29 @@ def test_a_row_does_not_choose_what_is_opened(photos, model, tmp_path):
             assert row["hr_sha256"] not in str(said.value)
         with pytest.raises(TimeoutError):
             server.accept()
+
+
+def test_no_key_leaves_the_root_but_in_object_stores_where_dots_are_a_name(s3, monkeypatch):
+    inside = images.encode_png(np.zeros((9, 9, 3), np.uint8))
+    digest = hashlib.sha256(inside).hexdigest()
+
+    def read(root, key):
+        row = {"key": key, "draw": 0, "hr": {"path": reference_to(Place(root), key)}, "hr_sha256": digest}
+        return read_reference(row, {"input": root, "root": ""})
+
+    fsspec.filesystem("memory").pipe_file("/dots/secret.png", inside)
+    with pytest.raises(ValueError, match=r"is not opened, because it is not \.\./secret\.png below"):
+        read("memory://dots/photos", "../secret.png")
+    monkeypatch.setattr(storage, "PATIENCE", 0.0)
+    with pytest.raises(OSError, match=r"\.\./a\.png: "):  # asked for; this server takes no such key
+        read(s3.uri("dots"), "../a.png")
+
+
+def test_an_export_is_no_dataset(made, tmp_path):
+    export(load(ExportConfig, [f"input={made}", f"output={tmp_path}/out"]))
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/out: is an export, which is no dataset"):
+        SynthesizedPairs(tmp_path / "out")
+    assert len(SynthesizedPairs(Path(made))) == len(SynthesizedPairs(made))
 
 
 def test_a_store_s_reference_may_have_another_name_of_its_scheme():

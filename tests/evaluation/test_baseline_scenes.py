@@ -59,7 +59,8 @@ def test_sr_networks_can_be_trained_on_every_baseline(scenes, models, tmp_path, 
 
 def expected(name, model, pixels, label, scene):
     """The LR image by the parts that the baselines name."""
-    degrader, captured, scale = Degrader.load(model), images.to_tensor(pixels), torch.tensor([float(label)]).double()
+    degrader, captured = Degrader.load(model), images.to_tensor(pixels)
+    scale = torch.tensor([float(label)], dtype=torch.float64)
     if name == "random":
         seed = hashlib.sha256(f"0 {label} {scene}".encode()).digest()[:8]
         return random_degradation(pixels[0], float(label), np.random.default_rng(int.from_bytes(seed, "big")))

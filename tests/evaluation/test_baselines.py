@@ -61,10 +61,16 @@ def test_the_fit_has_the_highest_mean_psnr(photos):
 
 def test_levels_that_are_hr_itself_or_beyond_the_bound_end_at_the_bounds(photos):
     hr = images.to_tensor(photos[0])[None]
-    pixels = images.to_pixels(torch.cat([hr, hr, blur(hr, 9.0)]))
+    pixels = images.to_pixels(torch.cat([hr, hr, blur(hr, 25.0)]))
     found = evaluation.fit_sigmas(scenes_of(a=pixels), LEVELS)
     assert found["2"] < 0.25  # as good as no blur
-    assert found["4"] == pytest.approx(4, abs=0.01)
+    assert found["4"] == pytest.approx(16, abs=0.01)
+
+
+def test_a_lens_that_is_less_sharp_than_its_scale_is_found(photos):
+    hr = images.to_tensor(photos[0])[None]
+    pixels = images.to_pixels(torch.cat([hr, blur(hr, 3.1), blur(hr, 7.0)]))
+    assert evaluation.fit_sigmas(scenes_of(a=pixels), LEVELS) == pytest.approx({"2": 3.1, "4": 7.0}, rel=0.03)
 
 
 # Random pipeline

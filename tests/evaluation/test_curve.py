@@ -52,6 +52,17 @@ def test_the_sweep_scores_every_scale_against_every_level(degrader, scenes):
     assert curve[2.5] == pytest.approx(np.mean(single))
 
 
+def test_the_sweep_of_a_degrader_that_draws_is_that_of_its_mean():
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    levels = {"1": 1.0, "4": 4.0}
+    drawing, scenes = small_degrader(levels, draws=True), scenes_of(a=pixels)
+    points = [point for part in evaluation.sweep(drawing, scenes, levels, 3, spread=1.0) for point in part]
+    hr, lr = images.to_tensor(pixels).split(1)
+    made = drawing(hr, torch.tensor([[1.0, 2.5, 4.0]], dtype=torch.float64), spread=0.0)[0]
+    expected = evaluation.psnr(made, lr.expand_as(made)).tolist()
+    assert [point.psnr for point in points if point.level == "4"] == pytest.approx(expected, abs=1e-3)
+
+
 def test_best_times_are_those_of_the_scales_that_the_captures_were_made_at(degrader, scenes):
     points = [point for part in evaluation.sweep(degrader, scenes, LEVELS, 31) for point in part]
     best = best_times(points, LEVELS, Timeline((1.0, 4.0)))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from degflow import images
+from degflow.dataset.scales import noise_seed_of
 from degflow.evaluation.draws import (
     BRIGHTNESS,
     DrawScore,
@@ -18,6 +19,7 @@ from degflow.evaluation.draws import (
     rank_error,
     ranks,
 )
+from degflow.evaluation.fidelity import measure
 from degflow.evaluation.metrics import luma, psnr
 from degflow.evaluation.tables import draws_table
 from tests.captures import scenes_of, small_degrader
@@ -140,11 +142,26 @@ def test_draws_are_made_as_the_options_say(options):
     degrader = small_degrader(levels, draws=True)
     found = [next(distribution(degrader, scenes_of(a=pixels), levels, 2, **with_)) for with_ in ({}, options)]
     hr, lr = images.to_tensor(pixels).split(1)
-    made = degrader(hr, torch.full((1, 2), 4.0, dtype=torch.float64), **options)[0]
+    seeds = torch.tensor([[noise_seed_of(0, "4 a", draw) for draw in range(2)]])
+    made = degrader(hr, torch.full((1, 2), 4.0, dtype=torch.float64), seed=seeds, **options)[0]
     rounded = images.to_tensor(images.to_pixels(made))
     assert found[1].psnr == pytest.approx(float(psnr(rounded, lr.expand(2, -1, -1, -1)).mean()), abs=1e-9)
     assert abs(found[1].psnr - found[0].psnr) > 1e-3
     assert found[1].energy != found[0].energy
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_noise_of_a_scene_is_its_own():
+    levels = {"1": 1.0, "4": 4.0}
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    degrader = small_degrader(levels, draws=True)
+    both = list(distribution(degrader, scenes_of(a=pixels, b=pixels), levels, 2))
+    assert both[0].psnr != both[1].psnr
+    rows = [row for row in measure(degrader, scenes_of(a=pixels, b=pixels), levels, None) if row.method == "generated"]
+    assert rows[0].psnr != rows[1].psnr
+    for scores, row in zip(both, rows, strict=True):
+        assert scores.mean_psnr == both[0].mean_psnr  # the picture is the same
+        assert row.scene == scores.scene
 
 
 def test_the_table_of_draws_holds_medians_of_noise_and_of_its_ratios_and_means_of_the_rest():

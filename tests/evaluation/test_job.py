@@ -6,6 +6,8 @@ import pytest
 from PIL import Image
 
 from degflow import images
+from degflow.config import load
+from degflow.evaluation import run as evaluation_run
 from degflow.evaluation.crops import central
 from degflow.evaluation.metrics import psnr
 from tests.captures import save_scenes, small_degrader
@@ -126,6 +128,17 @@ def test_a_model_that_draws_is_shown_beside_captured_images(evaluate, tree, tmp_
     with Image.open(tree.parent / "out/closeups.png") as picture:
         assert picture.size == (4 * (64 * 3 + 4) + 4, 16 + 6 * (64 * 3 + 4) + 4)
     assert len(rows_of(tree.parent / "out/draws.parquet")) == 2 * 3
+
+
+def test_closeups_show_a_captured_lr_level_however_far_from_x3(tree, tmp_path, monkeypatch):
+    small_degrader({"1": 1.0, "4": 6.0}, draws=True).save(str(tmp_path / "draws.safetensors"), {})
+    shown, closeups = [], evaluation_run.closeups
+    noting = lambda *given, **more: shown.append(given[3]) or closeups(*given, **more)  # noqa: E731
+    monkeypatch.setattr(evaluation_run, "closeups", noting)
+    words = [f"data={tree}", f"output={tmp_path}/out", f"model={tmp_path}/draws.safetensors", "lpips=none", "draws=0"]
+    words += ["levels={1: 1.0, 4: 6.0}", "crop=64", "sweep=0", "figure=1", "baselines=[]"]
+    evaluation_run.evaluate(load(evaluation_run.EvaluateConfig, words))
+    assert shown == ["4"]
 
 
 def test_the_mean_of_a_model_that_draws_is_measured_with_spread_0(evaluate, tree, tmp_path):

@@ -1,11 +1,13 @@
 """What is computed in which numbers. A CPU has no TF32: there its switches are tested, and on a GPU its numbers."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
 
 from degflow.models import AutoencoderConfig, ResidualAutoencoder
-from degflow.models.precision import PRECISIONS, check_device, computing, device_of, exactly
+from degflow.models.precision import _TF32, PRECISIONS, check_device, computing, device_of, exactly
 from tests.test_degrader import degrader_of, pictures
 from tests.test_objectives import Recorder, batch_of, objective_of
 
@@ -32,6 +34,40 @@ def test_float32_is_float32_unless_tf32_is_asked_for():
     with exactly("cpu"):  # outside of `computing` too
         assert switches() == (False, False)
     assert switches() == before
+
+
+@pytest.mark.parametrize("order", [("tf32", "float32"), ("float32", "tf32")])
+def test_threads_share_the_switches_float32_wins_and_the_last_one_sets_them_back(order):
+    """One thread begins and ends inside the other's context, or begins in it and ends after it."""
+    before, began, go_on, seen = switches(), threading.Event(), threading.Event(), []
+
+    def other():
+        with computing(order[0], "cpu"):
+            began.set()
+            go_on.wait(60)
+            seen.append((_TF32.on(), switches()))
+
+    for ends_first in (True, False):
+        began.clear()
+        go_on.clear()
+        thread = threading.Thread(target=other)
+        thread.start()
+        began.wait(60)
+        with computing(order[1], "cpu"):
+            assert switches() == (False, False)
+            assert _TF32.on() is (order[1] == "tf32")
+            if ends_first:
+                go_on.set()
+                thread.join(60)
+                assert switches() == (order[1] == "tf32",) * 2
+        if not ends_first:
+            assert switches() == (order[0] == "tf32",) * 2
+            go_on.set()
+            thread.join(60)
+        assert switches() == before
+        assert _TF32.on() is None
+    assert [on for on, _ in seen] == [order[0] == "tf32"] * 2
+    assert seen[0][1] == (False, False)
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this PyTorch has the older names alone")

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -166,6 +167,9 @@ def test_the_first_seed_of_every_network_comes_first():
         (["degraders={a: [stage2=train_sr]}"], "degraders: a: stage2=train_sr: must be stage2=train_lfm or"),
         (["degraders={a: [model=shipped, fit.steps=9]}"], "degraders: a: fit.steps=9: does nothing beside model="),
         (["row_words={b: ['noise={draws: 3}']}"], "row_words: 'b' must be one of rows="),
+        (["sr=[config=paper_sr, fit.seed=7]"], "sr: fit.seed=7: the protocol itself gives each train-sr this key"),
+        (["networks={hat: [test_level=2]}"], "networks: hat: test_level=2: the protocol itself"),
+        (["row_words={real x3: ['train={}']}"], "row_words: real x3: train={}: the protocol itself"),
         (["seeds={edsr: 2}"], "seeds=.*: 'edsr' must be one of networks"),
         (["networks={}"], "networks={}: needs at least one entry"),
         (["between={3: 3.0}"], "between=.*: at least one level, and neither scale 1 nor the test level 3"),
@@ -215,7 +219,15 @@ def experiment(tmp_path, tree, **changes):
             {"evaluate": "[lpips=none]"},
             "fidelity/draws/Canon: evaluate: data=.*Canon/Test: no scene has every level of",
         ),
-        ({"sr": "[test_level=5, test_lpips=none]"}, "sr/rcan/real-x3/0: train_sr: .*no scene has every level"),
+        ({"sr": "['test.t=nowhere', test_lpips=none]"}, "sr/rcan/real-x3/0: train_sr: .*nowhere"),
+        (
+            {"networks": "{hat: [network.name=hat, network.hat.width=7]}"},
+            "sr/hat/real-x3/0: train_sr: hat.width=7: must be a multiple",
+        ),
+        (
+            {"baselines": "{noise: [data=nowhere]}", "rows": "{a: [noise]}"},
+            "baselines/noise: baseline_scenes: .*nowhere",
+        ),
         ({"cameras": "[Canon, Sony]"}, "fidelity/draws/Sony: evaluate: .*Sony/Test"),
         ({"trees": "{far: nowhere}", "rows": "{a: [far]}"}, "sr/rcan/a/0: train_sr: .*nowhere"),
         ({"degraders": "{draws: [model=none.safetensors]}"}, "none.safetensors"),
@@ -230,6 +242,19 @@ def experiment(tmp_path, tree, **changes):
 def test_what_would_end_a_later_cell_is_told_before_the_first_one(changes, said, tree, tmp_path):
     with pytest.raises((ValueError, OSError), match=said):
         run_protocol(experiment(tmp_path, tree, **changes))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["swinir", "hat", "mambair", "liif"])
+def test_networks_of_the_paper_s_size_can_be(name, tree, tmp_path):
+    settings = experiment(tmp_path, tree, networks=f"{{a: [network.name={name}]}}")
+    check([cell for cell in cells(settings) if cell.name.startswith("sr/")], settings.output)
+
+
+def test_photographs_to_degrade_that_are_missing_are_told_before_the_first_cell(tree, tmp_path):
+    shutil.rmtree(tree / "Nikon/Train")
+    with pytest.raises(ValueError, match=r"generated/draws: synthesize: input=.*Nikon/Train/2/\*_HR\.\*: no file "):
+        run_protocol(experiment(tmp_path, tree))
     assert not (tmp_path / "out").exists()
 
 
@@ -461,6 +486,10 @@ def test_a_tiny_experiment_ends_in_a_table_and_runs_once(photographs, tmp_path, 
     assert code == 0
     assert not re.search(r"^\d of \d", said, re.M)
     assert before == {file: file.stat().st_mtime_ns for file in before}
-    code, said = run_job("protocol", **keys | {"sr": json.dumps([*tiny, "fit.seed=9"])})
+    others = ["fit.workers=1", "memory=9", f"cache={tmp_path}/cache"]  # they decide nothing
+    code, said = run_job("protocol", **keys | {"sr": json.dumps([*tiny, *others])})
+    assert code == 0
+    assert before == {file: file.stat().st_mtime_ns for file in before}
+    code, said = run_job("protocol", **keys | {"sr": json.dumps([*tiny, "fit.learning_rate=9"])})
     assert code == 2
-    assert "real-x3/0.json: finished with another fit.seed=9" in said
+    assert "real-x3/0.json: finished with another fit.learning_rate=9" in said

@@ -109,6 +109,22 @@ def test_a_training_that_was_stopped_ends_in_the_same_weights_and_scores(trained
     assert (tmp_path / "run/measurements.csv").read_bytes() == (output / "measurements.csv").read_bytes()
 
 
+def test_pairs_may_have_moved_but_not_changed(trained, tree, tmp_path):
+    output, _, keys = trained
+    moved = shutil.copytree(tree, tmp_path / "tree")
+    keys = keys | {"train": keys["train"].replace(str(tree), str(moved)), "output": tmp_path / "run"}
+    assert keys["train"] != trained[2]["train"]
+    for change in (False, True):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(output, tmp_path / "run")
+        if change:
+            shutil.copy(moved / "2/Canon_001_LR2.png", moved / "2/Canon_002_LR2.png")
+        code, said = run_job("train_sr", **keys)
+        assert code == (2 if change else 0), said
+    assert re.search(r"step-00000006.pt: was made with other scenes or pairs", said.splitlines()[-1])
+    assert (tmp_path / "run/network.safetensors").read_bytes() == (output / "network.safetensors").read_bytes()
+
+
 def test_liif_trains_and_is_told_the_test_scale(tree, dataset, tmp_path):
     liif = {"network.liif.width": 8, "network.liif.blocks": 1, "network.liif.hidden": "[16]"}
     keys = KEYS | liif | {"network.name": "liif", "network.liif.queries": 64, "output": tmp_path}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from degflow import images, restoration
 from degflow.restoration import NetworkConfig, RestorationObjective, liif, scan
 from degflow.restoration.liif import LIIF, LIIFConfig
-from degflow.restoration.mambair import MambaIRConfig, Scan2d
+from degflow.restoration.mambair import MambaIRConfig, Scan2d, StateSpaceBlock
 from degflow.restoration.networks import HATConfig, RCANConfig, SwinIRConfig
 from degflow.training.loop import learning_rate
 from degflow.training.settings import FitConfig
@@ -29,7 +29,7 @@ TINY = {
 
 def network(name, **keys):
     torch.manual_seed(0)
-    return restoration.build(NetworkConfig(name=name, **{name: TINY[name]}, **keys))
+    return restoration.build(NetworkConfig(name=name, **{name: TINY[name], **keys}))
 
 
 def loop(x, delta, A, B, C):
@@ -165,6 +165,35 @@ def test_published_sizes_are_the_defaults():
         assert found / 1e6 == pytest.approx(expected, abs=0.06), name
 
 
+def test_mambair_has_the_published_number_of_weights():
+    model = restoration.build(NetworkConfig(name="mambair"))
+    assert sum(p.numel() for p in model.parameters()) == 20_642_475  # of csguoh/MambaIR, with 48 input channels
+
+
+def test_mambair_goes_without_some_scans_while_training():
+    size = {**vars(TINY["mambair"]), "drop_path": 0.6}
+    drops = [
+        block.drop for group in network("mambair", mambair=MambaIRConfig(**size)).body.groups for block in group.blocks
+    ]
+    assert drops == pytest.approx([0, 0.6])
+    block, x = StateSpaceBlock(MambaIRConfig(**size), 0.6), torch.randn(400, 3, 3, 8)
+    scanned, kept = block.keep1 * x + block.scan(block.norm1(x)) / 0.4, block.keep1 * x
+    made = block.train()._dropped(block.scan(block.norm1(x))) + block.keep1 * x
+    dropped = torch.tensor([torch.equal(one, other) for one, other in zip(made, kept, strict=True)])
+    assert 0.5 < dropped.float().mean() < 0.7
+    torch.testing.assert_close(made[~dropped], scanned[~dropped])
+    assert torch.equal(block.eval()._dropped(x), x)
+
+
+@pytest.mark.parametrize(("name", "window"), [("swinir", 6), ("swinir", 34), ("hat", 4), ("hat", 12)])
+def test_windows_of_every_allowed_size_work(name, window):
+    size = {**vars(TINY[name]), "window": window}
+    model = network(name, **{name: type(TINY[name])(**size)})
+    shifts = {module.shift_size for module in model.modules() if hasattr(module, "shift_size")}
+    assert shifts - {0} == {window // 2}
+    assert model(torch.rand(1, 3, 20, 28)).shape == (1, 3, 20, 28)
+
+
 def centred(model):
     """A function that gives the feature itself, offset / slope, or the cell."""
     with torch.no_grad():
@@ -181,6 +210,18 @@ def test_liif_of_constant_answers_is_bilinear_interpolation():
     answer = model.ask(features, coordinates, torch.ones(2, 2))[..., 0]
     expected = F.grid_sample(image, coordinates.flip(-1)[:, None], padding_mode="border", align_corners=False)
     torch.testing.assert_close(answer, expected[:, 0, 0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("factor", [1, 2, 3, 5])
+def test_liif_is_bilinear_where_queries_lie_on_rows_of_centres_too(factor):
+    """At odd factors the middle query of a pixel lies on its centre."""
+    model = LIIF(LIIFConfig(width=1, blocks=1, hidden=(4,)))
+    centred(model)[:, 4] = 1.0
+    image, size = torch.randn(1, 1, 100, 7), (100 * factor, 7 * factor)
+    features = F.unfold(image, 3, padding=1).unflatten(-1, (100, 7))
+    answer = model.ask(features, liif.pixel_centres(*size)[None], torch.ones(1, 2))[0, :, 0].unflatten(0, size)
+    expected = F.interpolate(image, size, mode="bilinear", align_corners=False)[0, 0]
+    torch.testing.assert_close(answer, expected, rtol=0, atol=3e-4)
 
 
 def test_liif_knows_where_a_coordinate_lies_in_its_pixel_and_how_large_the_cell_is():
@@ -230,6 +271,8 @@ def test_only_swinir_hat_and_rcan_need_spandrel(monkeypatch):
     [
         (lambda: SwinIRConfig(width=10, heads=4), "swinir.width=10: must be a multiple of swinir.heads=4"),
         (lambda: HATConfig(window=5), "hat.window=5: must be even"),
+        (lambda: HATConfig(window=10), "hat.window=10: must be a multiple of 4"),
+        (lambda: MambaIRConfig(drop_path=1.0), r"mambair.drop_path=1.0: must lie in \[0, 1\)"),
         (lambda: HATConfig(width=18, squeeze=30), "hat.squeeze=30: must lie in"),
         (lambda: MambaIRConfig(depths=()), "mambair.depths=.*: at least one entry"),
         (lambda: MambaIRConfig(states=0), "mambair.states=0: must be above 0"),

@@ -1,5 +1,6 @@
 """Ray for the tests of this room: one on this machine that they share, and clusters of a test's own."""
 
+import time
 from contextlib import contextmanager
 
 import ray
@@ -36,3 +37,11 @@ def own_cluster(*nodes, **options):
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+def until(condition):
+    """Wait until a condition holds, two minutes at most."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

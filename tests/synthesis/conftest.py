@@ -1,7 +1,7 @@
 import pytest
 import ray
 
-from tests.sources import model, one_thread, photos  # noqa: F401 (fixtures)
+from tests.sources import model, photos  # noqa: F401 (fixtures)
 from tests.synthesis.clusters import share_ray
 
 

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from degflow.synthesis.actor import ShardActor
 from degflow.synthesis.cluster import NoCompiler, check_address, check_compiler
 from tests import ROOT
 from tests.sources import rows_of
-from tests.synthesis.clusters import own_ray
+from tests.synthesis.clusters import own_ray, until
 from tests.synthesis.test_pool import run
 
 
@@ -95,13 +94,6 @@ class Other:
         return 1
 
 
-def until(condition):
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 def test_a_run_says_again_and_again_what_it_waits_for_until_it_comes(shared_ray, photos, model, tmp_path, monkeypatch):
     said: list[str] = []
     monkeypatch.setattr(cluster, "FIRST_WORD", 0.5)
@@ -129,6 +121,7 @@ class MapWorkerLike:
         return 1
 
 
+@pytest.mark.own_ray
 def test_a_run_says_that_other_jobs_hold_the_cpus_for_its_codecs():
     """An actor with a GPU holds no CPU: decoding and encoding do."""
     with own_ray(num_cpus=2, num_gpus=1):

@@ -2,6 +2,7 @@
 
 import io
 import re
+import sys
 
 import pyarrow.parquet as pq
 import pytest
@@ -36,15 +37,39 @@ def on(host, **report):
     return row(**report) | {"host": host, "node": host}
 
 
-def test_a_pool_that_breaks_costs_each_unmade_shard_an_attempt_if_it_made_none():
-    count = Count(tqdm(disable=True), 3)
+def test_a_shard_whose_photographs_are_withheld_comes_again_twice_and_has_not_failed(capsys):
+    count = Count(tqdm(total=3, file=sys.stdout), 3)
+    for _ in range(2):
+        assert not count.is_resigned(1)
+        count.take(row(1, 3, 1))
+        count.take(row(1, withheld="the store does not give a.png"))
+        assert count.open == {}
+        assert count.silent([1]) == []
+        assert count.to_repeat([1]) == [1]
+    assert (count.is_last(1), count.is_resigned(1)) == (False, True)
+    assert (count.failures, count.rejects) == ({}, 0)
+    assert capsys.readouterr().out.count("shard 1 comes again later: the store does not give a.png") == 2
+    count.take(made(1))
+    assert count.to_repeat([1]) == []
+    count.check()
+
+
+def test_a_pool_that_breaks_costs_each_unmade_shard_an_attempt_if_it_made_none(capsys):
+    count = Count(tqdm(total=3, file=sys.stdout), 3)
     count.take(made(0))
-    count.take(row(failure="as the pool of actors broke: it did"))
+    count.take(row(failure="as the pool of actors broke: a line\nit did"))
     assert count.to_repeat([0, 1, 2]) == [1, 2]
     assert count.failures == {}
     assert count.to_repeat([1, 2]) == [1, 2]
+    assert not count.is_last(1)
     assert count.to_repeat([1, 2]) == [1, 2]
+    assert count.is_last(1)
     assert count.to_repeat([1, 2]) == []
+    assert [count.is_last(number) for number in (0, 1, 2)] == [False, False, False]
+    said = capsys.readouterr().out
+    assert "the pool of actors broke: it did" in said
+    told = re.findall(r"no shard was made; (\d) of 2 shards come again: it did", said)
+    assert told == ["2", "2", "0"]  # once for all shards
     with pytest.raises(
         Unfinished, match=r"^2 of 3 shards were set aside after 3 failures .*as the pool of actors broke"
     ):

@@ -150,13 +150,12 @@ def test_a_failing_write_stops_the_job_and_a_restart_makes_what_is_missing(
     assert (copy / "_SUCCESS").exists()
 
 
-def test_a_killed_driver_is_continued_by_the_same_command(photos, model, finished, tmp_path):
+def test_a_killed_driver_is_continued_by_the_same_command(shared_ray, photos, model, finished, tmp_path, capfd):
     output = tmp_path / "out"
     words = [f"input={photos}", f"output={output}", f"model={model}", "shard.images=1", "actors.threads=1"]
-    command = [sys.executable, JOB, *words]
     environment = os.environ | {"RAY_ADDRESS": "local"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(JOB.parents[1]), environment.get("PYTHONPATH")]))
-    driver = subprocess.Popen([*command, "actors.max=1"], env=environment, stdout=subprocess.DEVNULL)
+    driver = subprocess.Popen([sys.executable, JOB, *words, "actors.max=1"], env=environment, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while len(list(output.glob("data/part-*"))) < 2 and time.monotonic() < deadline and driver.poll() is None:
         time.sleep(0.005)
@@ -166,15 +165,16 @@ def test_a_killed_driver_is_continued_by_the_same_command(photos, model, finishe
     done = {path.name: path.read_bytes() for path in output.glob("data/part-*")}
     assert 2 <= len(done) < 9
     assert not (output / "_SUCCESS").exists()
-    job = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert job.returncode == 0, job.stderr
-    said = job.stdout.splitlines()
+    capfd.readouterr()
+    synthesize(load(SynthesizeConfig, words))
+    out, errors = capfd.readouterr()
+    said = out.splitlines()
     found = re.search(r"^9 images .* in 9 shards, (\d) of them done; 1 LR each, ", said[0])
     assert found
     assert len(done) <= int(found[1]) < 9  # the orphaned actor may have put one more
     assert said[1].startswith("running on this machine: actors ")
     assert said[-1] == f"preview: {output}/preview.html"
-    assert "Traceback" not in job.stderr
+    assert "Traceback" not in errors
     assert {path.name: path.read_bytes() for path in output.glob("data/part-*")}.items() >= done.items()
     rows, reference = rows_of(output), rows_of(finished)
     assert rows.keys() == reference.keys()
@@ -320,6 +320,19 @@ def test_a_first_try_with_a_limit_is_extended_to_all(photos, model, tmp_path, ca
     assert {key: rows[key] for key in first} == first
     synthesize_here(photos, whole, model, "shard.images=2")
     assert {key: row["lr"] for key, row in rows.items()} == {key: row["lr"] for key, row in rows_of(whole).items()}
+
+
+@pytest.mark.parametrize("memory", [0.16, 1.0])
+def test_an_image_that_does_not_fit_is_named_before_any_is_made(model, tmp_path, capsys, memory):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, side in (("large.jpg", 800), ("small.png", 32)):
+        pixels = np.random.default_rng(0).integers(0, 256, (side, side + 8, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    synthesize_here(folder, tmp_path / "out", model, f"memory={memory}", "max_reject_rate=1")
+    said = capsys.readouterr().out
+    line = "^large.jpg and images as large will be rejects: memory=0.16: needs at least 0... GB for 808 x 800 pixels$"
+    assert bool(re.search(line, said, re.M)) == ("large.jpg" in rejects_of(tmp_path / "out")) == (memory == 0.16)
 
 
 @pytest.mark.parametrize("word", ["solver.steps=2", "solver.solver=euler"])

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from degflow import images, storage
+from degflow.capture.optics import Optics
 from degflow.config import Unfinished, dump, load, plain
 from degflow.dataset.card import preview, samples
 from degflow.dataset.footer import read_footer
@@ -30,15 +31,23 @@ from degflow.dataset.plan import Plan, plan_files, read_plan, write_part
 from degflow.dataset.scales import ScaleConfig, noise_seed_of, scales_of, uniform_of
 from degflow.dataset.writer import ShardWriter
 from degflow.degrader import Degrader
+from degflow.models import (
+    AutoencoderConfig,
+    ResidualAutoencoder,
+    ResidualConfig,
+    ResidualFlow,
+    ResidualNetwork,
+    Spread,
+)
 from degflow.storage import Place, Source
 from degflow.synthesis import shard
 from degflow.synthesis.codec import Codec, Loaded, Threads
 from degflow.synthesis.inventory import Input
 from degflow.synthesis.run import Run
 from degflow.synthesis.settings import SynthesizeConfig
-from degflow.synthesis.shard import Progress, Turn
+from degflow.synthesis.shard import Progress, Turn, Withheld
 from degflow.synthesis.sizes import next_part
-from degflow.synthesis.window import Buffers
+from degflow.synthesis.window import Buffers, usual_memory
 from tests.faults import proxying
 from tests.finished import synthesize_here
 from tests.s3 import forget_clients
@@ -114,7 +123,8 @@ def test_every_photograph_becomes_a_row(photos, model, made):
         assert row["model_sha256"] == hashlib.sha256(Path(model).read_bytes()).hexdigest()
         assert 1 <= row["scale"] <= 4
         assert row["time"] == pytest.approx((row["scale"] - 1) / 3, abs=1e-12)
-        expected = images.to_pixels(degrader(images.to_tensor(hr)[None], torch.tensor([[row["scale"]]]).double()))[0, 0]
+        scale = torch.tensor([[row["scale"]]], dtype=torch.float64)
+        expected = images.to_pixels(degrader(images.to_tensor(hr)[None], scale))[0, 0]
         assert np.abs(lr.astype(int) - expected).max() <= 1
 
 
@@ -129,7 +139,7 @@ def test_a_row_is_the_draw_of_its_noise_seed(photos, tmp_path):
     assert len({row["noise_seed"] for row in drawn.values()}) == len(drawn) == 8
     for (key, draw), row in drawn.items():
         assert row["noise_seed"] == noise_seed_of(3, key, draw)
-        hr, scale = images.to_tensor(png(row["hr"]["bytes"]))[None], torch.tensor([row["scale"]]).double()
+        hr, scale = images.to_tensor(png(row["hr"]["bytes"]))[None], torch.tensor([row["scale"]], dtype=torch.float64)
         other = made["one by one"][key, draw]
         assert (other["noise_seed"], other["scale"]) == (row["noise_seed"], row["scale"])
         for found in (row, other):
@@ -564,6 +574,23 @@ def test_broken_rules_name_key_value_and_rule(word, message):
 CODEC = Codec("", max_pixels=10_000, embed=True, codec="png", scaled=False, keep_gray=False, seed=0, model_sha256="")
 
 
+def test_a_prefix_that_is_throttled_as_a_whole_rejects_no_photograph(s3, model, photos, monkeypatch):
+    place, output = Place(s3.uri("in")), Place(s3.uri("out"))
+    for name in "ab":
+        place.write(f"{name}.png", (photos / "astronaut.PNG").read_bytes())
+    monkeypatch.setattr(storage, "PATIENCE", 1)
+    run = open_run(place.uri, output.uri, model)
+    plan = plan_of(place.uri, output.uri)
+    with monkeypatch.context() as patch, proxying(s3.endpoint) as (proxy, endpoint):
+        patch.setenv("AWS_ENDPOINT_URL", endpoint)
+        forget_clients()
+        proxy.throttled = f"{place.uri.removeprefix('s3:/')}/"
+        with pytest.raises(storage.StorageError, match=r"a\.png: .*reduce your request rate"):
+            list(run.maker().make(0, plan[0], Threads(2), Turn()))
+    forget_clients()
+    assert not output.exists("data")
+
+
 def test_a_store_that_fails_is_no_reject_but_a_file_that_does_is(s3, monkeypatch):
     place = Place(s3.uri("in"))
     place.write("a.png", images.encode_png(np.full((16, 16, 3), 128, np.uint8)))
@@ -580,6 +607,12 @@ def test_a_store_that_fails_is_no_reject_but_a_file_that_does_is(s3, monkeypatch
     assert (found.key, found.stage) == ("a.png", "read")
     assert found.attempts >= 1
     assert re.fullmatch(r"s3://demo/.*/a\.png: .*reduce your request rate\. \(attempts: \d\)", found.error)
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", "no-scheme")  # on a machine that is set up wrongly
+        forget_clients()
+        with pytest.raises(ValueError, match="Invalid endpoint"):
+            load(source)
+    forget_clients()
     s3.kill()
     try:
         with pytest.raises(storage.StorageError, match="EndpointConnectionError"):
@@ -598,7 +631,7 @@ class Notes(Threads):
     def load(self, codec, source, patience=None):
         self.loads.append(source.key)
         self.loaded.set()
-        if patience is None and self.proxy:
+        if patience == storage.PATIENCE and self.proxy:
             self.proxy.broken = None
         return super().load(codec, source, patience)
 
@@ -615,6 +648,11 @@ def test_a_file_that_the_store_withholds_comes_last_and_holds_no_other_up(s3, mo
     with monkeypatch.context() as patch, proxying(s3.endpoint, broken="b.png") as (proxy, endpoint):
         patch.setenv("AWS_ENDPOINT_URL", endpoint)
         forget_clients()
+        if not comes:  # an attempt that is not the last one
+            with pytest.raises(Withheld, match=r"^the store does not give b.png$"):
+                list(run.maker().make(0, plan[0], Notes(), turn := Turn(), resigned=False))
+            assert not output.exists("data")
+            assert (turn.broken, turn._begun) == (False, [])
         notes = Notes(proxy if comes else None)
         reports = list(run.maker().make(0, plan[0], notes, Turn()))
     forget_clients()
@@ -722,9 +760,9 @@ def test_a_shard_that_another_process_has_put_is_not_made_again(two_shards):
     makers, plan, degraded = two_shards
     record = list(makers[0].make(0, plan[0], Threads(1), Turn()))[-1].record
     degraded.clear()
-    assert list(makers[1].make(0, plan[0], Threads(1), Turn(), again=True)) == [Progress(3, 0, record)]
+    assert list(makers[1].make(0, plan[0], Threads(1), Turn())) == [Progress(3, 0, record)]
     assert degraded == []
-    list(makers[1].make(1, plan[1], Threads(1), Turn(), again=True))
+    list(makers[1].make(1, plan[1], Threads(1), Turn()))
     assert degraded == [source.key for source in plan[1]]
 
 
@@ -795,12 +833,62 @@ def test_the_preview_shows_no_source_that_changed_since(model, tmp_path):
     assert preview(samples(run.output, records, plain(run.config))) is None
 
 
+def test_45_megapixels_fit_a_gpu_of_80_gb_at_full_width(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80e9))
+    assert usual_memory(torch.device("cpu")) == 4
+    with torch.device("meta"):
+        autoencoder = ResidualAutoencoder(AutoencoderConfig(latent_channels=32))
+        network = ResidualNetwork(ResidualConfig(latent_channels=32, width=256, blocks=12))
+    levels = {"1": 1.0, "2": 2.0, "4": 4.0}
+    degrader = Degrader(autoencoder, ResidualFlow(Optics((1.0, 2.0, 4.0)), Spread(32, (0.0, 1.0)), network, 8), levels)
+    assert degrader.plan(5464, 8192, usual_memory(torch.device("cuda"))).grid.rows > 1
+    with pytest.raises(ValueError, match=r"^memory=4: needs at least 10\.\d+ GB for 8192 x 5464 pixels"):
+        degrader.plan(5464, 8192, 4)
+
+
+def test_a_machine_that_loses_most_photographs_of_a_shard_puts_it_only_at_the_last_attempt(photos, model, tmp_path):
+    run, plan = open_run(photos, tmp_path, model), plan_of(photos, tmp_path)
+    run._save_config()
+    maker = run.maker()
+    maker.degrader.degrader.register_forward_hook(lambda module, given, lr: lr * torch.nan)  # as a broken GPU would
+    with pytest.raises(
+        RuntimeError, match=r"^9 of 9 photographs were lost here.*\(degrade: the result is not finite\)"
+    ):
+        list(maker.make(0, plan[0], Threads(1), Turn(), last=False))
+    assert not list((tmp_path / "data").glob("part-*"))
+    *_, end = maker.make(0, plan[0], Threads(1), Turn(), last=True)
+    assert (end.record.rows, end.record.rejects) == (0, 9)
+    assert {(reject.stage, reject.error) for reject in rejects_in(tmp_path).values()} == {
+        ("degrade", "the result is not finite")
+    }
+
+
+def test_a_memory_that_the_run_asks_for_raises_no_suspicion(photos, model, tmp_path):
+    run, plan = open_run(photos, tmp_path, model, "memory=0.0001"), plan_of(photos, tmp_path)
+    run._save_config()
+    *_, end = run.maker().make(0, plan[0], Threads(1), Turn(), last=False)
+    assert (end.record.rows, end.record.rejects) == (0, 9)
+    assert all("memory=0.0001" in reject.error for reject in rejects_in(tmp_path).values())
+
+
+def test_bad_files_raise_no_suspicion(photos, model, tmp_path):
+    spoiled = save_spoiled(tmp_path / "spoiled", photos)
+    run, plan = open_run(spoiled, tmp_path / "out", model), plan_of(spoiled, tmp_path / "out")
+    run._save_config()
+    *_, end = run.maker().make(0, plan[0], Threads(1), Turn(), last=False)
+    assert end.record.rejects > (end.record.rows + end.record.rejects) / 2
+    assert end.record.rows + end.record.rejects >= shard.SUSPICIOUS
+
+
 def test_a_part_is_never_put_over_another(photos, model, tmp_path):
     first, second, other = (open_run(photos, tmp_path, model, f"seed={seed}") for seed in (0, 0, 3))
     plan, part = plan_of(photos, tmp_path, "limit=2"), tmp_path / "data/part-000000.parquet"
+    first._save_config()
+    beside = second.maker().make(0, plan[0], Threads(2), Turn())
+    next(beside)  # it has begun, so it does not find the part that comes now
     make_all(first, plan)
     before, records = part.read_bytes(), finished_in(first, plan)
-    make_all(second, plan)
+    assert list(beside)[-1].record == records[0]
     assert part.read_bytes() == before
     assert finished_in(second, plan) == records
     assert len(records) == 1

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from degflow import images
+from degflow import images, storage
 from degflow.config import load
 from degflow.dataset.footer import body_sha256
 from degflow.storage import Place
@@ -117,7 +117,7 @@ def test_the_uninterrupted_run_has_every_photograph_once(photos, reference):
     assert len(reference) == PHOTOS
 
 
-def test_a_killed_driver_and_a_restarted_store_change_nothing(s3, photos, model, reference):
+def test_a_killed_driver_and_a_restarted_store_change_nothing(s3, shared_ray, photos, model, reference, capfd):
     output = s3.uri("killed")
     process = driver(photos, output, model, "actors.max=1")
     wait_for(lambda: shards_in(output) >= 2, process)
@@ -125,14 +125,22 @@ def test_a_killed_driver_and_a_restarted_store_change_nothing(s3, photos, model,
     process.communicate()
     assert 2 <= shards_in(output) < PHOTOS // SHARD
     assert not Place(output).exists("_SUCCESS")
-    process = driver(photos, output, model)
-    wait_for(lambda: shards_in(output) >= 3, process)
-    assert not Place(output).exists("_SUCCESS")  # it runs still
-    s3.kill()
-    time.sleep(1)
-    s3.start()
-    out = finish(process)
-    assert re.search(r"40 images .* in 5 shards, [2-4] of them done", out)
+    with ThreadPoolExecutor(1) as thread:
+
+        def restart():
+            wait_for(lambda: shards_in(output) >= 3)
+            assert not Place(output).exists("_SUCCESS")  # it runs still
+            s3.kill()
+            time.sleep(1)
+            s3.start()
+
+        restarted = thread.submit(restart)
+        run(photos, output, model, *WORDS)
+        restarted.result()
+    said, errors = capfd.readouterr()
+    assert re.search(r"40 images .* in 5 shards, [2-4] of them done", said)
+    assert said.splitlines()[-1] == f"preview: {output}/preview.html"
+    assert "Traceback" not in errors
     assert rows_of(output) == reference
 
 
@@ -142,6 +150,23 @@ def test_a_network_that_fails_changes_nothing(s3, photos, model, reference):
         finish(driver(photos, output, model, environment={"AWS_ENDPOINT_URL": endpoint}))
     assert rows_of(output) == reference
     assert {"throttle", "reset", "delay", "truncate", "lost answer"} <= proxy.met.keys()
+
+
+def test_photographs_that_are_throttled_for_longer_than_a_shard_waits_come_later(s3, photos, model, reference):
+    output = s3.uri("throttled")
+    with proxying(s3.endpoint) as (proxy, endpoint):
+        variables = {"AWS_ENDPOINT_URL": endpoint, "DEGFLOW_PATIENCE": "0.5", "PYTHONUNBUFFERED": ""}
+        process = driver(photos, output, model, "actors.max=1", "shard.images=2", environment=variables)
+        wait_for(lambda: shards_in(output) >= 1, process)
+        proxy.throttled = f"{photos.removeprefix('s3:/')}/"  # all photographs
+        later = next((line for line in process.stdout if "comes again later" in line), "")
+        proxy.throttled = None
+        finish(process)
+    assert re.search(r"^shard \d comes again later: the store does not give a b/.*\.png", later)
+    found = rows_of(output)  # their windows are others, so LR may be rounded otherwise
+    assert {key: (scale, hr) for key, (scale, _, hr) in found.items()} == {
+        key: (scale, hr) for key, (scale, _, hr) in reference.items()
+    }
 
 
 def test_two_drivers_on_one_output_are_harmless(s3, shared_ray, photos, model, reference):
@@ -206,32 +231,36 @@ def test_globs_and_inventories_are_inputs(s3, photos, model, reference):
     assert rows_of(output) == {key: value for key, value in reference.items() if key[0] in wanted}
 
 
-@pytest.mark.parametrize(
-    ("variables", "places", "said"),
-    [
-        ({"AWS_SECRET_ACCESS_KEY": "hunter2"}, {}, r"error: output=s3://demo/.*: cannot be read \(PermissionError: "),
-        ({}, {"input": "s3://no-such-bucket/photos"}, r"error: input=s3://no-such-bucket/photos: not there \(.*bucket"),
-        (
-            {},
-            {"output": "s3://no-such-bucket/out"},
-            r"error: output=s3://no-such-bucket/out: cannot be written",
-        ),
-    ],
-    ids=["secret", "input", "output"],
-)
-def test_what_the_store_refuses_ends_the_job_in_seconds(s3, photos, model, variables, places, said):
-    places = {"input": photos, "output": s3.uri("refused")} | places
-    # A refusal that was retried would take ten minutes.
-    process = driver(places["input"], places["output"], model, environment=variables | {"DEGFLOW_PATIENCE": "600"})
+def test_refused_credentials_end_the_job_in_seconds(s3, photos, model):
+    variables = {"AWS_SECRET_ACCESS_KEY": "hunter2", "DEGFLOW_PATIENCE": "600"}  # the time that a retry would take
+    process = driver(photos, s3.uri("refused"), model, environment=variables)
     started = time.monotonic()
     out, err = process.communicate(timeout=200)
     assert process.returncode == 1
-    assert re.search(said, err.splitlines()[-1])
+    assert re.search(r"error: output=s3://demo/.*: cannot be read \(PermissionError: ", err.splitlines()[-1])
     assert time.monotonic() - started < 100  # nearly all of it importing, on a busy machine
     for secret in ("hunter2", s3.secret_key):
         assert secret not in out + err
 
 
+@pytest.mark.parametrize(
+    ("places", "said"),
+    [
+        ({"input": "s3://no-such-bucket/photos"}, r"^input=s3://no-such-bucket/photos: not there \(.*bucket"),
+        ({"output": "s3://no-such-bucket/out"}, r"^output=s3://no-such-bucket/out: cannot be written"),
+    ],
+    ids=["input", "output"],
+)
+def test_a_bucket_that_is_not_there_ends_the_run_in_seconds(s3, photos, model, places, said, monkeypatch):
+    monkeypatch.setattr(storage, "PATIENCE", 600.0)  # the time that a retry would take
+    places = {"input": photos, "output": s3.uri("refused")} | places
+    started = time.monotonic()
+    with pytest.raises(OSError, match=said):
+        synthesize_here(places["input"], places["output"], model, *WORDS)
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.own_ray
 def test_a_busy_node_that_is_removed_changes_nothing(s3, photos, model, reference):
     output = s3.uri("node")
     with own_cluster({"num_cpus": 1}, {"num_cpus": 1}) as (cluster, nodes), ThreadPoolExecutor(1) as thread:

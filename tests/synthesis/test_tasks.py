@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import ray
 from ray._common.utils import get_system_memory
 from ray._private.utils import get_used_memory
 
@@ -14,7 +15,7 @@ from degflow.synthesis.codec import Codec, Draw, NeedsMemory
 from degflow.synthesis.tasks import Tasks
 from tests.hooks import HUNGRY
 from tests.sources import rejects_of, rows_of
-from tests.synthesis.clusters import own_ray
+from tests.synthesis.clusters import own_ray, until
 from tests.synthesis.test_pool import OnCpu, hooked, run
 
 MB = 1 << 20
@@ -56,6 +57,38 @@ def test_a_task_asks_for_what_the_header_says_and_no_more_than_a_node_has(shared
     assert small.asked == [256, 300]
 
 
+@ray.remote(num_cpus=0)
+class Owner:
+    """A process whose results are lost with it."""
+
+    def result(self):
+        return [ray.put(1)]
+
+
+def is_lost(reference):
+    try:
+        return not ray.get(reference)
+    except ray.exceptions.ObjectLostError:
+        return True
+
+
+def test_a_result_that_is_lost_with_its_process_is_made_again(shared_ray, monkeypatch):
+    monkeypatch.setattr(tasks, "CRASHES", 1)
+    owners, asked = [Owner.remote() for _ in range(2)], []
+    lost = [ray.get(owner.result.remote())[0] for owner in owners]
+    for owner, result in zip(owners, lost, strict=True):
+        ray.kill(owner)
+        until(lambda result=result: is_lost(result))
+    later = iter([lost[0], ray.put("made again")])
+    task = tasks._Task(lambda memory: asked.append(memory) or next(later), 7)
+    assert task.result() == "made again"
+    assert asked == [7, 7]
+    later = iter(lost)
+    with pytest.raises(ray.exceptions.ObjectLostError):
+        tasks._Task(lambda memory: next(later), 7).result()
+
+
+@pytest.mark.own_ray
 def test_a_file_that_fills_its_node_is_a_reject_and_the_others_are_rows(photos, model, tmp_path, monkeypatch):
     folder = tmp_path / "in"
     folder.mkdir()

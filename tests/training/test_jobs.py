@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -20,8 +21,8 @@ from degflow import Degrader, config, images
 from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig
 from degflow.models.files import load_checkpoint, save_checkpoint
 from degflow.objectives import to_float
-from degflow.training.lfm import TrainLFMConfig
-from degflow.training.rae import TrainRAEConfig, latent_spread
+from degflow.training.lfm import TrainLFMConfig, train_lfm
+from degflow.training.rae import TrainRAEConfig, latent_spread, train_rae
 from degflow.training.residual import TrainResidualConfig
 from tests import ROOT
 from tests.captures import save_scenes
@@ -117,7 +118,13 @@ def assert_is_a_run(output, said, previews, steps):
         data = (output / "previews" / name).read_bytes()
         assert data.startswith(b"\x89PNG")
         assert np.ptp(images.decode(data)) == 255
-    assert [file.name[:18] for file in (output / "logs").iterdir()] == ["events.out.tfevents"[:18]]
+    kinds = sorted(file.name.partition(".out")[0] for file in (output / "logs").iterdir())
+    assert kinds == ["events", "steps-00000001.jsonl"]
+    lines = [json.loads(line) for line in (output / "logs/steps-00000001.jsonl").read_text().splitlines()]
+    last = [line for line in lines if line["group"] == "train"][-1]
+    assert last["step"] == steps
+    assert 0 <= last["data_wait"] <= 1
+    assert any(name.startswith("error_quarter_") for name in last) == ("cfm" in last)
     assert sorted(file.name for file in (output / "checkpoints").iterdir())[-1] == f"step-{steps:08d}.pt"
     assert not list(output.rglob(".*"))
     return config.read((output / "config.yaml").read_text())
@@ -138,6 +145,33 @@ def test_stage_1_leaves_an_autoencoder_and_the_account_of_its_making(tree, rae):
     assert {name for name in tensors if not torch.equal(tensors[name], averaged[name])} == {
         "encoder.head.weight", "encoder.head.bias", "decoder.stem.weight",
     }  # fmt: skip
+
+
+class Training(Exception):
+    """A training begins."""
+
+
+def begins_as_another_process(train, kind, monkeypatch, **keys):
+    """Whether a process that is not the main one comes to its training without looking at the validation's crops."""
+
+    def begin(*_, **__):
+        raise Training
+
+    def look(*_):
+        raise AssertionError
+
+    for name, way in (("is_main_process", lambda: False), ("watched_crops", look), ("fit", begin)):
+        monkeypatch.setitem(train.__globals__, name, way)
+    with pytest.raises(Training):
+        train(config.load(kind, [f"{key}={value}" for key, value in keys.items()]))
+    return True
+
+
+def test_only_the_main_process_decodes_the_validation(tree, rae, tmp_path, monkeypatch):
+    where = {"scenes.data": tree, "output": tmp_path / "out"}
+    assert begins_as_another_process(train_rae, TrainRAEConfig, monkeypatch, **RAE, **where)
+    where["rae"] = rae[0] / "rae.safetensors"
+    assert begins_as_another_process(train_lfm, TrainLFMConfig, monkeypatch, **LFM, **where)
 
 
 def test_its_latents_have_unit_spread_and_the_same_images(rae, tree):
@@ -347,7 +381,7 @@ def test_a_training_goes_on_with_its_scenes_in_another_folder_and_not_with_other
     file = next(moved.rglob("*_LR2.png"))
     file.write_bytes(images.encode_png(255 - images.decode(file.read_bytes())))
     code, words = fails("train_rae", **keys, **{"scenes.data": moved})
-    assert re.search(r"step-00000001.pt: was made with other scenes, or another stage 1", words)
+    assert re.search(r"step-00000001.pt: was made with other scenes or pairs, or another stage 1", words)
     assert code == 2
 
 

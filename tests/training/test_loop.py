@@ -1,5 +1,6 @@
 """fit() on a toy and on a small autoencoder. Run as a script, this file is the toy's training job (see `toy_job`)."""
 
+import json
 import math
 import os
 import pty
@@ -19,14 +20,17 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
+from degflow.benchmarking.predict import kernels
 from degflow.models import AutoencoderConfig, ResidualAutoencoder
 from degflow.models.counter import sample_keys
-from degflow.models.dropout import SampleDropout
+from degflow.models.dropout import Bits, SampleDropout
 from degflow.objectives import Losses, RAEObjective
 from degflow.storage import Place
+from degflow.training import loop
+from degflow.training.average import Average
 from degflow.training.checkpoints import _differences
 from degflow.training.loop import RankSampler, Validation, _Run, fit, learning_rate
-from degflow.training.processes import join
+from degflow.training.processes import Hosts, join
 from degflow.training.settings import FitConfig
 from degflow.training.stopping import EXIT_CODE
 from tests import ROOT
@@ -52,7 +56,8 @@ class Toy(nn.Module):
     def forward(self, x, key=None):
         if self.training:
             self.seen += len(x)
-        return self.second(self.dropout(self.first(x).relu(), key))[:, 0]
+        bits = None if key is None else Bits.of(key, 1, self.config.width, 1, 1)
+        return self.second(self.dropout(self.first(x).relu()[..., None, None], bits)[..., 0, 0])[:, 0]
 
 
 class ToyObjective(nn.Module):
@@ -368,6 +373,18 @@ def test_accumulation_gives_the_curve_of_the_large_batch(tmp_path, problem):
         torch.testing.assert_close(state["network"], results[0][1]["network"], rtol=1e-3, atol=2e-5)
 
 
+def test_a_profile_of_some_steps_is_written_and_changes_nothing(tmp_path, capsys):
+    train(tmp_path / "plain")
+    train(tmp_path / "timed", replace(BASE, profile=2))
+    assert f"profile: {tmp_path}/timed/profile.json" in capsys.readouterr().out
+    events = json.loads((tmp_path / "timed/profile.json").read_text())["traceEvents"]
+    names = [event.get("name", "") for event in events]
+    assert [name for name in names if name.startswith("ProfilerStep#")] == ["ProfilerStep#10", "ProfilerStep#11"]
+    assert any(name.startswith("Optimizer.step") for name in names)
+    plain, timed = (checkpoint(tmp_path / name, 12)["network"] for name in ("plain", "timed"))
+    assert all(torch.equal(plain[name], timed[name]) for name in plain)
+
+
 def test_two_processes_give_the_curve_of_one(tmp_path):
     launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
     process = start_toy(tmp_path / "two", *launcher, stderr=subprocess.STDOUT, accumulate=2, dropout=0.3)
@@ -528,6 +545,53 @@ def test_a_training_step_never_waits_for_its_device(tmp_path):
     assert len(run.means.waiting) == 3
 
 
+def test_processes_tell_each_other_of_signals_after_every_fourth_step_and_at_the_end(tmp_path, monkeypatch):
+    asked = []
+
+    class Several(Hosts):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.alone = False
+
+        def largest(self, number):
+            asked.append(number)
+            return number
+
+    monkeypatch.setattr(loop, "Hosts", Several)
+    train(tmp_path, replace(BASE, steps=10))
+    assert asked == [0, 0, 0]
+
+
+def test_on_a_gpu_adam_is_one_operation(tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(torch.optim, "Adam", lambda parameters, **options: found.append(options["fused"]) or exit())
+    accelerator = join(BASE.precision, BASE.timeout)
+    for device in ("cpu", "cuda"):
+        accelerator.state.device = PartialState().device = torch.device(device)
+        try:
+            with pytest.raises(SystemExit):
+                _Run(accelerator, ToyObjective(), BASE, Place(str(tmp_path)), {}, "")
+        finally:
+            accelerator.state.device = PartialState().device = torch.device("cpu")
+    assert found == [None, True]
+
+
+def test_an_average_takes_one_operation_for_all_weights():
+    networks = (nn.Linear(2, 2), nn.Sequential(*(nn.Linear(2, 2) for _ in range(9))))
+    averages = [Average(network.to("meta"), 0.9) for network in networks]
+    one, nine = (len(kernels(lambda average=average: average.update(1), {})) for average in averages)
+    assert one == nine
+
+
+def test_the_gradients_norm_is_logged_without_clipping_too(tmp_path):
+    for name, clip in (("clipped", 1e9), ("not", 0.0)):
+        train(tmp_path / name, replace(BASE, clip=clip))
+    norms = [curve(tmp_path / name, "train/gradient_norm")[1] for name in ("clipped", "not")]
+    np.testing.assert_array_equal(*norms)
+    assert min(norms[0]) > 0
+    assert_same(checkpoint(tmp_path / "clipped", 12)["network"], checkpoint(tmp_path / "not", 12)["network"])
+
+
 def test_a_log_line_has_the_means_since_the_last_one_also_of_what_was_interrupted(tmp_path):
     config = replace(BASE, save_every=100)
     train(tmp_path / "each", config)
@@ -562,6 +626,8 @@ def test_another_order_of_what_trains_is_another_configuration():
     assert list(_differences({"train": {"a": "x", "b": "y"}}, {"train": {"b": "y", "a": "x"}})) == [
         "order of train (a, b then, b, a now)"
     ]
+    assert list(_differences({"train": {"a": "x"}}, {"train": {"b": "x"}})) == ["names of train (a then, b now)"]
+    assert not list(_differences({"train": {"a": "x"}}, {"train": {"a": "moved"}}))  # what it holds is compared
     old, new = {"rae": "p", "test": {"a": 1, "b": 2}}, {"rae": "q", "test": {"b": 2, "a": 1}}
     assert not list(_differences(old, new))
 
@@ -617,6 +683,7 @@ def test_a_wrong_start_is_named(tmp_path):
     [
         ({"steps": 0}, "fit.steps=0: must be at least 1"),
         ({"keep": 0}, "fit.keep=0: must be at least 1"),
+        ({"steps": 12, "profile": 3}, "fit.profile=3: must be at most fit.steps - 10 = 2"),
         ({"learning_rate": 0.0}, "fit.learning_rate=0.0: must be above 0"),
         ({"ema": 1.0}, r"fit.ema=1.0: must lie in \[0, 1\)"),
         ({"betas": (0.9, 1.0)}, r"fit.betas=\[0.9, 1.0\]: must lie in \[0, 1\)"),

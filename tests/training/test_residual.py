@@ -28,11 +28,11 @@ from degflow.models.files import load_checkpoint
 from degflow.models.grain import SHARE
 from degflow.models.residual import lost_detail
 from degflow.training.rae import load_stage1
-from degflow.training.residual import fit_finish, fit_spread
+from degflow.training.residual import TrainResidualConfig, fit_finish, fit_spread, train_residual
 from degflow.trajectory import Timeline
 from tests import ROOT
 from tests.captures import save_scenes
-from tests.training.test_jobs import LFM, RAE, fails, start, succeed
+from tests.training.test_jobs import LFM, RAE, begins_as_another_process, fails, start, succeed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LEVELS = {"1": 1.0, "2": 2.0, "4": 4.0}
@@ -68,6 +68,11 @@ def rae(tree, tmp_path_factory):
 
 def keys_of(tree, rae, output, **changes):
     return {**RESIDUAL, "scenes.data": tree, "rae": rae[0] / "rae.safetensors", "output": output, **changes}
+
+
+def test_only_the_main_process_decodes_the_validation(tree, rae, tmp_path, monkeypatch):
+    keys = keys_of(tree, rae, tmp_path / "out")
+    assert begins_as_another_process(train_residual, TrainResidualConfig, monkeypatch, **keys)
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +118,7 @@ def test_stage_2_leaves_one_degrader_file_that_degrades(tree, rae, residual):
     assert draws[0].tobytes() != draws[1].tobytes()
 
 
-@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM], ids=lambda stop: stop.name)
-def test_a_stopped_training_ends_in_the_same_bytes(tree, rae, residual, tmp_path, stop):
+def test_a_stopped_training_ends_in_the_same_bytes(tree, rae, residual, tmp_path):
     keys = keys_of(tree, rae, tmp_path)
     process = start("train_residual", **keys)
     end = time.monotonic() + 180
@@ -122,9 +126,9 @@ def test_a_stopped_training_ends_in_the_same_bytes(tree, rae, residual, tmp_path
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < end
         time.sleep(0.001)
-    process.send_signal(stop)
+    process.send_signal(signal.SIGTERM)  # test_loop kills the same loop
     process.communicate(timeout=120)
-    assert process.returncode == (75 if stop == signal.SIGTERM else -signal.SIGKILL)
+    assert process.returncode == 75
     assert not (tmp_path / "degrader.safetensors").exists()
     assert re.search(r"resuming after step \d+ ", succeed("train_residual", **keys))
     assert digest(tmp_path) == digest(residual[0])
@@ -184,7 +188,7 @@ def test_scenes_may_be_encoded_once_into_a_cache_for_all_trainings(tree, rae, re
         written.append({path: path.stat().st_mtime_ns for path in cache.iterdir()})
     assert written[0] == written[1]  # the second one encoded nothing
     assert digest(tmp_path / "a") == digest(tmp_path / "b") != digest(residual[0])
-    assert len(list(cache.glob("*-latents.npy"))) == 4  # two scenes at two reductions
+    assert len(list(cache.glob("*-latents.npy"))) == 8  # two scenes at two reductions, and their copies
     trained, other = (load_file(folder / "degrader.safetensors") for folder in (tmp_path / "a", residual[0]))
     assert torch.equal(trained["flow.spread.filters"], other["flow.spread.filters"])
     assert not torch.equal(trained["flow.network.head.weight"], other["flow.network.head.weight"])
@@ -204,7 +208,7 @@ def in_two_processes(keys):
 def test_two_processes_share_the_encoding_and_train_as_one_does(tree, rae, tmp_path):
     once = {"encode_once": "true", "scenes.cache": tmp_path / "cache"}
     in_two_processes(keys_of(tree, rae, tmp_path / "two", **once))
-    assert len(list((tmp_path / "cache").glob("*-latents.npy"))) == 4
+    assert len(list((tmp_path / "cache").glob("*-latents.npy"))) == 8
     succeed("train_residual", **keys_of(tree, rae, tmp_path / "one"), encode_once="true")
     two, one = (load_file(tmp_path / name / "degrader.safetensors") for name in ("two", "one"))
     for name in one:
@@ -295,6 +299,16 @@ def test_the_spread_is_fitted_to_the_captured_covariance_at_every_time():
     torch.testing.assert_close(roots @ roots.mT, torch.stack((0 * early, early, late)), rtol=0.05, atol=1e-3)
 
 
+def test_the_spread_is_that_of_the_scenes_without_their_retouched_copies():
+    root, random = torch.diag(torch.tensor([0.3, 0.2, 0.1])), np.random.default_rng(0)
+    plain, copy = known_stack(root, random), known_stack(3 * root, random)._replace(retouched=True)
+    alone, both = (
+        fit_spread(Identity(), stacks, [(1.0,)] * len(stacks), crop=64, quiet=True)
+        for stacks in ([plain], [plain, copy])
+    )
+    torch.testing.assert_close(both.filters, alone.filters, rtol=0.05, atol=1e-3)
+
+
 class Blind(nn.Module):
     """An autoencoder whose latent is nothing of the image; decoding adds it to the skips in squares of 8 pixels."""
 
@@ -371,6 +385,15 @@ def test_the_cutoff_is_fitted_to_scenes_that_were_not_reduced():
     assert float((full[:9] - 1).abs().max()) < 0.2  # up to a quarter of a cycle; the scene is white
     assert float(full[13:].max()) < 0.2
     assert float(low[:13].min()) > 0.8
+
+
+def test_cutoff_and_grain_leave_retouched_copies_out():
+    whole = [two_levels(seed) for seed in range(3)]
+    copies = [Stack(flat_stack(seed, 0.0).pixels[[0, 1, 1, 2, 2]], (1.5, 2.0), True) for seed in range(3)]
+    alone, both = (finished(stacks, 0.05) for stacks in (whole, [*whole, *copies]))
+    assert torch.equal(both.cutoff.filters, alone.cutoff.filters)
+    assert torch.equal(both.grain.curves, alone.grain.curves)
+    assert torch.equal(both.grain.field.filters, alone.grain.field.filters)
 
 
 def test_small_scenes_can_be_fitted_too_and_reduced_ones_alone_have_no_cutoff():

@@ -16,7 +16,7 @@ from typing import Any, cast
 from urllib.parse import parse_qs, quote, urlsplit
 
 from degflow import images
-from degflow.explore.comparison import Ask, Explorer
+from degflow.evaluation.explore.comparison import Ask, Explorer
 
 ADDRESS = "127.0.0.1"
 _PAGE = {
@@ -112,7 +112,7 @@ class _Handler(BaseHTTPRequestHandler):
         explorer = self._explorer
         if url.path in _PAGE:
             name, kind = _PAGE[url.path]
-            self._send(files("degflow.explore").joinpath(name).read_bytes(), kind)
+            self._send(files("degflow.evaluation.explore").joinpath(name).read_bytes(), kind)
         elif url.path == "/about":
             self._send_json(explorer.about())
         elif url.path == "/pictures":

@@ -220,7 +220,7 @@ class Explorer:
             image = self.degrader.flow.guide(hr.to(next(self.degrader.parameters()).device), _one(scale))
             caption = "HR through the model's lens for this scale: blur without noise. The draw starts from it."
             return Picture("plain", f"Optics alone, ×{scale:g}", caption, _levels(image))
-        sigma = fit_sigma([(luma(hr)[:, None].float(), luma(lr)[:, None].float())], max(1.0, scale))
+        sigma = fit_sigma([(luma(hr)[:, None].float(), luma(lr)[:, None].float())], 4 * max(1.0, scale))
         caption = f"HR blurred by the Gaussian that is most like the generated LR here: sigma {sigma:.2f} pixels."
         return Picture("plain", "Gaussian blur", caption, _levels(blur(hr, sigma)))
 

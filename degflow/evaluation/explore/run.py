@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from degflow import images
 from degflow.config import option
 from degflow.degrader import Degrader
-from degflow.explore.comparison import SMALLEST_WINDOW, Explorer
-from degflow.explore.server import Server
+from degflow.evaluation.explore.comparison import SMALLEST_WINDOW, Explorer
+from degflow.evaluation.explore.server import Server
 from degflow.models.precision import check_device, device_of
 from degflow.storage import split_uri
 

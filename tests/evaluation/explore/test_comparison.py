@@ -19,9 +19,9 @@ from degflow import Degrader, images
 from degflow.capture.filters import blur
 from degflow.config import load
 from degflow.evaluation import bicubic, psnr
-from degflow.explore.comparison import MARGIN, Explorer
-from degflow.explore.run import ExploreConfig, explore
-from degflow.explore.server import Server
+from degflow.evaluation.explore.comparison import MARGIN, Explorer
+from degflow.evaluation.explore.run import ExploreConfig, explore
+from degflow.evaluation.explore.server import Server
 from tests.jobs import run_job
 from tests.sources import save_model
 
