@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from ray._private.utils import get_num_cpus
 
 ANSWERS_WITHIN = 5.0  # seconds, for a Ray that is just starting
 FIRST_WORD, NEXT_WORD = 20.0, 60.0  # seconds without an actor
+STARTS = 3  # that fail on a node before it is named
 _UNNAMED: Any = None  # as `ray.init` asks, although the type is str
 _HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"  # what a gRPC client sends first
 _COMPILERS = {"cpu": ("CXX", "clang++" if sys.platform == "darwin" else "g++"), "cuda": ("CC", "gcc", "clang")}
@@ -112,10 +114,8 @@ def unstarted(gpus: int, threads: int, stuck: bool = False) -> str:
     """
     if missing := lack(gpus, threads):
         return missing
-    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
-    running = state.state.actor_table(None, job, "ALIVE")
     free = state.available_resources_per_node().values()
-    if any(actor["ActorClassName"].startswith("MapWorker") for actor in running.values()):  # as Ray Data calls them
+    if _actors("ALIVE"):
         if gpus and stuck and not any(node.get("CPU", 0) >= 1 for node in free):
             return (
                 "for some time no image was made, and no node has a free CPU for decoding and encoding: other jobs "
@@ -132,6 +132,55 @@ def unstarted(gpus: int, threads: int, stuck: bool = False) -> str:
         "no actor runs, though a node has room for one. On a busy machine a start takes a minute; if it takes longer, "
         "the newest worker-*.err and raylet.err in /tmp/ray/session_latest/logs (Ray's folder) of the nodes say why"
     )
+
+
+def _actors(state_name: str | None = None) -> list[dict[str, Any]]:
+    """The rows of Ray's table for this job's actors; those in one state, or all."""
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    table = state.state.actor_table(None, job, state_name).values()
+    return [actor for actor in table if actor["ActorClassName"].startswith("MapWorker")]  # as Ray Data calls them
+
+
+class FailedStarts:
+    """Names nodes where actors of this job end as they start, also while actors on other nodes run.
+
+    A package that one node lacks has this effect, or a library that ends the process. Ray tries again for ever.
+    """
+
+    def __init__(self):
+        self._told: Counter[str] = Counter()
+        self._former = {actor["ActorID"] for actor in _actors()}  # of runs before this one
+
+    def __call__(self) -> str:
+        """A sentence on each node where at least `STARTS` more starts have failed since it was named; "" if none."""
+        failed, errors = self._failed()
+        new = [node for node, count in failed.items() if count - self._told[node] >= STARTS]
+        self._told |= {node: failed[node] for node in new}
+        died = "their processes died, and worker-*.err in Ray's logs there may say why"
+        return "; ".join(
+            f"actors do not start on {node} ({failed[node]} times): {errors.get(node, died)}. Mend or remove that node"
+            for node in new
+        )
+
+    def _failed(self) -> tuple[Counter[str], dict[str, str]]:
+        """How many starts have failed on each node, and what was raised at the last one."""
+        failed, errors = Counter[str](), {}
+        for actor in _actors():
+            if actor["ActorID"] in self._former:
+                continue
+            node = f"{actor['Address']['IPAddress']} (Ray's node {actor['Address']['NodeID'][:8]})"
+            cause = actor["DeathCause"]
+            if actor["State"] == "DEAD" and cause.HasField("creation_task_failure_context"):
+                failed[node] += 1
+                errors[node] = _last_line(cause.creation_task_failure_context.formatted_exception_string)
+            elif actor["State"] == "RESTARTING" and not actor["StartTime"]:  # it never ran
+                failed[node] += actor["NumRestarts"]
+        return failed, errors
+
+
+def _last_line(text: str) -> str:
+    """What was raised, from Ray's text of an actor's failed start: a traceback, and then one of Ray's own."""
+    return text.partition("\nDuring handling")[0].strip().rpartition("\n")[2]
 
 
 class Watch:

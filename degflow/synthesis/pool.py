@@ -11,10 +11,9 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -27,7 +26,7 @@ from tqdm import tqdm
 
 from degflow.dataset.plan import Plan
 from degflow.synthesis.actor import ShardActor
-from degflow.synthesis.cluster import Watch, check_address, check_compiler, lack, machines, unstarted
+from degflow.synthesis.cluster import FailedStarts, Watch, check_address, check_compiler, lack, machines, unstarted
 from degflow.synthesis.metrics import DriverMetrics
 from degflow.synthesis.reports import BROKE, Count, noted_failure, row
 from degflow.synthesis.settings import ActorsConfig
@@ -70,7 +69,7 @@ class Pool:
         """
         total, ray_maker = plan.images(pending), ray.put(maker)
         bar = tqdm(total=total, desc="degrading", unit="image", mininterval=_interval())
-        watch = Watch(partial(unstarted, self.gpus, self.threads), lambda: bar.n, bar.write)
+        watch = Watch(self._trouble(), lambda: bar.n, bar.write)
         with self._quiet_ray_data(), bar, watch:
             count = Count(bar, len(pending), price, DriverMetrics(maker.output), self._machines)
             while pending:
@@ -81,6 +80,11 @@ class Pool:
                     left += count.to_repeat(some)
                 pending = left
         count.check()
+
+    def _trouble(self) -> Callable[[bool], str]:
+        """What a `Watch` asks: where actors do not start, and why none runs."""
+        failed = FailedStarts()
+        return lambda stuck: "; ".join(filter(None, (failed(), unstarted(self.gpus, self.threads, stuck))))
 
     def _try(
         self, maker: ShardMaker, ray_maker: ray.ObjectRef, plan: Plan, waiting: list[int], alone: bool, count: Count

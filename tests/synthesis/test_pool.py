@@ -21,7 +21,7 @@ from ray.data import ActorPoolStrategy
 from degflow import Degrader, images
 from degflow.config import Unfinished, load
 from degflow.dataset.writer import ShardWriter
-from degflow.synthesis import pool, reports
+from degflow.synthesis import cluster, pool, reports
 from degflow.synthesis.actor import ShardActor
 from degflow.synthesis.run import Run, synthesize
 from degflow.synthesis.settings import ActorsConfig, SynthesizeConfig
@@ -205,8 +205,18 @@ class StartsLate(ShardActor):
     def __init__(self, maker, *arguments):
         note(ray.get(maker), "start")
         if len(Path(f"{ray.get(maker).output}.notes").read_text().split()) <= 2:
-            raise ModuleNotFoundError("no module of this machine")
+            self.fail()
         super().__init__(maker, *arguments)
+
+    def fail(self):
+        raise ModuleNotFoundError("no module of this machine")
+
+
+class DiesAsItStarts(StartsLate):
+    """The same, as on a machine with a wrong library."""
+
+    def fail(self):
+        os._exit(1)
 
 
 class Forgetful(ShardActor):
@@ -400,13 +410,26 @@ def test_an_actor_degrades_a_shard_while_it_puts_the_one_before(
     assert ("degrade degrade" in text or "put degrade" in text) == (shards == 2)
 
 
-def test_actors_that_do_not_start_are_replaced_and_cost_no_shard_an_attempt(
-    shared_ray, photos, model, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize(
+    ("actor", "why"),
+    [(StartsLate, "ModuleNotFoundError: no module of this machine"), (DiesAsItStarts, "their processes died")],
+)
+def test_actors_that_do_not_start_are_replaced_cost_no_shard_an_attempt_and_are_named_with_their_node(
+    shared_ray, photos, model, tmp_path, monkeypatch, capsys, actor, why
 ):
-    monkeypatch.setattr(pool, "ShardActor", StartsLate)
+    said: list[str] = []
+    monkeypatch.setattr(pool, "ShardActor", actor)
+    monkeypatch.setattr(cluster, "STARTS", 2)
+    monkeypatch.setattr(cluster, "FIRST_WORD", 0.2)
+    monkeypatch.setattr(cluster, "NEXT_WORD", 0.2)
+    monkeypatch.setattr(pool.tqdm, "write", lambda bar, line: said.append(line))
     run(photos, tmp_path / "out", model, "actors.max=1")
     assert len(rows_of(tmp_path / "out")) == 12
     assert (tmp_path / "out.notes").read_text().split() == ["start"] * 3
+    [node] = ray.nodes()
+    name = rf"{node['NodeManagerAddress']} \(Ray's node {node['NodeID'][:8]}\)"
+    named = [line for line in said if re.search(rf"actors do not start on {name} \(2 times\): {why}", line)]
+    assert len(named) == 1  # and not at each question
     assert not re.search(r"come again|attempt \d|pool of actors broke", capsys.readouterr().out)
 
 
