@@ -83,7 +83,7 @@ class Degrader(nn.Module):
     @property
     def draws(self) -> bool:
         """Whether LR images are drawn, so that another seed gives another one. The published flow draws nothing."""
-        return not isinstance(self.flow, PathFlow)
+        return self.flow.draws
 
     @property
     def multiple(self) -> int:
@@ -408,13 +408,8 @@ class Degrader(nn.Module):
             "autoencoder": plain(self.autoencoder.config),
             "levels": self.levels,
             "provenance": dict(provenance),
+            **self.flow.describe(),
         }
-        if isinstance(self.flow, PathFlow):
-            description["velocity"] = plain(self.flow.network.config)
-        else:
-            description["residual"] = plain(self.flow.network.config)
-            description["optics"] = cast(Optics, self.flow.optics).describe()
-            description["times"] = self.flow.spread.times.tolist()
         weights = {name for name, _ in self.named_parameters() if half}  # buffers are small, and stay exact
         state = {name: tensor.half() if name in weights else tensor for name, tensor in self.state_dict().items()}
         return checkpoint(state, description)

@@ -6,6 +6,7 @@ latents in the same way (`Flow`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any, Literal, NamedTuple, Protocol, cast, get_args
 
 import torch
@@ -167,6 +168,7 @@ class Flow(Protocol):
     working_channels: float  # numbers alive at the peak of an evaluation of the network, per latent pixel
     multiple: int  # the latent's height and width must be multiples of this
     has_solver: bool  # whether it integrates at all
+    draws: bool  # whether LR images are drawn: the seed and the spread matter
     solver: tuple[str, int]  # the solver and its number of steps unless others are asked for
     images: int  # images and latents that are held at once, for each HR image
     reach: int  # pixels around a pixel that `Carried.finish` sees
@@ -187,6 +189,10 @@ class Flow(Protocol):
         """
         ...
 
+    def describe(self) -> dict[str, Any]:
+        """What a file holds of it beside its weights, as plain values."""
+        ...
+
 
 class PathFlow(nn.Module):
     """The published flow (DegFlow, section 2.2): dz/dt = v(z, t) from the HR latent, decoded with HR's skips.
@@ -199,7 +205,7 @@ class PathFlow(nn.Module):
 
     def __init__(self, network: nn.Module):
         super().__init__()
-        self.network, self.has_solver = network, True
+        self.network, self.has_solver, self.draws = network, True, False
         config = cast(Any, network).config
         self.latent_channels: int = config.latent_channels
         self.working_channels: float = config.working_channels
@@ -222,3 +228,7 @@ class PathFlow(nn.Module):
         latents = integrate(velocity, seen.latent, time, steps=draw.steps, solver=draw.solver)
         for latent in latents.unbind(1) if draw.many else (latents,):
             yield Carried(latent.contiguous(), seen, None)
+
+    def describe(self) -> dict[str, Any]:
+        """See `Flow`."""
+        return {"velocity": asdict(cast(Any, self.network).config)}

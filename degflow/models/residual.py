@@ -18,7 +18,7 @@ What decoded draws lack is added in pixels (see `grain`), and what they have too
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -161,7 +161,7 @@ class ResidualFlow(nn.Module):
     Its `grain` and `cutoff` do nothing until they are fitted.
     """
 
-    multiple = 1
+    multiple, draws = 1, True
     solver = ("rk4", 2)  # 8 evaluations; Heun's method in 4 steps loses a fifth of the variance
     images = 2
     reach, finish_channels = Cutoff.reach, 1  # the grain's gain
@@ -184,6 +184,15 @@ class ResidualFlow(nn.Module):
         source = see(hr, False)
         for n in range(draw.scale.shape[1]):
             yield self._carry(see, hr, source, draw, n)  # no variable holds its skips while the next scale is carried
+
+    def describe(self) -> dict[str, Any]:
+        """See `Flow`."""
+        times: list[float] = self.spread.times.tolist()
+        return {
+            "residual": asdict(self.network.config),
+            "optics": cast(Any, self.optics).describe(),
+            "times": times,
+        }
 
     def _carry(self, see: See, hr: Tensor, source: Seen, draw: Draw, n: int) -> Carried:
         """Carry the latents to the n-th scale."""
