@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests import s3 as server
+from tests.forks import forking
 
 # Tests of one group run one after another in one process of pytest-xdist. The groups below come first, for they take
 # longest. Every other file is a group of its own, so that its fixtures are made once.
@@ -73,6 +74,13 @@ def s3(tmp_path_factory):
     """A real S3 server that this process's environment points to; see tests/s3.py."""
     with server.serving(tmp_path_factory.mktemp("s3")) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Runs programs in processes that have imported torch already; see tests/forks.py."""
+    with forking() as run:
+        yield run
 
 
 @pytest.fixture(scope="module")

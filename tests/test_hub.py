@@ -2,10 +2,7 @@
 
 import base64
 import json
-import os
 import re
-import subprocess
-import sys
 import threading
 import tomllib
 from contextlib import contextmanager
@@ -123,20 +120,24 @@ def hub(files, public=False):
         server.shutdown()
 
 
-def at_hub(endpoint, folder, program, *arguments, token=""):
-    """Run a Python program whose Hub is the stand-in."""
-    environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_XET": "1"}
-    environment |= {"HF_TOKEN": token} if token else {}
-    command = [sys.executable, "-c", program, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+@pytest.fixture
+def at_hub(forks, tmp_path):
+    """Runs a Python program whose Hub is the stand-in."""
+
+    def run(endpoint, program, *arguments, token=""):
+        variables = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+        variables |= {"HF_TOKEN": token} if token else {}
+        return forks(program, arguments, **variables)[0]
+
+    return run
 
 
-def test_a_degrader_is_loaded_from_a_repository_and_what_is_not_there_is_named(tmp_path):
+def test_a_degrader_is_loaded_from_a_repository_and_what_is_not_there_is_named(at_hub, tmp_path):
     data = Path(save_model(tmp_path / "d.safetensors")).read_bytes()
     there = ["hf://user/repo/degrader.safetensors", "hf://user/repo@main/degrader.safetensors"]
     missing = ["hf://user/repo/none.safetensors", "hf://user/none/degrader.safetensors", "hf://user/repo/README.md"]
     with hub({"degrader.safetensors": data, "README.md": b"a card"}) as (endpoint, _):
-        done = at_hub(endpoint, tmp_path, READ, *there, *missing)
+        done = at_hub(endpoint, READ, *there, *missing)
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
     assert said[:2] == [sha256(data).hexdigest()] * 2
@@ -156,10 +157,10 @@ except ValueError as error:
 """
 
 
-def test_a_degrader_is_pushed_with_a_card_and_loaded_again_by_what_push_returns(tmp_path):
+def test_a_degrader_is_pushed_with_a_card_and_loaded_again_by_what_push_returns(at_hub, tmp_path):
     file, files = save_model(tmp_path / "d.safetensors"), {}
     with hub(files) as (endpoint, asked):
-        done = at_hub(endpoint, tmp_path, PUSH, file, "user/repo", token="hf_writes")
+        done = at_hub(endpoint, PUSH, file, "user/repo", token="hf_writes")
         assert done.returncode == 0, done.stderr
         uri, digest = done.stdout.split()
         assert (uri, files.keys()) == ("hf://user/repo/degrader.safetensors", {"degrader.safetensors", "README.md"})
@@ -172,7 +173,7 @@ def test_a_degrader_is_pushed_with_a_card_and_loaded_again_by_what_push_returns(
         assert f'Degrader.load("{uri}")' in text
         assert digest in text
         files["README.md"] = b"my own words"
-        assert at_hub(endpoint, tmp_path, PUSH, file, "user/repo", token="hf_writes").returncode == 0
+        assert at_hub(endpoint, PUSH, file, "user/repo", token="hf_writes").returncode == 0
         assert files["README.md"] == b"my own words"
 
 
@@ -183,29 +184,29 @@ def test_a_degrader_is_pushed_with_a_card_and_loaded_again_by_what_push_returns(
         ("not a name", "hf_secret", r"not a name: not uploaded: Repo id must .*"),
     ],
 )
-def test_a_refused_push_says_why_without_the_token(tmp_path, repo, token, said):
+def test_a_refused_push_says_why_without_the_token(at_hub, tmp_path, repo, token, said):
     files = {}
     with hub(files) as (endpoint, _):
-        done = at_hub(endpoint, tmp_path, PUSH, save_model(tmp_path / "d.safetensors"), repo, token=token)
+        done = at_hub(endpoint, PUSH, save_model(tmp_path / "d.safetensors"), repo, token=token)
     assert done.returncode == 0, done.stderr
     assert re.match(said, done.stdout.strip()), done.stdout
     assert token not in done.stdout + done.stderr
     assert not files
 
 
-def test_nothing_private_is_pushed_into_a_public_repository(tmp_path):
+def test_nothing_private_is_pushed_into_a_public_repository(at_hub, tmp_path):
     files = {}
     with hub(files, public=True) as (endpoint, _):
         file = save_model(tmp_path / "d.safetensors")
-        done = at_hub(endpoint, tmp_path, PUSH, file, "user/repo", token="hf_writes")
+        done = at_hub(endpoint, PUSH, file, "user/repo", token="hf_writes")
     assert done.stdout == "user/repo: not uploaded: private=True, but the repository is there and public\n", done.stderr
     assert not files
 
 
-def test_a_hub_that_does_not_answer_is_named(tmp_path):
+def test_a_hub_that_does_not_answer_is_named(at_hub, tmp_path):
     with hub({}) as (endpoint, _):
         pass
-    done = at_hub(endpoint, tmp_path, PUSH, save_model(tmp_path / "d.safetensors"), "user/repo", token="hf_writes")
+    done = at_hub(endpoint, PUSH, save_model(tmp_path / "d.safetensors"), "user/repo", token="hf_writes")
     assert done.stdout.startswith("user/repo: not uploaded: "), done.stdout + done.stderr
 
 

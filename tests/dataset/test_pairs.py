@@ -6,8 +6,6 @@ import pickle
 import re
 import shutil
 import socket
-import subprocess
-import sys
 from copy import deepcopy
 from pathlib import Path
 
@@ -31,7 +29,6 @@ from degflow.dataset.pairs import SynthesizedPairs, aligned_crops
 from degflow.dataset.reader import FinishedDataset
 from degflow.dataset.references import _is_reference, read_reference, reference_to
 from degflow.storage import Place
-from tests import ROOT
 from tests.finished import finish, save_coordinates
 from tests.sources import png, rows_of
 
@@ -626,7 +623,7 @@ def test_a_part_whose_number_is_not_planned_is_left_out(copy):
     assert SynthesizedPairs(str(copy), unfinished=True).parts == [f"data/part-00000{n}.parquet" for n in range(3)]
 
 
-def test_ranks_that_start_after_the_object_was_made_are_refused(grid, tmp_path):
+def test_ranks_that_start_after_the_object_was_made_are_refused(forks, grid, tmp_path):
     script = """
 import sys, torch
 from degflow import SynthesizedPairs
@@ -639,16 +636,14 @@ except ValueError as error:
     print(error)
 print(len(list(given)), len(list(SynthesizedPairs(uri))))
 """
-    command = [sys.executable, "-c", script]
-    words = [str(tmp_path / "store"), grid]
-    jobs = [subprocess.Popen([*command, str(n), *words], cwd=ROOT, stdout=subprocess.PIPE, text=True) for n in range(2)]
-    said = [job.communicate(timeout=600)[0].splitlines() for job in jobs]
+    jobs = forks(script, *([rank, tmp_path / "store", grid] for rank in range(2)))
+    said = [job.stdout.splitlines() for job in jobs]
     for rank, (error, counts) in enumerate(said):
         assert error.startswith(f"made as rank 0 of 1 before torch.distributed started, which says rank {rank} of 2:")
         assert counts == "40 20"
 
 
-def test_ranks_agree_on_the_parts_that_rank_0_has_seen(grid, copy, tmp_path):
+def test_ranks_agree_on_the_parts_that_rank_0_has_seen(forks, grid, copy, tmp_path):
     """Each rank lists a folder of its own, as if they had looked at different moments."""
     (copy / "_SUCCESS").unlink()
     (copy / "data/part-000001.parquet").unlink()
@@ -664,10 +659,8 @@ except ValueError as error:
 pairs = SynthesizedPairs(uris[rank], unfinished=True)
 print(*pairs.parts, *(sample["key"] for sample in pairs))
 """
-    command = [sys.executable, "-c", script]
-    words = [str(tmp_path / "store"), str(copy), grid, str(tmp_path / "missing")]
-    jobs = [subprocess.Popen([*command, str(n), *words], cwd=ROOT, stdout=subprocess.PIPE, text=True) for n in range(2)]
-    said = [job.communicate(timeout=600)[0].splitlines() for job in jobs]
+    jobs = forks(script, *([rank, tmp_path / "store", copy, grid, tmp_path / "missing"] for rank in range(2)))
+    said = [job.stdout.splitlines() for job in jobs]
     assert said[0][0] == said[1][0] == f"{tmp_path}/missing: no dataset (config.yaml is missing)"
     shares = [lines[1].split() for lines in said]
     parts = ["data/part-000000.parquet", "data/part-000002.parquet"]
