@@ -22,17 +22,17 @@ from degflow.synthesis.settings import SynthesizeConfig
 from tests import ROOT
 from tests.finished import synthesize_here
 from tests.sources import keys_of, png, rejects_of, rows_of, save_model, save_spoiled
-from tests.synthesis.clusters import share_ray
 
 JOB = ROOT / "jobs" / "synthesize.py"
 THREE = ("shard.images=3", "actors.threads=1")
 
 
 @pytest.fixture(scope="module")
-def finished(s3, photos, model, tmp_path_factory):
-    """The run that others are compared with: nine photographs, one draw each, three shards, one actor."""
-    share_ray()
-    return run(photos, tmp_path_factory.mktemp("out") / "set", model, *THREE, "actors.max=1")
+def finished(one_thread, photos, model, tmp_path_factory):
+    """The run that others are compared with, without Ray: nine photographs, one draw each, three shards."""
+    output = tmp_path_factory.mktemp("out") / "set"
+    synthesize_here(photos, output, model, *THREE, "actors.max=1")
+    return output
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from degflow.synthesis.settings import SynthesizeConfig
 from tests import ROOT
 from tests.faults import proxying
 from tests.finished import synthesize_here
-from tests.synthesis.clusters import own_cluster, share_ray
+from tests.synthesis.clusters import own_cluster
 
 JOB = ROOT / "jobs" / "synthesize.py"
 PHOTOS, SHARD = 40, 8
@@ -40,11 +40,10 @@ def photos(s3):
 
 
 @pytest.fixture(scope="module")
-def reference(s3, photos, model):
-    """The rows of the uninterrupted run."""
-    share_ray()
+def reference(one_thread, s3, photos, model):
+    """The rows of an uninterrupted run, without Ray."""
     output = s3.uri("reference")
-    run(photos, output, model, *WORDS)
+    synthesize_here(photos, output, model, *WORDS)
     return rows_of(output)
 
 
