@@ -15,6 +15,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from tests.ports import free_ports
+
 NODES = {"n1": "10.77.0.1", "n2": "10.77.0.2"}
 CONTROLLER = "10.77.0.254"
 CONF = """
@@ -143,7 +145,7 @@ class Slurm:
             controller, ports = f"ctl({CONTROLLER})", [6817, 6818, 6818]
             nodes = [f"NodeName={name} NodeAddr={address} Port=6818" for name, address in NODES.items()]
         else:
-            ports = _free_ports(3)
+            ports = free_ports(3)
             controller = f"{socket.gethostname()}(127.0.0.1)"
             nodes = [
                 f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={port}"
@@ -219,14 +221,6 @@ def _namespaces_work():
     script = "ip link add br0 up type bridge && mount --bind /etc/hosts /etc/hosts"
     words = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "sh", "-ec", script]
     return subprocess.run(words, capture_output=True, check=False).returncode == 0
-
-
-def _free_ports(count):
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def _processes_of(folder):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from degflow.dataset.footer import body_sha256
 from degflow.degrader import Degrader
 from degflow.flow import PathFlow
 from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork
@@ -94,6 +95,16 @@ def rows_of(output):
     found = {(row["key"], row["draw"]): row for row in rows}
     assert len(found) == len(rows)
     return found
+
+
+def content(output):
+    """Name -> digest of the rows of each part; the footers have other times."""
+    return {path.name: body_of(path) for path in sorted((output / "data").iterdir())}
+
+
+def body_of(path):
+    with path.open("rb") as file:
+        return body_sha256(file)
 
 
 def rejects_of(output):

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,10 +21,10 @@ import yaml
 from PIL import Image
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from degflow.dataset.footer import body_sha256
 from tests import ROOT
 from tests.finished import synthesize_here
-from tests.sources import rows_of, save_model
+from tests.ports import free_ports
+from tests.sources import content, rows_of, save_model
 
 SHARDS = 16
 KEYS = {"shard.images": 1, "scale.per_image": 4, "actors.threads": 1, "actors.max": 1, "actors.gpus": 0}
@@ -117,14 +116,6 @@ class Cluster:
             time.sleep(0.2)
 
 
-def free_ports(count):
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-
-
 @pytest.fixture(scope="module")
 def cluster():
     for _ in range(4):
@@ -171,16 +162,6 @@ def stopped_and_finished(cluster, words, tmp_path_factory):
     assert not (output / "_SUCCESS").exists()
     left = {name: digest for name, digest in content(output).items() if name.startswith("part-")}
     return output, left, *cluster.submit("finished", *words, f"output={output}")
-
-
-def content(output):
-    """Name -> digest of the rows of each part; the footers have other times."""
-    return {path.name: body_of(path) for path in sorted((output / "data").iterdir())}
-
-
-def body_of(path):
-    with path.open("rb") as file:
-        return body_sha256(file)
 
 
 def test_a_submitted_job_succeeds(cluster, stopped_and_finished):

@@ -5,6 +5,7 @@ from degflow.benchmarking.predict import kernels
 from degflow.models.counter import sample_keys
 from degflow.models.dropout import Bits, SampleDropout, number_layers
 from degflow.models.velocity import VelocityConfig, VelocityNetwork
+from tests.models.test_counter import correlation
 
 NUMBERS = torch.arange(64)
 
@@ -17,11 +18,6 @@ def masks(p=0.3, seed=0, numbers=NUMBERS, layer=0, shape=(8, 16, 16), layers=2):
     out = dropout(x, Bits.of(sample_keys(seed, numbers), layers, *shape))
     assert set(out.unique().tolist()) <= {0.0, float(torch.tensor(1.0) / (1 - p))}
     return (out > 0).float()
-
-
-def correlation(a, b):
-    a, b = a.flatten() - a.mean(), b.flatten() - b.mean()
-    return float((a * b).mean() / (a.std() * b.std()))
 
 
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])

@@ -15,13 +15,12 @@ import pytest
 from PIL import Image
 
 from degflow.config import load
-from degflow.dataset.footer import body_sha256
 from degflow.dataset.layout import REJECT
 from degflow.synthesis.run import synthesize
 from degflow.synthesis.settings import SynthesizeConfig
 from tests import ROOT
 from tests.finished import synthesize_here
-from tests.sources import keys_of, png, rejects_of, rows_of, save_model, save_spoiled
+from tests.sources import content, keys_of, png, rejects_of, rows_of, save_model, save_spoiled
 
 JOB = ROOT / "jobs" / "synthesize.py"
 THREE = ("shard.images=3", "actors.threads=1")
@@ -44,16 +43,6 @@ def copy(finished, tmp_path):
 def run(photos, output, model, *words):
     synthesize(load(SynthesizeConfig, [f"input={photos}", f"output={output}", f"model={model}", *words]))
     return Path(output)
-
-
-def content(output):
-    """Name -> digest of the rows of each part; the footers have other times."""
-    return {path.name: body_of(path) for path in sorted((output / "data").iterdir())}
-
-
-def body_of(path):
-    with path.open("rb") as file:
-        return body_sha256(file)
 
 
 def test_the_finished_layout_and_manifest(photos, finished):
