@@ -385,26 +385,31 @@ def test_a_profile_of_some_steps_is_written_and_changes_nothing(tmp_path, capsys
     assert all(torch.equal(plain[name], timed[name]) for name in plain)
 
 
-def test_two_processes_give_the_curve_of_one(tmp_path):
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A training of two processes whose last step is saved, but whose end fails; its output, exit code and words."""
+    output = tmp_path_factory.mktemp("two") / "two"
     launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
-    process = start_toy(tmp_path / "two", *launcher, stderr=subprocess.STDOUT, accumulate=2, dropout=0.3)
+    process = start_toy(output, *launcher, stderr=subprocess.STDOUT, accumulate=2, dropout=0.3, fails=True)
     said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said
+    return output, process.returncode, said
+
+
+def test_two_processes_give_the_curve_of_one(two, tmp_path):
+    output, _, said = two
     assert "refused: fit.batch=6: must be a multiple of processes x fit.accumulate = 2 x 2" in said
     assert said.count("step 12 of 12") == 1
     train(tmp_path / "one", objective=ToyObjective(0.3))
-    two, one = checkpoint(tmp_path / "two", 12), checkpoint(tmp_path / "one", 12)
-    assert int(two["network"].pop("seen")) * 2 == int(one["network"].pop("seen"))
-    torch.testing.assert_close(two["network"], one["network"], rtol=1e-3, atol=2e-5)
-    np.testing.assert_allclose(curve(tmp_path / "two")[1], curve(tmp_path / "one")[1], rtol=2e-5)
+    shared, alone = checkpoint(output, 12), checkpoint(tmp_path / "one", 12)
+    assert int(shared["network"].pop("seen")) * 2 == int(alone["network"].pop("seen"))
+    torch.testing.assert_close(shared["network"], alone["network"], rtol=1e-3, atol=2e-5)
+    np.testing.assert_allclose(curve(output)[1], curve(tmp_path / "one")[1], rtol=2e-5)
 
 
-def test_no_process_ends_well_before_the_main_one_has_written_its_files(tmp_path):
+def test_no_process_ends_well_before_the_main_one_has_written_its_files(two):
     """Else Kubernetes counts its machine as done, and does not start it again for the next attempt."""
-    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
-    process = start_toy(tmp_path / "two", *launcher, stderr=subprocess.STDOUT, fails=True)
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 1
+    _, code, said = two
+    assert code == 1
     assert "OSError: no room for the result of step 12" in said
     assert "ended well" not in said
 
