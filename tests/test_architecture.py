@@ -104,7 +104,8 @@ MODULES = sorted([*ROOT.glob("degflow/**/*.py"), *ROOT.glob("jobs/*.py")])
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_module_imports_only_what_its_floor_allows(path):
     room = room_of(path)
-    assert room == "__init__" or floor_of(room) >= 0
+    if room != "__init__":
+        floor_of(room)  # it stands on one
     assert list(offences(room, path.read_text())) == []
 
 

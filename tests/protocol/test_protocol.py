@@ -248,7 +248,8 @@ def test_what_would_end_a_later_cell_is_told_before_the_first_one(changes, said,
 @pytest.mark.parametrize("name", ["swinir", "hat", "mambair", "liif"])
 def test_networks_of_the_paper_s_size_can_be(name, tree, tmp_path):
     settings = experiment(tmp_path, tree, networks=f"{{a: [network.name={name}]}}")
-    check([cell for cell in cells(settings) if cell.name.startswith("sr/")], settings.output)
+    check(planned := [cell for cell in cells(settings) if cell.name.startswith("sr/")], settings.output)
+    assert {f"network.name={name}" in cell.words for cell in planned} == {True}
 
 
 def test_photographs_to_degrade_that_are_missing_are_told_before_the_first_cell(tree, tmp_path):
@@ -304,6 +305,9 @@ def test_what_earlier_cells_make_is_not_looked_for(tree, tmp_path):
     rows = "{real x3: ['3'], ours: [ours], made: [made]}"
     settings = experiment(tmp_path, tree, trees=f"{{made: {made}}}", rows=rows)
     check(cells(settings), settings.output)
+    (made / "_SUCCESS").unlink()
+    with pytest.raises(ValueError, match="made"):  # it is looked at
+        check(cells(settings), settings.output)
 
 
 @pytest.fixture
