@@ -66,13 +66,13 @@ def alternate(ways: Mapping[str, Callable[[int], Any]], repeats: int, device: st
 
 
 def run_process(command: Sequence[str], **environment: str) -> str:
-    """What another process prints; it joins no Ray.
+    """What another process prints; it joins no Ray, not even one that `ray start` left an address of on this machine.
 
     Raises:
         RuntimeError: it failed; the message ends with what it said last.
     """
-    inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    done = subprocess.run(command, env=inherited | environment, capture_output=True, text=True)
+    alone = os.environ | {"RAY_ADDRESS": "local"} | environment
+    done = subprocess.run(command, env=alone, capture_output=True, text=True)
     if done.returncode:
         what = " ".join(command[1:]).partition("\n")[0][:80]
         raise RuntimeError(f"{what} ended with {done.returncode}: {done.stderr[-2000:]}")

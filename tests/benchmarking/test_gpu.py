@@ -291,6 +291,16 @@ def test_a_process_that_fails_says_why():
     assert is_out_of_memory(error.value)
 
 
+def test_a_measured_process_joins_no_ray(monkeypatch):
+    """Not one of the environment, nor the one whose address `ray start` left on this machine."""
+    asked = [sys.executable, "-c", "import os; print(os.environ['RAY_ADDRESS'])"]
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert run_process(asked) == "local\n"
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert run_process(asked) == "local\n"
+    assert run_process(asked, RAY_ADDRESS="a") == "a\n"
+
+
 def test_a_model_whose_largest_scale_is_below_4_has_margins_and_images(small, tmp_path):
     model = of(drawing)
     low = Degrader(model.autoencoder, model.flow, {"1": 1.0, "4": 2.5})
