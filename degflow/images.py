@@ -411,16 +411,17 @@ def to_tensor(pixels: np.ndarray, device: "str | torch.device" = "cpu") -> "Tens
     return image.movedim(-1, -3).float() / 127.5 - 1
 
 
-def to_pixels(image: "Tensor", out: np.ndarray | None = None) -> np.ndarray:
-    """Float "*B 3 H W" in [-1, 1] -> uint8 "*B H W 3", clamped and rounded to nearest; into `out`, if it is given."""
+def to_levels(image: "Tensor") -> "Tensor":
+    """Float "*B 3 H W" in [-1, 1] -> uint8 "*B H W 3" on the same device, clamped and rounded to nearest."""
     import torch
 
     levels = ((image.detach().float() + 1) * 127.5).round().clamp(0, 255)
-    pixels = levels.to(torch.uint8).movedim(-3, -1).contiguous()
-    if out is None:
-        return pixels.cpu().numpy()
-    torch.from_numpy(out).copy_(pixels)
-    return out
+    return levels.to(torch.uint8).movedim(-3, -1).contiguous()
+
+
+def to_pixels(image: "Tensor") -> np.ndarray:
+    """`to_levels`, as an array in the CPU's memory."""
+    return to_levels(image).cpu().numpy()
 
 
 def is_gray(pixels: np.ndarray) -> bool:

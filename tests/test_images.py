@@ -379,11 +379,12 @@ def test_to_pixels_clamps_and_rounds_to_nearest():
     assert images.to_pixels(image)[0, :, 0].tolist() == [0, 0, 255, 0, 1, 255]
 
 
-def test_to_pixels_writes_into_a_part_of_an_array():
-    image, pixels = torch.rand(2, 3, 4, 5) * 2 - 1, np.full((2, 3, 4, 5, 3), 7, np.uint8)
-    assert images.to_pixels(image, out=pixels[:, 1]).base is pixels
-    np.testing.assert_array_equal(pixels[:, 1], images.to_pixels(image))
-    assert (pixels[:, ::2] == 7).all()
+def test_levels_are_the_pixels_and_stay_on_their_device():
+    image = torch.rand(2, 3, 4, 5) * 2 - 1
+    levels = images.to_levels(image)
+    assert (levels.dtype, levels.is_contiguous()) == (torch.uint8, True)
+    np.testing.assert_array_equal(levels.numpy(), images.to_pixels(image))
+    assert images.to_levels(image.to("meta")).device.type == "meta"
 
 
 @pytest.mark.filterwarnings("error")

@@ -1,5 +1,6 @@
 """Numbers of a device (`--device`, by default the CPU) against float64 on the CPU; on a GPU also what it waits for."""
 
+import contextlib
 import copy
 from dataclasses import replace
 
@@ -7,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from degflow import Degrader, images
 from degflow.config import load
 from degflow.models.counter import gaussian
 from degflow.models.precision import computing, differentiating
+from degflow.synthesis.codec import Loaded
 from degflow.synthesis.run import synthesize
 from degflow.synthesis.settings import SynthesizeConfig
+from degflow.synthesis.window import Item, WindowDegrader
 from tests.finished import synthesize_here
 from tests.sources import png, rows_of, save_model, save_photos
 from tests.synthesis.clusters import own_ray
@@ -25,6 +29,19 @@ SCALES = torch.tensor([[2.0, 3.75]])
 def only_on_gpu(device):
     if device.type == "cpu":
         pytest.skip("of a GPU: --device cuda")
+
+
+@contextlib.contextmanager
+def no_waiting(device):
+    """A block in which waiting for all work of the GPU is an error."""
+    if device.type == "cpu":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def decibels(found, wanted):
@@ -76,11 +93,23 @@ def test_a_degrader_does_not_wait_for_the_gpu(device, kind, memory):
     only_on_gpu(device)
     degrader, hr = degrader_of(kind).to(device), pictures(1, 256, 200).to(device)
     degrader(hr, SCALES, memory=memory)  # the libraries wait when they are first used
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting(device):
         degrader(hr, SCALES, memory=memory)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_lr_images_come_from_the_gpu_while_it_works_on_the_next_ones(device, tmp_path):
+    degrader = Degrader.load(save_model(tmp_path / "draws.safetensors", draws=True), device)
+    random = np.random.default_rng(0)
+    photos = [random.integers(0, 256, (height, 80, 3), dtype=np.uint8) for height in (64, 64, 72, 96, 64)]
+    items = [Item(None, Loaded(str(n), photo, ""), [2.0, 3.5]) for n, photo in enumerate(photos)]
+    window = WindowDegrader(degrader, 1.0, "float32", 0, "", 0, 1.0)
+    window.degrade(items)  # the libraries wait when they are first used
+    with no_waiting(device):  # for one event of each pass alone, which is no waiting for the whole GPU
+        found = window.degrade(items)
+    for item, lrs in zip(items, found, strict=True):
+        scales, seeds = torch.tensor([item.scales]), torch.tensor([[draw.noise_seed for draw in window.draws(item)]])
+        wanted = degrader.cpu()(images.to_tensor(item.loaded.pixels)[None], scales, seed=seeds)[0]
+        assert np.abs(lrs.astype(int) - images.to_pixels(wanted)).max() <= 1
 
 
 def test_a_training_on_the_gpu_goes_on_where_it_was_stopped(device, tmp_path):

@@ -16,12 +16,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from degflow.config import load
 from degflow.degrader import Degrader
 from degflow.flow import PathFlow
 from degflow.models import AutoencoderConfig, ResidualAutoencoder, VelocityConfig, VelocityNetwork
 from degflow.synthesis import pool, run, shard
+from degflow.synthesis.buffers import Arrival
 from degflow.synthesis.settings import SynthesizeConfig
 from degflow.synthesis.shard import _Taken
 from degflow.synthesis.window import Item, WindowDegrader
@@ -53,7 +55,7 @@ class Sleeper(WindowDegrader):
         self.__dict__.update(state)
         shard._Rows = Noted  # type: ignore[misc] # in the actor's process, which unpickles this
 
-    def _forward(self, batch: Sequence[Item], memory: float) -> tuple[np.ndarray, list[bool]]:
+    def _forward(self, batch: Sequence[Item], memory: float) -> Arrival:
         for _ in batch:
             note("image", time.thread_time())
         sent, shape = self.buffers.empty((len(batch), *batch[0].loaded.pixels.shape)), batch[0].loaded.pixels.shape
@@ -62,7 +64,7 @@ class Sleeper(WindowDegrader):
         time.sleep(float(os.environ[SECONDS]) * len(batch))
         got = self.buffers.empty((len(batch), len(batch[0].scales), *shape))
         np.copyto(got, sent[:, None])
-        return got, [True] * len(batch)
+        return Arrival(got, torch.ones(len(batch), dtype=torch.bool))
 
 
 def note(who: str, cpu: float) -> None:

@@ -4,9 +4,7 @@ Images of equal size share a forward pass of at most `FORWARD_PIXELS` pixels (or
 on the plan and the images alone, and not on the machine.
 """
 
-import math
-import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -17,6 +15,7 @@ from degflow import images
 from degflow.dataset.layout import Reject
 from degflow.dataset.scales import noise_seed_of
 from degflow.degrader import MEMORY, Degrader
+from degflow.synthesis.buffers import Arrival, Buffers
 from degflow.synthesis.codec import Draw, Handle, Loaded
 
 FORWARD_PIXELS = 1 << 20
@@ -35,35 +34,18 @@ class Item(NamedTuple):
     scales: list[float]
 
 
-class Buffers:
-    """Memory for large arrays, taken again when nothing refers to the array in it any more.
+class _Coming(NamedTuple):
+    """A photograph's LR images: the file's key, the forward pass that makes them, and which of its images they are."""
 
-    For each large array malloc gets fresh memory from the kernel. To have it cleared takes much longer than to copy
-    pixels into it: for four LR images of 12 megapixels 90 ms beside 11 ms.
-    """
+    key: str
+    arrival: Arrival
+    number: int
 
-    LEAST = 32 << 20  # bytes; what smaller arrays free, malloc keeps (`config.keep_freed_memory`)
-    WASTE = 4  # memory of this many times the array's size is not used for it
-
-    def __init__(self):
-        self._kept: list[tuple[bytearray, weakref.ref[np.ndarray] | None]] = []  # memory, and the array in it
-
-    def empty(self, shape: Sequence[int]) -> np.ndarray:
-        """A uint8 array of this shape, with any content."""
-        size = math.prod(shape)
-        if size < self.LEAST:
-            return np.empty(shape, np.uint8)
-        chosen, kept = bytearray(), list[tuple[bytearray, weakref.ref[np.ndarray] | None]]()
-        for memory, array in self._kept:
-            if array and array() is not None:
-                kept.append((memory, array))
-            elif size <= len(memory) <= self.WASTE * size:
-                kept += [(chosen, None)] if chosen else []
-                chosen = memory
-        chosen = chosen or bytearray(size)
-        whole = np.frombuffer(chosen, np.uint8, size)  # every view of it, and PyTorch, refer to this very array
-        self._kept = [*kept, (chosen, weakref.ref(whole))]
-        return whole.reshape(shape)
+    def result(self) -> np.ndarray | Reject:
+        """Wait for them; a reject if a value is not finite."""
+        if self.arrival.finite()[self.number]:
+            return self.arrival.pixels[self.number]
+        return Reject(self.key, "degrade", "the result is not finite")
 
 
 @dataclass
@@ -91,8 +73,12 @@ class WindowDegrader:
     buffers: Buffers = field(default_factory=Buffers)
 
     def degrade(self, window: Sequence[Item | Reject]) -> list[np.ndarray | Reject]:
-        """The LR images of each photograph, uint8 "N H W 3", or the reject that it is or becomes."""
+        """The LR images of each photograph, uint8 "N H W 3", or the reject that it is or becomes.
+
+        On a GPU, the LR images of one forward pass are copied from it while it works on the next pass.
+        """
         results: dict[int, np.ndarray | Reject] = {}
+        coming: dict[int, _Coming | Reject] = {}
         sizes: dict[tuple[int, ...], list[tuple[int, Item]]] = {}
         for place, item in enumerate(window):
             if isinstance(item, Reject):
@@ -103,7 +89,10 @@ class WindowDegrader:
             count = max(1, FORWARD_PIXELS // (height * width))
             for first in range(0, len(placed), count):
                 places, items = zip(*placed[first : first + count], strict=True)
-                results.update(zip(places, self._degrade_batch(items), strict=True))
+                made = self._degrade_batch(items)
+                results.update(_arrived(coming))  # of the pass before; a later one would have to hold more memory
+                coming = dict(zip(places, made, strict=True))
+        results.update(_arrived(coming))
         return [results[place] for place in range(len(window))]
 
     def draws(self, item: Item) -> list[Draw]:
@@ -119,7 +108,7 @@ class WindowDegrader:
     def _noise_seeds(self, item: Item) -> list[int]:
         return [noise_seed_of(self.seed, item.loaded.key, draw) for draw in range(len(item.scales))]
 
-    def _degrade_batch(self, batch: Sequence[Item], memory: float = 0.0) -> list[np.ndarray | Reject]:
+    def _degrade_batch(self, batch: Sequence[Item], memory: float = 0.0) -> list[_Coming | Reject]:
         """One forward pass over images of equal size, within `memory` GB (0: what the run has).
 
         A pass that runs out of memory is repeated image by image, then with half the memory, as long as there are tiles
@@ -132,19 +121,16 @@ class WindowDegrader:
         except ValueError as error:
             return [Reject(item.loaded.key, "degrade", str(error)) for item in batch]
         try:
-            pixels, finite = self._forward(batch, memory)
+            arrival = self._forward(batch, memory)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            pixels, finite = None, []
-        if pixels is None:
+            arrival = None
+        if arrival is None:
             return self._again(batch, memory)
-        return [
-            image if good else Reject(item.loaded.key, "degrade", "the result is not finite")
-            for item, image, good in zip(batch, pixels, finite, strict=True)
-        ]
+        return [_Coming(item.loaded.key, arrival, number) for number, item in enumerate(batch)]
 
-    def _again(self, batch: Sequence[Item], memory: float) -> list[np.ndarray | Reject]:
+    def _again(self, batch: Sequence[Item], memory: float) -> list[_Coming | Reject]:
         """Repeat a forward pass that ran out of memory."""
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -158,24 +144,30 @@ class WindowDegrader:
             return [Reject(key, "degrade", reason)]
         return self._degrade_batch(batch, memory / 2)
 
-    def _forward(self, batch: Sequence[Item], memory: float) -> tuple[np.ndarray, list[bool]]:
-        """LR images, uint8 "B N H W 3", and whether all values of each image's are finite."""
+    def _forward(self, batch: Sequence[Item], memory: float) -> Arrival:
+        """LR images, uint8 "B N H W 3", and whether all values of each image's are finite; on their way from a GPU."""
         first, *others = (item.loaded.pixels for item in batch)
         hr = images.to_tensor(np.stack([first, *others]) if others else first[None], self._device)
         scale = torch.tensor([item.scales for item in batch], dtype=torch.float64)
         seed = torch.tensor([self._noise_seeds(item) for item in batch])
         how = {"memory": memory, "precision": self.precision, "steps": self.steps, "solver": self.solver}
         lr = self.degrader(hr, scale, seed=seed, spread=self.spread, checks_range=False, **how)
-        finite = lr.isfinite().flatten(1).all(1).tolist()
+        finite = lr.isfinite().flatten(1).all(1)
         count, draws, _, height, width = lr.shape
-        pixels = self.buffers.empty((count, draws, height, width, 3))
+        on_gpu = self._device.type == "cuda"
+        pixels = self.buffers.empty((count, draws, height, width, 3), pinned=on_gpu)
+        levels = torch.empty(pixels.shape, dtype=torch.uint8, device=lr.device) if on_gpu else torch.from_numpy(pixels)
         for number, draw in enumerate(lr.unbind(1)):  # as floats, each takes 24 bytes for a pixel while it is rounded
-            images.to_pixels(draw, out=pixels[:, number])
-        return pixels, finite
+            levels[:, number] = images.to_levels(draw)
+        return Arrival.of(levels, finite, pixels) if on_gpu else Arrival(pixels, finite)
 
     @property
     def _device(self) -> torch.device:
         return next(self.degrader.parameters()).device
+
+
+def _arrived(coming: Mapping[int, _Coming | Reject]) -> dict[int, np.ndarray | Reject]:
+    return {place: made if isinstance(made, Reject) else made.result() for place, made in coming.items()}
 
 
 def usual_memory(device: torch.device) -> float:

@@ -40,14 +40,16 @@ from degflow.models import (
     Spread,
 )
 from degflow.storage import Place, Source
+from degflow.synthesis import buffers as memory
 from degflow.synthesis import shard
+from degflow.synthesis.buffers import Arrival, Buffers
 from degflow.synthesis.codec import Codec, Loaded, Threads
 from degflow.synthesis.inventory import Input
 from degflow.synthesis.run import Run
 from degflow.synthesis.settings import SynthesizeConfig
 from degflow.synthesis.shard import Progress, Turn, Withheld
 from degflow.synthesis.sizes import next_part
-from degflow.synthesis.window import Buffers, usual_memory
+from degflow.synthesis.window import Item, WindowDegrader, usual_memory
 from tests.faults import proxying
 from tests.finished import synthesize_here
 from tests.s3 import forget_clients
@@ -690,6 +692,50 @@ def test_large_arrays_lie_in_memory_that_is_used_again_as_soon_as_nothing_refers
     assert place(buffers.empty((9, 9))) not in places  # malloc's
     small = buffers.empty((5, 5, 5))  # much less than what is there, which is given back
     assert [len(memory) for memory, _ in buffers._kept] == [small.size]
+
+
+@pytest.mark.parametrize("least", [100, 10_000], ids=["large", "small"])
+def test_arrays_for_a_gpu_lie_in_pinned_memory(monkeypatch, least):
+    asked, empty = [], torch.empty
+
+    def noted(size, *, dtype, pin_memory):  # without CUDA nothing can be pinned
+        asked.append(pin_memory)
+        return empty(size, dtype=dtype)
+
+    monkeypatch.setattr(Buffers, "LEAST", least)
+    monkeypatch.setattr(memory.torch, "empty", noted)
+    for pinned in (True, False):
+        assert Buffers().empty((8, 10, 10), pinned=pinned).shape == (8, 10, 10)
+    assert asked == [True, False]
+
+
+def test_the_next_pass_begins_before_the_images_of_the_one_before_are_waited_for(model, monkeypatch):
+    events = []
+
+    class Slow(Arrival):
+        def __init__(self, name, pixels):
+            super().__init__(pixels, torch.tensor([name != "b"]))
+            self.name = name
+
+        def finite(self):
+            events.append(f"{self.name} arrives")
+            self.pixels[...] = ord(self.name)
+            return super().finite()
+
+    def begun(self, batch, memory):
+        (item,) = batch
+        events.append(f"{item.loaded.key} begins")
+        return Slow(item.loaded.key, np.zeros((1, 1, *item.loaded.pixels.shape), np.uint8))
+
+    monkeypatch.setattr(WindowDegrader, "_forward", begun)
+    items = [Item(None, Loaded(key, np.zeros((8, 8 + n, 3), np.uint8), ""), [2.0]) for n, key in enumerate("abc")]
+    degrader = WindowDegrader(Degrader.load(model), 1.0, "float32", 0, "", 0, 1.0)
+    first, second, third, fourth = degrader.degrade([items[0], items[1], Reject("x", "read", "gone"), items[2]])
+    assert events == ["a begins", "b begins", "a arrives", "c begins", "b arrives", "c arrives"]
+    assert (np.unique(first).tolist(), first.shape) == ([ord("a")], (1, 8, 8, 3))
+    assert second == Reject("b", "degrade", "the result is not finite")
+    assert third == Reject("x", "read", "gone")
+    assert (np.unique(fourth).tolist(), fourth.shape) == ([ord("c")], (1, 8, 10, 3))
 
 
 def test_rows_are_written_while_the_degrader_works_on_later_photographs(photos, model, tmp_path, monkeypatch):
