@@ -3,6 +3,7 @@ import pytest
 import torch
 from scipy.interpolate import CubicSpline
 
+from degflow.benchmarking.predict import kernels
 from degflow.trajectory import (
     NaturalCubicSpline,
     PiecewiseLinear,
@@ -87,6 +88,20 @@ def test_a_sample_does_not_depend_on_its_batch_mates():
     alone = spline.at(values[3:4], times[3:4])
     for a, b in zip(together, alone, strict=True):
         torch.testing.assert_close(a[3:4], b)
+
+
+@pytest.mark.parametrize("path", [NaturalCubicSpline, PiecewiseLinear])
+def test_a_path_is_read_at_many_scales_of_many_samples_in_as_many_operations_as_at_one(path):
+    track = path(KNOTS[2]).to("meta")
+    values = torch.empty(8, 4, 3, 6, 6, device="meta")
+
+    def kernels_of(samples, scales):
+        each, time = values[:samples].repeat_interleave(scales, 0), torch.empty(samples * scales, device="meta")
+        return len(kernels(lambda: track.at(each, time), {}))
+
+    counts = {(samples, scales): kernels_of(samples, scales) for samples in (1, 8) for scales in (1, 30)}
+    assert 0 < counts[1, 1] < 80
+    assert set(counts.values()) == {counts[1, 1]}
 
 
 def test_times_run_evenly_with_the_scale():
