@@ -65,10 +65,10 @@ def check(cells: Sequence[Cell], output: str) -> None:
             if isinstance(settings, TrainSRConfig) and repr(settings.network) not in known:
                 build(settings.network)  # a size that cannot be, or a package that is missing
                 known.add(repr(settings.network))
-            backbone = _backbone(settings)
-            if backbone and backbone not in known:
-                Perceptual(*backbone)
-                known.add(backbone)
+            for backbone in _backbones(settings):
+                if backbone[0] != "none" and backbone not in known:
+                    Perceptual(*backbone)
+                    known.add(backbone)
         except (ValueError, ImportError) as error:
             raise ValueError(f"{cell.name}: {cell.job}: {error}") from None
 
@@ -100,14 +100,13 @@ def _trees(settings: Any, levels: dict[str, float]) -> Iterator[tuple[str, tuple
         yield from ((uri, (HR_LABEL, settings.test_level)) for uri in settings.test.values())
 
 
-def _backbone(settings: Any) -> tuple[Any, str] | None:
-    """Kind and file of the LPIPS backbone that a job measures with."""
+def _backbones(settings: Any) -> Iterator[tuple[Any, str]]:
+    """Kind and file of each LPIPS backbone that a job measures with."""
     if isinstance(settings, EvaluateConfig):
-        kind, file = settings.lpips, settings.lpips_weights
+        yield settings.lpips, settings.lpips_weights
     elif isinstance(settings, TrainSRConfig) and settings.test:
-        kind, file = settings.test_lpips, settings.test_lpips_weights
-    elif isinstance(settings, TrainLFMConfig) and settings.lpips_weight:
-        kind, file = "vgg", settings.lpips_weights
-    else:
-        return None
-    return None if kind == "none" else (kind, file)
+        yield settings.test_lpips, settings.test_lpips_weights
+    elif isinstance(settings, TrainRAEConfig | TrainLFMConfig | TrainResidualConfig):
+        yield settings.validation_lpips, settings.validation_lpips_weights
+        if isinstance(settings, TrainLFMConfig) and settings.lpips_weight:
+            yield "vgg", settings.lpips_weights

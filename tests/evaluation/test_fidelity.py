@@ -354,6 +354,28 @@ def test_generation_scores_the_levels_and_shows_the_scales_between(degrader, sce
         assert n == 0 or np.abs(shown - images.to_pixels(columns[n - 1])[0]).max() > 1
 
 
+class Apart(torch.nn.Module):
+    """In place of LPIPS: the mean distance, times the number of the image."""
+
+    def forward(self, image, reference):
+        assert torch.backends.cudnn.allow_tf32 is False
+        return (image - reference).abs().mean((1, 2, 3)) * (1 + torch.arange(len(image)))
+
+
+def test_a_validation_measures_lpips_beside_psnr_at_every_level(degrader, scenes):
+    crops = evaluation.validation_crops(scenes, side=32)
+    image = crops.float() / 127.5 - 1
+    decoded = evaluation.reconstruct(degrader.autoencoder, image[:, 0], image[:, 2])
+    made = degrader(image[:, 0], torch.tensor([[3.361]], dtype=torch.float64).expand(2, 1))[:, 0]
+    rae, _ = evaluation.reconstruction(degrader.autoencoder, crops, LEVELS, perceptual=Apart())
+    generated, _ = evaluation.generation(degrader, crops, list(LEVELS), Apart())
+    assert list(rae) == ["x1", "x1_lpips", "x2", "x2_lpips", "x4", "x4_lpips"]
+    assert list(generated) == ["x2", "x2_lpips", "x4", "x4_lpips"]
+    for scalars, lr in ((rae, decoded), (generated, made)):
+        apart = np.abs(lr.numpy() - image[:, 2].numpy()).mean((1, 2, 3))
+        assert scalars["x4_lpips"] == pytest.approx((apart[0] + 2 * apart[1]) / 2, abs=1e-5)
+
+
 def test_the_continuum_shows_captured_levels_above_even_steps_of_t(degrader, scenes):
     picture = evaluation.continuum(degrader, scenes, LEVELS, 48, count=2, side=16, zoom=2, steps=1)
     half = 16 + 2 * 36 + 4

@@ -237,6 +237,10 @@ def experiment(tmp_path, tree, **changes):
             r"fidelity/draws/Canon: evaluate: levels: 3=3: must lie in \[1, 2.5\]",
         ),
         ({"sr": "[test_lpips_weights=none.pth]"}, "sr/rcan/real-x3/0: train_sr: .*none.pth"),
+        (
+            {"degraders": "{draws: [validation_lpips=alex, validation_lpips_weights=none.pth]}"},
+            "train_residual: .*none.pth",
+        ),
     ],
 )
 def test_what_would_end_a_later_cell_is_told_before_the_first_one(changes, said, tree, tmp_path):

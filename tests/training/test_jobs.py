@@ -249,6 +249,7 @@ def test_lpips_takes_part_and_half_precision_is_stored(tree, rae, lfm, tmp_path)
     changes = {
         "fit.steps": 1,
         "lpips_weight": 0.1,
+        "validation_lpips": "alex",
         "half": "true",
         "path": "linear",
         "fit.batch": 2,
@@ -256,6 +257,7 @@ def test_lpips_takes_part_and_half_precision_is_stored(tree, rae, lfm, tmp_path)
     keys = {**LFM, **changes, "scenes.data": tree, "rae": rae[0] / "rae.safetensors", "output": tmp_path}
     said = succeed("train_lfm", **keys)
     assert re.search(r"^step 1 of 1: cfm [0-9.e-]+, lpips 0\.\d+, ", said, re.M)
+    assert re.search(r"^step 1: x2 \d+\.\d+, x2_lpips 0\.\d+, x4 \d+\.\d+, x4_lpips 0\.\d+$", said, re.M)
     halved = load_file(tmp_path / "degrader.safetensors")
     assert {tensor.dtype for tensor in halved.values()} == {torch.float16}
     assert Degrader.load(str(tmp_path / "degrader.safetensors")).flow.network.head.weight.dtype == torch.float32
@@ -329,6 +331,11 @@ def test_every_configuration_that_ships_is_one_of_its_job(file, schema):
         ),
         ({"scenes.crop": 18}, 2, "scenes.crop=18: must be a multiple of 4 for these two networks"),
         ({"lpips_weight": 1, "lpips_weights": "TMP/w.pth"}, 2, "lpips_weights=.*w.pth: No such file or directory"),
+        (
+            {"validation_lpips": "alex", "validation_lpips_weights": "TMP/a.pth"},
+            2,
+            "lpips_weights=.*a.pth: No such file or directory",
+        ),
         ({"lpips_weight": -1}, 2, "^error: lpips_weight=-1.0: must not be negative"),
         (
             {"scenes.reductions": "[1.0,1.6]"},

@@ -635,6 +635,9 @@ def test_another_order_of_what_trains_is_another_configuration():
     assert not list(_differences({"train": {"a": "x"}}, {"train": {"a": "moved"}}))  # what it holds is compared
     old, new = {"rae": "p", "test": {"a": 1, "b": 2}}, {"rae": "q", "test": {"b": 2, "a": 1}}
     assert not list(_differences(old, new))
+    assert not list(
+        _differences({}, {"validation_lpips": "alex", "validation_lpips_weights": "a.pth"})
+    )  # they only watch
 
 
 # Errors
