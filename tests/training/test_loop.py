@@ -197,7 +197,7 @@ def test_a_warned_and_killed_training_goes_on_bit_for_bit(tmp_path):
             said.append(process.stdout.readline())
             assert said[-1], said
         os.killpg(process.pid, number)  # to the loader's workers too
-        rest, _ = process.communicate(timeout=60)
+        rest, _ = process.communicate(timeout=300)
         step = steps_kept(tmp_path / "killed")[-1]
         assert (
             rest.splitlines()[-1] == f"{number.name}: stopped and saved after step {step}; the same command continues"
@@ -215,7 +215,7 @@ def test_a_warned_and_killed_training_goes_on_bit_for_bit(tmp_path):
     termios.tcsetwinsize(theirs, (24, 150))
     process = start_toy(tmp_path / "killed", stderr=theirs, **changes)
     os.close(theirs)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=300)
     assert process.returncode == 0
     assert re.search(r"resuming after step (40|50)", said)
     shown = read_terminal(ours)
