@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from degflow import images
-from degflow.benchmarking.inference import decibels
+from degflow.benchmarking.inference import decibels, expected
 from degflow.benchmarking.measure import Table, alternate
 from degflow.benchmarking.predict import GPU, REST, SHARES, Kernel, kernels, total
 from degflow.capture.optics import Optics
@@ -144,15 +144,16 @@ def _timed(
     return f"{timing.median:.3g}", f"{1 / timing.median:.3g}", f"{timing.peak / 1e9:.2f}"
 
 
-def precisions(degrader: Degrader, hr: Tensor, repeats: int) -> Table:
+def precisions(degrader: Degrader, hr: Tensor, repeats: int, gpu: GPU) -> Table:
     """Time and error of each precision; on a CPU, which has no TF32, its rounding is emulated, and its time is not.
 
     Args:
         degrader: the model, on the device that is measured.
         hr: "1 3 H W".
         repeats: of each precision, in turn.
+        gpu: that the prediction is for.
     """
-    device = hr.device.type
+    device, scale = hr.device.type, _scale(degrader).tolist()
     ways: dict[str, Callable[[int], Tensor]] = {
         precision: lambda _, precision=precision: degrader(hr, _scale(degrader), precision=precision)
         for precision in PRECISIONS
@@ -175,12 +176,15 @@ def precisions(degrader: Degrader, hr: Tensor, repeats: int) -> Table:
         speed = (f"{timing.median:.3f}", f"{timing.faster_than(timings['float32']):.2f}") if known else ("–", "–")
         same = precision == "float32"
         error = "–" if same else f"{decibels(timing.result, reference)[0]:.1f}"
-        rows.append((precision + ("" if known else ", emulated"), *speed, error, f"{changed:.2%}"))
+        seconds = f"{expected(degrader, hr, scale, gpu, precision):.3g}"
+        rows.append((precision + ("" if known else ", emulated"), *speed, error, f"{changed:.2%}", seconds))
     about = (
         f"{hr.shape[-1]} x {hr.shape[-2]} pixels at x{float(_scale(degrader)):g} on {device}, medians of {repeats} "
-        "alternating repeats. PSNR against float32, and the share of 8-bit values that differ from float32's."
+        "alternating repeats. PSNR against float32, and the share of 8-bit values that differ from float32's. s "
+        f"predicted: for a GPU with {gpu.tflops:g} TFLOP/s in bfloat16 and {gpu.terabytes:g} TB/s."
     )
-    return Table("Precision", about, ("", "s", "times as fast as float32", "PSNR dB", "values changed"), rows)
+    header = ("", "s", "times as fast as float32", "PSNR dB", "values changed", "s predicted for a GPU")
+    return Table("Precision", about, header, rows)
 
 
 class _RoundedToTF32(TorchFunctionMode):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from degflow.benchmarking.measure import Table, Timing, alternate, flop, run_process
 from degflow.benchmarking.plain import exact, released
+from degflow.benchmarking.predict import GPU, kernels, total
 from degflow.degrader import Degrader
 from degflow.flow import PathFlow
 from degflow.models.autoencoder import Decoder
@@ -131,10 +132,21 @@ def _same_as_float32(device: torch.device) -> set[str]:
     return {"float32"} if device.type == "cuda" else {"float32", "tf32"}
 
 
+def expected(
+    degrader: Degrader, hr: Tensor, scales: Sequence[float], gpu: GPU, precision: str = "float32", fused: bool = False
+) -> float:
+    """Seconds that `ours` should take on a GPU, once it has run before; fused: see `predict.Kernel.fused`."""
+    shadow = copy.deepcopy(degrader).to("meta")
+    with torch.inference_mode():
+        shadow.autoencoder.decoder.derived()
+    return total(kernels(lambda: ours(shadow, hr.to("meta"), scales), {}), gpu, precision, fused)
+
+
 def comparison(
     degrader: Degrader,
     hr: Tensor,
     repeats: int,
+    gpu: GPU,
     count: int = 30,
     compiled: bool = False,
     precision: str = "float32",
@@ -146,6 +158,7 @@ def comparison(
         degrader: the model, on the device that is measured.
         hr: "1 3 H W".
         repeats: of each way.
+        gpu: that the prediction is for. The released procedure, which goes through host memory, has none.
         count: scales of the sweep.
         compiled: measure degflow with torch.compile as well.
         precision: of degflow, see `Degrader`.
@@ -177,17 +190,22 @@ def comparison(
             f"{timing.faster_than(timings[f'released{other}']):.1f}" if way.endswith((ONE, other)) else ""
             for other in scales
         ]
-        agreement = min(decibels(timing.result, references[kind]))
-        rows.append((way, str(calls[way]), *rates, *factors, f"{agreement:.1f}"))
+        agreement, seconds = min(decibels(timing.result, references[kind])), "–"
+        if not way.startswith("released"):
+            fused = way.startswith("degflow, compiled")
+            seconds = f"{expected(degrader, hr, scales[kind], gpu, precision, fused):.3g}"
+        rows.append((way, str(calls[way]), *rates, *factors, f"{agreement:.1f}", seconds))
     (height, width), sweep = hr.shape[-2:], f"; a sweep is {count} scales" * (SWEEP in scales)
     about = (
         f"{width} x {height} pixels, one image at a time, ours in {precision}, medians of {repeats} alternating "
         f"repeats, to scale {scales[ONE][0]:g}{sweep}. Factors: how many times faster than the released procedure. "
-        "Agreement: smallest PSNR against RK45 at 1e-7 in float64."
-        + (f" Compiling took {compiling:.0f} s." if compiled else "")
+        "Agreement: smallest PSNR against RK45 at 1e-7 in float64. "
+        f"s predicted: for a GPU with {gpu.tflops:g} TFLOP/s in bfloat16 and {gpu.terabytes:g} TB/s; compiled, as if "
+        "all but products cost nothing." + (f" Compiling took {compiling:.0f} s." if compiled else "")
     )
     factors = [f"x released{kind}" for kind in scales]
-    header = ("", "evaluations", "s", "LR images/s", "LR MP/s", "peak GB", *factors, "agreement dB")
+    rates = ("s", "LR images/s", "LR MP/s", "peak GB")
+    header = ("", "evaluations", *rates, *factors, "agreement dB", "s predicted for a GPU")
     return Table(f"Against the released procedure, {width} x {height}{name}", about, header, rows)
 
 

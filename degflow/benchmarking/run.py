@@ -5,6 +5,7 @@ import gc
 import importlib.util
 import json
 import math
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -18,7 +19,7 @@ from degflow.benchmarking import gpu, inference, node, pipeline, scale
 from degflow.benchmarking.measure import Table, machine
 from degflow.benchmarking.optimisations import optimisations
 from degflow.benchmarking.predict import GPU
-from degflow.benchmarking.steps import training, trainings
+from degflow.benchmarking.steps import optimised, training, trainings
 from degflow.config import Unfinished, option, plain
 from degflow.degrader import Degrader
 from degflow.flow import PathFlow
@@ -33,6 +34,9 @@ from degflow.synthesis.window import is_out_of_memory
 FULL_WIDTH = ", published networks at full width, RANDOM weights (no trained ones are here)"
 SWEEP = 30  # scales
 FILE = "benchmark.md"
+# Of each part on a GPU, assumed: none has run on one.
+MINUTES = {"tests": 5, "precisions": 2, "images": 6, "training": 8, "comparison": 8, "roofline": 2, "optimisations": 4}
+MINUTES |= {"job": 5, "actors": 4, "codecs": 2, "node": 5, "accuracy": 6, "scale": 3, "large": 8, "margins": 2}
 PARTS = (
     *("accuracy", "comparison", "roofline", "optimisations", "large", "margins", "training", "job", "actors"),
     *("codecs", "node", "scale", "precisions", "images", "tests"),
@@ -62,6 +66,9 @@ class BenchmarkConfig:
     terabytes: float = option(3.0, "of the GPU that predictions are for: 1e12 bytes/s of its memory")
     threads: int = option(0, "CPU threads; 0: all cores", common=True)
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
+    minutes: float = option(
+        0.0, "skip a part that should take longer than what is left of these minutes, by an assumption; 0: no limit"
+    )
     quick: bool = option(False, "tiny sizes and one repeat, to see that everything runs", common=True)
 
     def __post_init__(self):
@@ -74,6 +81,7 @@ class BenchmarkConfig:
             ("device_seconds", self.device_seconds > 0, "must be above 0"),
             ("tflops", self.tflops > 0, "must be above 0"),
             ("terabytes", self.terabytes > 0, "must be above 0"),
+            ("minutes", self.minutes >= 0, "must not be negative"),
             ("threads", self.threads >= 0, "must not be negative"),
             ("device", self.device in ("auto", "cpu", "cuda"), "must be auto, cpu or cuda"),
         )
@@ -87,8 +95,9 @@ def benchmark(config: BenchmarkConfig) -> None:
 
     A part that is finished is saved in `parts/`, and a later run takes it from there, if the keys that this part reads
     are the same. If a part fails or runs out of memory, its error follows its tables. The others are still made, and
-    the next run makes one that failed last. `benchmark.md` has every part that is saved, also those
-    that earlier runs made of the same model on the same machine.
+    the next run makes one that failed last. A part that `minutes` leave no time for is named too, and left to the next
+    run. `benchmark.md` has every part that is saved, also those that earlier runs made of the same model on the same
+    machine.
 
     Raises:
         ValueError: no image in the input, no such device, or parts that the model has no solver for.
@@ -108,12 +117,16 @@ def benchmark(config: BenchmarkConfig) -> None:
     degrader = Degrader.load(config.model, device)
     if not degrader.has_solver and (wrong := {"accuracy", "comparison", "optimisations"} & set(config.parts)):
         raise ValueError(f"parts: {', '.join(sorted(wrong))} compare solvers, and model={config.model} has none")
-    saved = _Saved(Place(config.output), degrader, device)
+    saved, begun = _Saved(Place(config.output), degrader, device), time.monotonic()
     failed, title = list[str](), f"# Speed\n\n{machine(device)}"
     bench = _Bench(config, degrader, photographs(config.input), device)
     print(title)
     for part in sorted(config.parts, key=saved.failed):
-        failed += [] if _make(bench, part, saved) else [part]
+        left = config.minutes - (time.monotonic() - begun) / 60
+        if config.minutes and not saved.holds(part, config) and left < MINUTES[part]:
+            _skip(part, left, config.minutes, saved)
+        elif not _make(bench, part, saved):
+            failed.append(part)
         saved.write(title)
         _free(device)
     if failed:
@@ -147,6 +160,14 @@ def _make(bench: "_Bench", part: str, saved: "_Saved") -> bool:
     else:
         saved.now[part] = texts
     return True
+
+
+def _skip(part: str, left: float, minutes: float, saved: "_Saved") -> None:
+    """Say that no time is left for a part; what an earlier run measured of it stays in the file."""
+    text = f"it should take {MINUTES[part]} minutes, and {max(0.0, left):.0f} of minutes={minutes:g} are left"
+    print(f"\n{part}: skipped: {text}", flush=True)
+    if part not in saved.parts:
+        saved.now[part] = [f"## {part}: skipped\n\nNo time: {text}. The same command makes it."]
 
 
 class _Saved:
@@ -258,8 +279,9 @@ class _Bench:
             yield self._compared(self._full_width(), 64, False, FULL_WIDTH)
 
     def _compared(self, degrader: Degrader, side: int, compiled: bool, name: str = "") -> Table:
-        count, precision = 3 if self.quick else SWEEP, self.precision
-        return inference.comparison(degrader, self._crops(side)[0], self.repeats, count, compiled, precision, name)
+        count, hr = 3 if self.quick else SWEEP, self._crops(side)[0]
+        how = (self.repeats, self._gpu, count, compiled, self.precision, name)
+        return inference.comparison(degrader, hr, *how)
 
     def roofline(self) -> Iterator[Table]:
         hr, side = self._crops(max(self.sizes))[0], 256 if self.quick else 2048
@@ -295,6 +317,7 @@ class _Bench:
             print("\nSwinIR is left out: it needs spandrel: pip install 'degflow[sr]'")
         how = (network, self._gpu, self.precision, self.repeats)
         yield training(self.degrader, perceptual, *how, crop, batch)
+        yield optimised(self.degrader, self.precision, self.repeats, self.compile, crop, batch)
         if not self.quick:
             yield trainings(gpu.full_size(), self._gpu)
         if self.full_width and self.device == "cuda":
@@ -312,7 +335,7 @@ class _Bench:
             return Table(title, f"Does not fit: {error}".partition("\n")[0], ("",), [])
 
     def precisions(self) -> Iterator[Table]:
-        yield gpu.precisions(self.degrader, self._crops(max(self.sizes))[0], self.repeats)
+        yield gpu.precisions(self.degrader, self._crops(max(self.sizes))[0], self.repeats, self._gpu)
 
     def images(self) -> Iterator[Table]:
         models, measured = {"ships": self.degrader, "full size": gpu.full_size()}, ["ships"]

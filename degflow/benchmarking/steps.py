@@ -1,7 +1,7 @@
 """Training steps: stage 1, stage 2 of the model's own kind, and an SR network."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,12 +15,14 @@ from degflow.flow import PathFlow
 from degflow.models.precision import computing, differentiating
 from degflow.objectives import LatentObjective, LFMObjective, Losses, RAEObjective, ResidualObjective
 from degflow.restoration.networks import NetworkConfig, RestorationObjective, build
+from degflow.training.average import Average
 from degflow.training.latents import FLIPS
 from degflow.training.rae import TrainRAEConfig
 from degflow.training.residual import TrainResidualConfig
 from degflow.trajectory import NaturalCubicSpline
 
 FEWER, ONCE = "stage 2, points=4", "stage 2, encode_once=true"
+DECAY = 0.99  # of the averaged weights
 
 
 class Step(NamedTuple):
@@ -102,6 +104,46 @@ def trainings(degrader: Degrader, gpu: GPU) -> Table:
     return Table("Trainings at the size for RealSR, predicted", about, ("", "steps", "ms/step", "hours"), rows)
 
 
+def optimised(
+    degrader: Degrader, precision: str, repeats: int, compiled: bool, crop: int = 64, batch: int = 8
+) -> Table:
+    """A step of each stage as a training takes it, beside one without the optimisations.
+
+    Args:
+        degrader: its networks are trained (copies), on its device.
+        precision: of the optimised step's products; the plain one's are float32.
+        repeats: of each step, in turn.
+        compiled: the optimised step's objective is compiled.
+        crop, batch: of all steps.
+    """
+    device, ways = next(degrader.parameters()).device.type, dict[str, Callable[[int], Tensor]]()
+    plain, fast = (objectives(copy.deepcopy(degrader), None, crop, batch) for _ in range(2))
+    pairs = {"stage 1": "stage 1", "stage 2": ONCE if ONCE in fast else "stage 2"}
+    for stage, quicker in pairs.items():
+        objective, sample = plain[stage]
+        ways[f"{stage}, plain"] = _stepping(objective, "float32", sample, _plain_update(_trained(objective)))
+        objective, sample = fast[quicker]
+        if compiled:
+            objective.compile()
+        ways[stage] = _stepping(objective, precision, sample, _update(_trained(objective)))
+    for way in ways.values():
+        way(0)
+    timings, rows = alternate(ways, repeats, device), []
+    for stage in pairs:
+        pair = timings[f"{stage}, plain"], timings[stage]
+        rates = (f"{1 / timing.median:.3g}" for timing in pair)
+        rows.append((stage, *rates, f"{pair[1].faster_than(pair[0]):.2f}"))
+    what = ["Adam and the average of the weights in one operation each", precision, "compiled" if compiled else ""]
+    what.append(f"latents encoded before ({ONCE})" if ONCE in fast else "")
+    about = (
+        f"Batch {batch} of {crop} x {crop} crops on {device}, without LPIPS, medians of {repeats} alternating repeats. "
+        "Plain: Adam and the average weight by weight, float32, not compiled, crops encoded in each step. Optimised: "
+        f"{', '.join(word for word in what if word)}."
+    )
+    header = ("", "plain steps/s", "optimised steps/s", "times as fast")
+    return Table("Training steps without and with the optimisations", about, header, rows)
+
+
 def steps(
     degrader: Degrader,
     perceptual: nn.Module | None,
@@ -111,29 +153,37 @@ def steps(
     batch: int,
 ) -> Mapping[str, Step]:
     """A training step of each kind, on the degrader's device, on random images."""
-    degrader, device = copy.deepcopy(degrader), next(degrader.parameters()).device
-    generator = torch.Generator().manual_seed(0)
+    found = objectives(copy.deepcopy(degrader), perceptual, crop, batch)
+    if network:
+        hr, lr = (found["stage 1"][1][n] for n in (1, 0))
+        sr = RestorationObjective(build(network)).to(hr.device)
+        found[f"SR: {network.name}"] = sr, (lr, hr)
+    return {name: _stepper(objective, precision, *sample) for name, (objective, sample) in found.items()}
+
+
+def objectives(
+    degrader: Degrader, perceptual: nn.Module | None, crop: int, batch: int
+) -> dict[str, tuple[nn.Module, tuple[Tensor, ...]]]:
+    """The objectives of both stages, which train the degrader's networks, and random samples on its device."""
+    device, generator = next(degrader.parameters()).device, torch.Generator().manual_seed(0)
     shape = (batch, len(degrader.levels), 3, crop, crop)
     images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)
     time, points = (torch.rand(batch, n, generator=generator).to(device) for n in (1, 4))
     number, flow, part = torch.arange(batch, device=device), degrader.flow, slice(few(batch))
     rae = RAEObjective(copy.deepcopy(degrader.autoencoder).requires_grad_(True))
-    ways = {"stage 1": _stepper(rae, precision, images[:, 1], images[:, 0], number)}
+    ways: dict[str, tuple[nn.Module, tuple[Tensor, ...]]] = {"stage 1": (rae, (images[:, 1], images[:, 0], number))}
     if isinstance(flow, PathFlow):
         path = NaturalCubicSpline(degrader.timeline.knots).to(device)
         lfm = LFMObjective(degrader.autoencoder, flow.network, path, perceptual.to(device) if perceptual else None)
-        ways["stage 2"] = _stepper(lfm, precision, images, time, number)
-        ways[FEWER] = _stepper(lfm, precision, images[part], points[part], number[part])
+        ways["stage 2"] = lfm, (images, time, number)
+        ways[FEWER] = lfm, (images[part], points[part], number[part])
     else:
         known = time[:, 0], points[:, 0], number
         residual = ResidualObjective(degrader.autoencoder, flow)
-        ways["stage 2"] = _stepper(residual, precision, images[:, 0], images[:, 0], images[:, 1], *known)
+        ways["stage 2"] = residual, (images[:, 0], images[:, 0], images[:, 1], *known)
         side = crop // degrader.autoencoder.config.compression
         latents = torch.rand(3, batch, flow.latent_channels + 1, side, side, generator=generator).to(device)
-        ways[ONCE] = _stepper(LatentObjective(degrader.autoencoder, flow), precision, *latents, *known)
-    if network:
-        sr = RestorationObjective(build(network)).to(device)
-        ways[f"SR: {network.name}"] = _stepper(sr, precision, images[:, 1], images[:, 0])
+        ways[ONCE] = LatentObjective(degrader.autoencoder, flow), (*latents, *known)
     return ways
 
 
@@ -142,20 +192,54 @@ def few(batch: int) -> int:
     return max(1, batch // 4)
 
 
+def _trained(objective: nn.Module) -> nn.Module:
+    return objective.train().network  # type: ignore[return-value]
+
+
 def _stepper(objective: nn.Module, precision: str, *sample: Tensor) -> Step:
-    network: nn.Module = objective.train().network  # type: ignore[assignment]
-    weights, adam = sum(parameter.numel() for parameter in network.parameters()), None
+    network = _trained(objective)
+    weights, update = sum(parameter.numel() for parameter in network.parameters()), lambda: None
     if not sample[0].is_meta:
-        adam = torch.optim.Adam(network.parameters(), lr=1e-5, fused=True)
+        update = torch.optim.Adam(network.parameters(), lr=1e-5, fused=True).step
+    return Step(_stepping(objective, precision, sample, update), weights)
+
+
+def _stepping(
+    objective: nn.Module, precision: str, sample: Sequence[Tensor], update: Callable[[], object]
+) -> Callable[[int], Tensor]:
+    """A step that takes the number of the repeat; `update` changes the weights by their gradients."""
 
     def step(repeat: int) -> Tensor:
         with computing(precision, sample[0].device.type):
             losses: Losses = objective(*sample)
         with differentiating(precision):
             losses.total.backward()
-        if adam:
-            adam.step()
-        network.zero_grad()
+        update()
+        objective.zero_grad()
         return losses.total.detach()
 
-    return Step(step, weights)
+    return step
+
+
+def _update(network: nn.Module) -> Callable[[], None]:
+    """Adam and the average of the weights, as `training` has them on a GPU."""
+    adam, average = torch.optim.Adam(network.parameters(), lr=1e-5, fused=True), Average(network, DECAY)
+
+    def update() -> None:
+        adam.step()
+        average.update(1000)
+
+    return update
+
+
+def _plain_update(network: nn.Module) -> Callable[[], None]:
+    """The same weight by weight."""
+    adam = torch.optim.Adam(network.parameters(), lr=1e-5, foreach=False, fused=False)
+    averages = [parameter.detach().clone() for parameter in network.parameters()]
+
+    def update() -> None:
+        adam.step()
+        for average, parameter in zip(averages, network.parameters(), strict=True):
+            average.lerp_(parameter.detach(), 1 - DECAY)
+
+    return update

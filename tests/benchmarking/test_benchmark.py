@@ -1,5 +1,6 @@
 """The benchmark computes what its tables say; its times are nobody's test."""
 
+import copy
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from degflow.benchmarking.inference import (
     comparison,
     decibels,
     evaluations,
+    expected,
     margins,
     ours,
     pixel_by_pixel,
@@ -26,7 +28,7 @@ from degflow.benchmarking.pipeline import codecs
 from degflow.benchmarking.plain import exact, plain_decode, released
 from degflow.benchmarking.predict import GPU
 from degflow.benchmarking.run import BenchmarkConfig, benchmark
-from degflow.benchmarking.steps import training
+from degflow.benchmarking.steps import _plain_update, _update, objectives, optimised, training
 from degflow.capture.optics import Optics
 from degflow.config import load
 from degflow.flow import PathFlow
@@ -124,7 +126,7 @@ def test_more_steps_follow_the_solution_more_closely(degrader, hr):
 
 
 def test_the_comparison_has_every_way_and_its_agreement(degrader, hr):
-    table = comparison(degrader, hr, repeats=2, count=3)
+    table = comparison(degrader, hr, 2, GPU(798, 3), count=3)
     rows, theirs = cells(table), released(degrader, hr, [2.5]).evaluations
     assert rows["released, one scale"]["evaluations"] == str(theirs)
     assert rows["released, one scale"]["x released, one scale"] == "1.0"
@@ -136,6 +138,10 @@ def test_the_comparison_has_every_way_and_its_agreement(degrader, hr):
         assert rows["degflow, sweep"]["evaluations"] == "19"
     assert list(rows) == [f"{way}, {kind}" for way in ("released", "degflow") for kind in kinds]
     assert min(float(row["agreement dB"]) for row in rows.values()) > 50
+    assert {row["s predicted for a GPU"] for name, row in rows.items() if name.startswith("released")} == {"–"}
+    memory = expected(degrader, hr, [2.5], GPU(1e9, 1e-9))  # a GPU that only waits for its memory
+    assert expected(degrader, hr, [2.5], GPU(1e9, 5e-10)) == pytest.approx(2 * memory)
+    assert rows["degflow, one scale"]["s predicted for a GPU"] == f"{expected(degrader, hr, [2.5], GPU(798, 3)):.3g}"
     for line in table.markdown().splitlines()[-2 * len(kinds) :]:
         assert line.count("|") == len(table.header) + 1
 
@@ -215,9 +221,30 @@ def test_a_margin_leaves_less_the_wider_it_is_and_nothing_if_it_is_the_whole_pho
 
 
 def test_the_comparison_takes_a_precision(hr):
-    exactly, half = (cells(comparison(of(drawing), hr, 1, 3, precision=kind)) for kind in ("float32", "bfloat16"))
+    kinds, model, gpu = ("float32", "bfloat16"), of(drawing), GPU(798, 3)
+    exactly, half = (cells(comparison(model, hr, 1, gpu, 3, precision=kind)) for kind in kinds)
     assert float(half["degflow, one scale"]["agreement dB"]) < float(exactly["degflow, one scale"]["agreement dB"]) - 5
     assert half["released, one scale"]["agreement dB"] == exactly["released, one scale"]["agreement dB"]
+
+
+def test_a_plain_training_step_stands_beside_the_optimised_one(degrader):
+    table = optimised(degrader, "float32", 1, compiled=False, crop=32, batch=2)
+    rows = cells(table)
+    assert list(rows) == ["stage 1", "stage 2"]
+    for row in rows.values():
+        rate = float(row["optimised steps/s"]) / float(row["plain steps/s"])
+        assert float(row["times as fast"]) == pytest.approx(rate, rel=0.02, abs=0.02)
+    assert ("encode_once=true" in table.about) is not isinstance(degrader.flow, PathFlow)
+
+
+def test_both_kinds_of_training_steps_change_the_weights_alike(degrader):
+    changed = []
+    for kind in (_plain_update, _update):
+        objective, sample = objectives(copy.deepcopy(degrader), None, 32, 2)["stage 1"]
+        objective(*sample).total.backward()
+        kind(objective.network)()
+        changed.append([parameter.detach() for parameter in objective.network.parameters()])
+    torch.testing.assert_close(*changed, rtol=1e-4, atol=1e-6)
 
 
 def test_the_job_saves_what_it_prints(tmp_path):
@@ -243,6 +270,7 @@ def test_the_job_saves_what_it_prints(tmp_path):
         "A large image in bounded memory",
         "What a crop's margin leaves",
         "Training steps",
+        "Training steps without and with the optimisations",
         "Bare loop and Ray job",
         "Scaling with actors (stand-in)",
         "Codecs",

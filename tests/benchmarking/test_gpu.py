@@ -129,12 +129,14 @@ def test_tf32_is_emulated_where_the_policy_allows_it():
         same, rounded = (degrader(hr, scale, precision=kind) for kind in ("float32", "tf32"))
     assert torch.equal(same, degrader(hr, scale))
     assert not torch.equal(rounded, same)
-    rows = cells(gpu.precisions(degrader, hr, 1))
+    rows = cells(gpu.precisions(degrader, hr, 1, FAST))
     loss = {name: row["PSNR dB"] for name, row in rows.items()}
     assert loss.pop("float32") == "–"
     assert float(loss["bfloat16"]) + 6 < float(loss["tf32, emulated"]) < 110
     assert abs(float(loss["float16"]) - float(loss["tf32, emulated"])) < 12  # both have 10 bits
     assert rows["tf32, emulated"]["s"] == "–"
+    seconds = {name: float(row["s predicted for a GPU"]) for name, row in rows.items()}
+    assert seconds["tf32, emulated"] <= seconds["float32"]
 
 
 def test_rounding_to_tf32_keeps_ten_bits_and_is_to_the_nearest():
@@ -202,6 +204,23 @@ def test_a_part_that_does_not_fit_is_named_and_the_others_are_made(small, tmp_pa
     assert "## margins: does not fit\n\nOutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB" in text
     assert text.index("does not fit") < text.index("## Codecs")
     assert not (tmp_path / "out/parts/margins.json").exists()  # another time it may fit
+
+
+def test_a_part_that_no_minutes_are_left_for_is_named_and_the_next_run_makes_it(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "MINUTES", {"margins": 3, "codecs": 2})
+    benchmark(small("parts=[margins,codecs]", "minutes=2.5"))
+    text = (tmp_path / "out/benchmark.md").read_text()
+    said = "it should take 3 minutes, and 2 of minutes=2.5 are left"
+    assert f"## margins: skipped\n\nNo time: {said}. The same command makes it.\n" in text
+    assert f"margins: skipped: {said}" in capsys.readouterr().out
+    assert "## Codecs" in text
+    benchmark(small("parts=[margins,codecs]", "minutes=0.001"))  # what was measured is there without any time
+    assert "codecs: measured before" in capsys.readouterr().out
+    benchmark(small("parts=[margins,codecs]", "minutes=3.5"))
+    text = (tmp_path / "out/benchmark.md").read_text()
+    assert "skipped" not in text
+    benchmark(small("parts=[margins]", "minutes=1", "input=examples/photographs"))  # the earlier table stays
+    assert (tmp_path / "out/benchmark.md").read_text() == text
 
 
 def test_a_part_that_fails_is_named_at_the_end_and_tried_again(small, tmp_path, monkeypatch, capfd):
@@ -315,3 +334,5 @@ def test_the_gpus_configuration_asks_for_parts_that_exist():
     config = load(BenchmarkConfig, [f"config={ROOT}/configs/benchmark_gpu.yaml"])
     assert (config.precision, config.parts[0], max(config.sides)) == ("bfloat16", "tests", 6708)
     assert set(config.parts) <= set(run.PARTS)
+    assert set(run.MINUTES) == set(run.PARTS)
+    assert sum(run.MINUTES[part] for part in config.parts) <= config.minutes == 60
