@@ -31,7 +31,6 @@ from degflow.models import (
     VelocityNetwork,
     hub,
 )
-from degflow.models.autoencoder import Derived
 from degflow.models.files import checkpoint, load_checkpoint
 from degflow.models.inputs import Picture, check_batch, check_range, levels_of, pixels_of, scales_of, seeds_of
 from degflow.models.precision import computing
@@ -208,13 +207,12 @@ class Degrader(nn.Module):
     def _decode(self, carried: Carried, lr: Tensor, plan: Plan) -> None:
         """Decode what was carried to one scale, tile by tile, into `lr` "B 3 H W"."""
         ways, r, (latent, seen, finish) = self._ways, self.autoencoder.config.compression, carried
-        derived = self.autoencoder.decoder.derived()
         for tile in plan.grid.tiles():
             if seen.skips:
                 skips = tuple(tile.cut(skip, r >> level) for level, skip in enumerate(seen.skips))
             else:
                 skips = ways.merge(ways.skips(tile.cut(seen.image, r)))
-            image = ways.decode(tile.cut(latent, 1), skips, derived)
+            image = ways.decode(tile.cut(latent, 1), skips)
             if finish:
                 image = finish(image, tile.rows.start * r, tile.columns.start * r)
             tile.paste(lr, image.clamp_(-1, 1), r)
@@ -458,7 +456,7 @@ class _Ways(NamedTuple):
     encode: Callable[[Tensor], tuple[Tensor, tuple[Tensor, ...]]]  # image -> latent, skips
     skips: Callable[[Tensor], tuple[Tensor, ...]]  # image -> skips
     merge: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]  # skips -> merged skips
-    decode: Callable[[Tensor, tuple[Tensor, ...], Derived], Tensor]  # latent, merged skips, derived weights -> image
+    decode: Callable[[Tensor, tuple[Tensor, ...]], Tensor]  # latent, merged skips -> image
 
 
 def _flow(description: Mapping[str, Any], config: AutoencoderConfig) -> PathFlow | ResidualFlow:

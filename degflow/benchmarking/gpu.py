@@ -49,11 +49,9 @@ def full_size() -> Degrader:
 
 
 def counted(degrader: Degrader, side: int) -> list[Kernel]:
-    """The kernels of one LR image of this side, in one piece, by a degrader that has made one before."""
+    """The kernels of one LR image of this side, in one piece."""
     shadow = copy.deepcopy(degrader).to("meta")
     autoencoder, network = shadow.autoencoder, shadow.flow.network
-    with torch.inference_mode():
-        autoencoder.decoder.derived()
     parts = {
         "encoder": [(autoencoder.encoder, "forward")],
         "flow's network": [(network, "forward")],

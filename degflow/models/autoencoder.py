@@ -7,7 +7,7 @@ Convolutions and per-pixel LayerNorm only, so no output pixel depends on anythin
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -154,13 +154,14 @@ class Expand(nn.Module):
             return bias[None, :, None, None].expand(len(skip), -1, *skip.shape[-2:])
         return F.linear(skip.permute(0, 2, 3, 1), weight[:, -skip.shape[1] :], bias).permute(0, 3, 1, 2)
 
-    def forward(self, x: Tensor, merged: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """ "B coarse H W", the skip's part "B fine 2H 2W" and `multiplied` -> "B fine 2H 2W"."""
+    def forward(self, x: Tensor, merged: Tensor) -> Tensor:
+        """ "B coarse H W" and the skip's part "B fine 2H 2W" -> "B fine 2H 2W"."""
+        weight, bias = self._multiplied()
         moved = F.linear(x.permute(0, 2, 3, 1), weight, bias).unflatten(3, (2, 2, -1))  # B H W 2 2 fine
         there = merged.permute(0, 2, 3, 1).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # B H 2 W 2 fine
         return (there + moved.transpose(2, 3)).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
-    def multiplied(self) -> tuple[Tensor, Tensor]:
+    def _multiplied(self) -> tuple[Tensor, Tensor]:
         """M N W and its bias, "4*fine coarse" and "4*fine", the pixels of a 2 x 2 block one after the other."""
         (merge, _), (narrow, shift), (wide, shifts) = map(matrix, (self.merge, self.narrow, self.widen))
         merge = merge[:, : len(narrow)]
@@ -203,50 +204,8 @@ class Encoder(nn.Module):
         return tuple(features)
 
 
-class Derived(NamedTuple):
-    """What a decoder computes of its weights alone."""
-
-    expands: tuple[tuple[Tensor, Tensor], ...]  # `Expand.multiplied` of each, coarsest first
-    head: tuple[Tensor, Tensor]  # weight "3n C 3 2+n" and bias "3n" for n pixels of a row at once
-
-    def constant(self) -> "Derived":
-        """As parameters, whose sizes torch.compile takes for constants also in a graph for images of all sizes."""
-        *expands, head = ((_constant(weight), _constant(bias)) for weight, bias in (*self.expands, self.head))
-        return Derived(tuple(expands), head)
-
-
-def _constant(weight: Tensor) -> Tensor:
-    return nn.Parameter(weight, requires_grad=False)
-
-
-class _Kept(NamedTuple):
-    """Derived weights, and the weights that they were made of, as they were then."""
-
-    derived: Derived
-    sources: tuple[Tensor, ...]  # they hold the memory, so that no other weights come to lie there
-    versions: tuple[int, ...]
-    together: int
-
-    def is_of(self, sources: tuple[Tensor, ...], together: int) -> bool:
-        """Whether these are the same weights, unchanged since."""
-        pairs = zip(self.sources, self.versions, sources, strict=True)
-        return self.together == together and all(
-            not new.is_inference()  # it has no version
-            and new._version == version
-            and new.data_ptr() == old.data_ptr()
-            and new.dtype == old.dtype
-            for old, version, new in pairs
-        )
-
-
-def _needs_gradient(weights: tuple[Tensor, ...]) -> bool:
-    return torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
-
-
 class Decoder(nn.Module):
     """Latent and skips -> image."""
-
-    _kept: _Kept | None
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -256,71 +215,31 @@ class Decoder(nn.Module):
         self.expands = nn.ModuleList(Expand(coarse, fine, config.hr_skips) for coarse, fine in pairwise(widths))
         self.head = nn.Conv2d(widths[-1], 3, 3, padding=1)
         self.together = min(4, config.compression)
-        self._kept = None
 
     def merged(self, skips: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """What the skips add to every latent that is decoded with them; as many tensors, of the same shapes."""
         expands = cast(Iterable[Expand], self.expands)
         return tuple(expand.merged(skip) for expand, skip in zip(expands, reversed(skips), strict=True))[::-1]
 
-    def forward(self, latent: Tensor, merged: tuple[Tensor, ...], derived: Derived | None = None) -> Tensor:
-        """Latent, `merged` skips and `derived` (None: made here) -> image; see `ResidualAutoencoder.decode`."""
-        expands, head = derived or self.derived()
+    def forward(self, latent: Tensor, merged: tuple[Tensor, ...]) -> Tensor:
+        """Latent and `merged` skips -> image; see `ResidualAutoencoder.decode`."""
         x = self.stem(latent)
-        for level, expand, part, product in zip(self.levels[:-1], self.expands, reversed(merged), expands, strict=True):
-            x = expand(level(x), part, *product)
+        for level, expand, part in zip(self.levels[:-1], self.expands, reversed(merged), strict=True):
+            x = expand(level(x), part)
         x = self.levels[-1](x)
         with exactly(x.device.type):  # rounded, it would show in 8-bit images
-            return self._pixels(F.gelu(x.to(self.head.weight.dtype)), *head)
+            return self._pixels(F.gelu(x.to(self.head.weight.dtype)))
 
-    def derived(self) -> Derived:
-        """The weights that `forward` multiplies with in place of some of the decoder's own.
+    def _pixels(self, x: Tensor) -> Tensor:
+        """The head for `together` pixels of a row at once, "B C H W" -> "B 3 H W".
 
-        In eval mode without gradients they are kept, and made again once a weight was loaded, moved or changed in
-        place. PyTorch does not note what is written through `.data` of a weight: call `eval()` after it.
+        Processors work on 16 channels or more at a time, of which 3 would leave most idle: so the pixels' kernels lie
+        side by side in one of 3 x (2 + together), with a stride of as many pixels.
         """
-        if self.training or torch.compiler.is_compiling():  # in a graph nothing can be compared
-            return self._derive()
-        sources, kept = self._sources(), self._kept
-        if kept is not None and kept.is_of(sources, self.together) and not _needs_gradient(sources):
-            return kept.derived
-        if _needs_gradient(sources) or any(weight.is_inference() for weight in sources):  # those have no versions
-            return self._derive()
-        with torch.inference_mode(False), torch.no_grad():  # so that a training can use them, too
-            made, held = self._derive().constant(), tuple(weight.detach() for weight in sources)
-        self._kept = _Kept(made, held, tuple(weight._version for weight in sources), self.together)
-        return made
-
-    def train(self, mode: bool = True) -> "Decoder":
-        """Set the mode, and forget derived weights."""
-        self._kept = None
-        return super().train(mode)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_kept": None}
-
-    def _apply(self, *args: Any, **kwargs: Any) -> "Decoder":
-        self._kept = None
-        return super()._apply(*args, **kwargs)
-
-    def _sources(self) -> tuple[Tensor, ...]:
-        convolutions = [self.head]
-        for expand in cast(Iterable[Expand], self.expands):
-            convolutions += (expand.widen, expand.narrow, expand.merge)
-        return tuple(tensor for one in convolutions for tensor in (one.weight, cast(Tensor, one.bias)))
-
-    def _derive(self) -> Derived:
-        expands = tuple(expand.multiplied() for expand in cast(Iterable[Expand], self.expands))
-        # Processors work on 16 channels or more at a time, of which 3 would leave most idle: so the kernels of n
-        # pixels of a row lie side by side in one of 3 x (2 + n), with a stride of n.
         n, weight, bias = self.together, self.head.weight, cast(Tensor, self.head.bias)
         weight = torch.cat([F.pad(weight, (pixel, n - 1 - pixel)) for pixel in range(n)])
-        return Derived(expands, (weight, bias.repeat(n)))
-
-    def _pixels(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """The head for `together` pixels of a row at once, "B C H W" -> "B 3 H W"."""
-        rows = F.conv2d(x, weight, bias, stride=(1, self.together), padding=1).permute(0, 2, 3, 1)
-        return rows.unflatten(3, (self.together, 3)).flatten(2, 3).permute(0, 3, 1, 2)
+        rows = F.conv2d(x, weight, bias.repeat(n), stride=(1, n), padding=1).permute(0, 2, 3, 1)
+        return rows.unflatten(3, (n, 3)).flatten(2, 3).permute(0, 3, 1, 2)
 
 
 class ResidualAutoencoder(nn.Module):
