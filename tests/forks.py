@@ -52,7 +52,9 @@ def forking():
             ]
             server.stdin.write(json.dumps(asked) + "\n")
             server.stdin.flush()
-            codes = json.loads(server.stdout.readline())
+            said = server.stdout.readline()
+            assert said, f"the server of forks has ended: {server.poll()}"
+            codes = json.loads(said)
             return [
                 subprocess.CompletedProcess(words, code, *(text.read_text() for text in texts))
                 for words, code, texts in zip(calls, codes, files, strict=True)
@@ -62,4 +64,7 @@ def forking():
         yield run
     finally:
         server.stdin.close()
-        server.wait(60)
+        try:
+            server.wait(60)
+        except subprocess.TimeoutExpired:
+            server.kill()

@@ -135,10 +135,8 @@ def _same_as_float32(device: torch.device) -> set[str]:
 def expected(
     degrader: Degrader, hr: Tensor, scales: Sequence[float], gpu: GPU, precision: str = "float32", fused: bool = False
 ) -> float:
-    """Seconds that `ours` should take on a GPU, once it has run before; fused: see `predict.Kernel.fused`."""
+    """Seconds that `ours` should take on a GPU; fused: see `predict.Kernel.fused`."""
     shadow = copy.deepcopy(degrader).to("meta")
-    with torch.inference_mode():
-        shadow.autoencoder.decoder.derived()
     return total(kernels(lambda: ours(shadow, hr.to("meta"), scales), {}), gpu, precision, fused)
 
 

@@ -34,6 +34,7 @@ from degflow.synthesis.window import is_out_of_memory
 FULL_WIDTH = ", published networks at full width, RANDOM weights (no trained ones are here)"
 SWEEP = 30  # scales
 FILE = "benchmark.md"
+_TABLES = 2  # which tables and columns there are: parts that were saved with others are made again
 # Of each part on a GPU, assumed: none has run on one.
 MINUTES = {"tests": 5, "precisions": 2, "images": 6, "training": 8, "comparison": 8, "roofline": 2, "optimisations": 4}
 MINUTES |= {"job": 5, "actors": 4, "codecs": 2, "node": 5, "accuracy": 6, "scale": 3, "large": 8, "margins": 2}
@@ -165,9 +166,11 @@ def _make(bench: "_Bench", part: str, saved: "_Saved") -> bool:
 def _skip(part: str, left: float, minutes: float, saved: "_Saved") -> None:
     """Say that no time is left for a part; what an earlier run measured of it stays in the file."""
     text = f"it should take {MINUTES[part]} minutes, and {max(0.0, left):.0f} of minutes={minutes:g} are left"
-    print(f"\n{part}: skipped: {text}", flush=True)
-    if part not in saved.parts:
-        saved.now[part] = [f"## {part}: skipped\n\nNo time: {text}. The same command makes it."]
+    how = "The same command makes it" if MINUTES[part] <= minutes else f"It needs minutes={MINUTES[part]}, or 0"
+    print(f"\n{part}: skipped: {text}. {how}", flush=True)
+    earlier = saved.parts.get(part, {}).get("tables", [])
+    but = " The tables above it are of an earlier run with other keys." if earlier else ""
+    saved.now[part] = [*earlier, f"## {part}: skipped\n\nNo time: {text}. {how}.{but}"]
 
 
 class _Saved:
@@ -175,7 +178,7 @@ class _Saved:
 
     def __init__(self, place: Place, degrader: Degrader, device: str):
         self.place = place
-        about = {"machine": machine(device).rpartition("; load")[0], "version": __version__}
+        about = {"machine": machine(device).rpartition("; load")[0], "version": __version__, "tables": _TABLES}
         self.about = about | {"model_sha256": degrader.sha256}
         found = {part: json.loads(place.read(self.name(part))) for part in PARTS if place.exists(self.name(part))}
         self.parts = {part: one for part, one in found.items() if one.get("about") == self.about}

@@ -1,5 +1,6 @@
 """Memory for LR images, and their way into it from the device that made them."""
 
+import contextlib
 import functools
 import math
 import weakref
@@ -33,7 +34,18 @@ class Buffers:
         """
         size = math.prod(shape)
         if size < self.LEAST:
-            return _memory(size, pinned).numpy().reshape(shape)
+            return _memory(size, pinned)[:size].numpy().reshape(shape)
+        chosen = self._taken(size)
+        if chosen is None:
+            if pinned:
+                _free_pinned()
+            chosen = _memory(size, pinned)
+        whole = chosen[:size].numpy()  # every view of it, and PyTorch, refer to this very array
+        self._kept.append((chosen, weakref.ref(whole)))
+        return whole.reshape(shape)
+
+    def _taken(self, size: int) -> Tensor | None:
+        """Take memory that nothing refers to and that fits; drop what does not."""
         chosen, kept = None, list[tuple[Tensor, weakref.ref[np.ndarray] | None]]()
         for memory, array in self._kept:
             if array and array() is not None:
@@ -41,14 +53,22 @@ class Buffers:
             elif size <= len(memory) <= self.WASTE * size:
                 kept += [] if chosen is None else [(chosen, None)]
                 chosen = memory
-        chosen = _memory(size, pinned) if chosen is None else chosen
-        whole = chosen[:size].numpy()  # every view of it, and PyTorch, refer to this very array
-        self._kept = [*kept, (chosen, weakref.ref(whole))]
-        return whole.reshape(shape)
+        self._kept = kept
+        return chosen
 
 
 def _memory(size: int, pinned: bool) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+    """At least so many bytes; usual memory where the system gives no more that is page-locked."""
+    if pinned:
+        with contextlib.suppress(RuntimeError):  # PyTorch takes a power of two, which the next array may need
+            return torch.empty(1 << max(0, size - 1).bit_length(), dtype=torch.uint8, pin_memory=True)
+    return torch.empty(size, dtype=torch.uint8)
+
+
+def _free_pinned() -> None:
+    """Give page-locked memory that no tensor has back to the system; PyTorch alone never does."""
+    if empty := getattr(torch._C, "_host_emptyCache", None):
+        empty()
 
 
 class Arrival:
@@ -74,7 +94,7 @@ class Arrival:
         """
         stream = _copying(levels.device)
         stream.wait_stream(torch.cuda.current_stream(levels.device))
-        known = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True)
+        known = _memory(len(finite), pinned=True)[: len(finite)].view(torch.bool)
         there = torch.cuda.Event()
         with torch.cuda.stream(stream):
             for host, made in ((torch.from_numpy(pixels), levels), (known, finite)):

@@ -134,47 +134,63 @@ def unstarted(gpus: int, threads: int, stuck: bool = False) -> str:
     )
 
 
-def _actors(state_name: str | None = None) -> list[dict[str, Any]]:
-    """The rows of Ray's table for this job's actors; those in one state, or all."""
+def _actors(state_name: str) -> list[dict[str, Any]]:
+    """The rows of Ray's table for this job's actors in one state."""
     job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
     table = state.state.actor_table(None, job, state_name).values()
     return [actor for actor in table if actor["ActorClassName"].startswith("MapWorker")]  # as Ray Data calls them
 
 
 class FailedStarts:
-    """Names nodes where actors of this job end as they start, also while actors on other nodes run.
+    """Says where actors of this job end as they start, also while actors on other nodes run.
 
-    A package that one node lacks has this effect, or a library that ends the process. Ray tries again for ever.
+    A package that one node lacks has this effect, or a library that ends the process. Ray tries again for ever. Each
+    failure stays in Ray's table, so after a word the next look comes later and later.
     """
 
     def __init__(self):
         self._told: Counter[str] = Counter()
-        self._former = {actor["ActorID"] for actor in _actors()}  # of runs before this one
+        self._pause, self._next = NEXT_WORD, 0.0  # seconds; when to look again
+        self._former: set[str] = set()  # actors of runs before this one
+        with contextlib.suppress(Exception):  # Ray cannot say it now
+            self._former = {actor["ActorID"] for actor in _actors("DEAD")}
 
     def __call__(self) -> str:
         """A sentence on each node where at least `STARTS` more starts have failed since it was named; "" if none."""
+        if time.monotonic() < self._next:
+            return ""
         failed, errors = self._failed()
-        new = [node for node, count in failed.items() if count - self._told[node] >= STARTS]
-        self._told |= {node: failed[node] for node in new}
-        died = "their processes died, and worker-*.err in Ray's logs there may say why"
-        return "; ".join(
-            f"actors do not start on {node} ({failed[node]} times): {errors.get(node, died)}. Mend or remove that node"
-            for node in new
-        )
+        died = sum(actor["NumRestarts"] for actor in _actors("RESTARTING") if not actor["StartTime"])  # none ever ran
+        said = [
+            f"actors do not start on {node} ({failed[node]} times): {errors[node]}. Mend or remove that node"
+            for node in failed
+            if self._is_news(node, failed[node])
+        ]
+        if self._is_news("", died):
+            said.append(
+                f"processes of actors die as they start ({died} times); the newest worker-*.err in Ray's logs on the "
+                "nodes may say why"
+            )
+        if said:
+            self._next, self._pause = time.monotonic() + self._pause, min(2 * self._pause, 1800.0)
+        return "; ".join(said)
+
+    def _is_news(self, node: str, count: int) -> bool:
+        self._told[node] = min(self._told[node], count)  # an actor that runs at last counts no more
+        if count - self._told[node] < STARTS:
+            return False
+        self._told[node] = count
+        return True
 
     def _failed(self) -> tuple[Counter[str], dict[str, str]]:
-        """How many starts have failed on each node, and what was raised at the last one."""
+        """How many starts have raised on each node, and what the last one raised."""
         failed, errors = Counter[str](), {}
-        for actor in _actors():
-            if actor["ActorID"] in self._former:
-                continue
-            node = f"{actor['Address']['IPAddress']} (Ray's node {actor['Address']['NodeID'][:8]})"
+        for actor in _actors("DEAD"):
             cause = actor["DeathCause"]
-            if actor["State"] == "DEAD" and cause.HasField("creation_task_failure_context"):
+            if actor["ActorID"] not in self._former and cause.HasField("creation_task_failure_context"):
+                node = f"{actor['Address']['IPAddress']} (Ray's node {actor['Address']['NodeID'][:8]})"
                 failed[node] += 1
                 errors[node] = _last_line(cause.creation_task_failure_context.formatted_exception_string)
-            elif actor["State"] == "RESTARTING" and not actor["StartTime"]:  # it never ran
-                failed[node] += actor["NumRestarts"]
         return failed, errors
 
 

@@ -84,7 +84,7 @@ class Pool:
     def _trouble(self) -> Callable[[bool], str]:
         """What a `Watch` asks: where actors do not start, and why none runs."""
         failed = FailedStarts()
-        return lambda stuck: "; ".join(filter(None, (failed(), unstarted(self.gpus, self.threads, stuck))))
+        return lambda stuck: "; ".join(filter(None, (unstarted(self.gpus, self.threads, stuck), failed())))
 
     def _try(
         self, maker: ShardMaker, ray_maker: ray.ObjectRef, plan: Plan, waiting: list[int], alone: bool, count: Count

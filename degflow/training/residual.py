@@ -73,7 +73,7 @@ def train_residual(config: TrainResidualConfig) -> None:
     if config.residual.blocks:
         check_start(config.fit, config.output, config)
     main = is_main_process()
-    judge = judging(config.validation_lpips, config.validation_lpips_weights)
+    judge = judging(config.validation_lpips, config.validation_lpips_weights) if config.residual.blocks else None
     scenes = SceneImages(config.scenes, quiet=not main, share=local_share())
     if main:
         print(scenes.describe())

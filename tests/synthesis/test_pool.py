@@ -411,11 +411,14 @@ def test_an_actor_degrades_a_shard_while_it_puts_the_one_before(
 
 
 @pytest.mark.parametrize(
-    ("actor", "why"),
-    [(StartsLate, "ModuleNotFoundError: no module of this machine"), (DiesAsItStarts, "their processes died")],
+    ("actor", "said_of_it"),
+    [
+        (StartsLate, r"actors do not start on {node} \(2 times\): ModuleNotFoundError: no module of this machine"),
+        (DiesAsItStarts, r"processes of actors die as they start \(2 times\)"),
+    ],
 )
 def test_actors_that_do_not_start_are_replaced_cost_no_shard_an_attempt_and_are_named_with_their_node(
-    shared_ray, photos, model, tmp_path, monkeypatch, capsys, actor, why
+    shared_ray, photos, model, tmp_path, monkeypatch, capsys, actor, said_of_it
 ):
     said: list[str] = []
     monkeypatch.setattr(pool, "ShardActor", actor)
@@ -428,7 +431,7 @@ def test_actors_that_do_not_start_are_replaced_cost_no_shard_an_attempt_and_are_
     assert (tmp_path / "out.notes").read_text().split() == ["start"] * 3
     [node] = ray.nodes()
     name = rf"{node['NodeManagerAddress']} \(Ray's node {node['NodeID'][:8]}\)"
-    named = [line for line in said if re.search(rf"actors do not start on {name} \(2 times\): {why}", line)]
+    named = [line for line in said if re.search(said_of_it.replace("{node}", name), line)]
     assert len(named) == 1  # and not at each question
     assert not re.search(r"come again|attempt \d|pool of actors broke", capsys.readouterr().out)
 
