@@ -698,15 +698,27 @@ def test_large_arrays_lie_in_memory_that_is_used_again_as_soon_as_nothing_refers
 def test_arrays_for_a_gpu_lie_in_pinned_memory(monkeypatch, least):
     asked, empty = [], torch.empty
 
-    def noted(size, *, dtype, pin_memory):  # without CUDA nothing can be pinned
-        asked.append(pin_memory)
+    def noted(size, *, dtype, pin_memory=False):  # without CUDA nothing can be pinned
+        asked.append((size, pin_memory))
         return empty(size, dtype=dtype)
 
     monkeypatch.setattr(Buffers, "LEAST", least)
     monkeypatch.setattr(memory.torch, "empty", noted)
     for pinned in (True, False):
         assert Buffers().empty((8, 10, 10), pinned=pinned).shape == (8, 10, 10)
-    assert asked == [True, False]
+    assert asked == [(1024, True), (800, False)]  # PyTorch pins powers of two
+
+
+def test_where_nothing_more_can_be_pinned_usual_memory_is_taken(monkeypatch):
+    empty = torch.empty
+
+    def full(size, *, dtype, pin_memory=False):
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return empty(size, dtype=dtype)
+
+    monkeypatch.setattr(memory.torch, "empty", full)
+    assert Buffers().empty((8, 10, 10), pinned=True).shape == (8, 10, 10)
 
 
 def test_the_next_pass_begins_before_the_images_of_the_one_before_are_waited_for(model, monkeypatch):
