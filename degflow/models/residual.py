@@ -187,12 +187,8 @@ class ResidualFlow(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """See `Flow`."""
-        times: list[float] = self.spread.times.tolist()
-        return {
-            "residual": asdict(self.network.config),
-            "optics": cast(Any, self.optics).describe(),
-            "times": times,
-        }
+        optics, times = cast(Any, self.optics).describe(), self.spread.times.tolist()
+        return {"residual": asdict(self.network.config), "optics": optics, "times": times}
 
     def _carry(self, see: See, hr: Tensor, source: Seen, draw: Draw, n: int) -> Carried:
         """Carry the latents to the n-th scale."""
